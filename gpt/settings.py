@@ -1,0 +1,184 @@
+"""The settings that the training loops read, as frozen models without torch.
+
+A stage's Config extends these, so a loop and the pipeline file speak of one set of names.
+Importing this module must stay cheap: `gptline plan` does so.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    """A frozen set of settings that refuses what it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class _OperationalMark:
+    """Marks a field that says how work is carried out, not what comes out: it is not part of a stage's key."""
+
+    def __repr__(self) -> str:
+        return "operational"
+
+
+OPERATIONAL = _OperationalMark()
+
+T = TypeVar("T")
+Operational = Annotated[T, OPERATIONAL]
+
+
+class ModelShape(Settings):
+    """A transformer's architecture, less the vocabulary that its tokenizer decides.
+
+    `ModelShape(n_layer=2, n_head=4, n_embd=64, seq_len=64)` is a small GPT-2.
+    """
+
+    n_layer: int = Field(ge=1)
+    n_head: int = Field(ge=1)
+    n_kv_head: int | None = Field(default=None, ge=1)
+    """Key and value heads; fewer than `n_head` is grouped-query attention. None: as many as `n_head`."""
+    n_embd: int = Field(ge=1)
+    """Width C of the residual stream."""
+    seq_len: int = Field(ge=1)
+    """Longest sequence, in tokens."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    positions: Literal["learned", "sinusoidal", "rope"] = "learned"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_first: bool = True
+    """True: normalise before each sub-layer (GPT-2); False: after it (the 2017 paper)."""
+    activation: Literal["gelu", "relu", "swiglu"] = "gelu"
+    n_hidden: int | None = Field(default=None, ge=1)
+    """Width of the feed-forward layer. None: 4 C, or 8/3 C rounded up to a multiple of 8 for SwiGLU."""
+    bias: bool = True
+    tied: bool = True
+    """True: the output layer is the token embedding's transpose."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> ModelShape:
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}; "
+                f"the nearest widths that fit are {self.n_embd // self.n_head * self.n_head} "
+                f"and {(self.n_embd // self.n_head + 1) * self.n_head}"
+            )
+        if self.n_head % self.kv_heads():
+            raise ValueError(f"n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}")
+        if self.positions == "rope" and self.head_dim() % 2:
+            raise ValueError(f"rotary positions need an even head_dim, found n_embd / n_head = {self.head_dim()}")
+        return self
+
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    def hidden(self) -> int:
+        if self.n_hidden is not None:
+            return self.n_hidden
+        if self.activation == "swiglu":
+            return (8 * self.n_embd // 3 + 7) // 8 * 8
+        return 4 * self.n_embd
+
+
+class GPTConfig(ModelShape):
+    """A transformer's whole architecture: what `config.json` beside the weights holds."""
+
+    vocab_size: int = Field(ge=1)
+
+
+_LLAMA = dict(positions="rope", norm="rmsnorm", activation="swiglu", bias=False, tied=False)
+_PAPER = dict(positions="sinusoidal", activation="relu", norm_first=False)
+
+PRESETS: dict[str, ModelShape] = {
+    "gpt2-nano": ModelShape(n_layer=2, n_head=2, n_embd=32, seq_len=32),
+    "gpt2-tiny": ModelShape(n_layer=4, n_head=4, n_embd=128, seq_len=128),
+    "gpt2-mini": ModelShape(n_layer=6, n_head=6, n_embd=192, seq_len=256),
+    "gpt2-124m": ModelShape(n_layer=12, n_head=12, n_embd=768, seq_len=1024),
+    "llama-nano": ModelShape(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, seq_len=32, **_LLAMA),
+    "llama-tiny": ModelShape(n_layer=4, n_head=4, n_kv_head=2, n_embd=128, seq_len=128, **_LLAMA),
+    "transformer-nano": ModelShape(n_layer=2, n_head=2, n_embd=32, seq_len=32, **_PAPER),
+    "transformer-tiny": ModelShape(n_layer=4, n_head=4, n_embd=128, seq_len=128, **_PAPER),
+}
+
+
+class TrainSettings(Settings):
+    """What every training loop reads: how long, how large, how fast, how exact, and on what."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    global_batch_size: int = Field(ge=1)
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: Operational[int | None] = Field(default=None, ge=1)
+    """Sequences per rank per forward pass. None: the rank's whole share of the batch at once."""
+
+    lr: float = Field(gt=0)
+    """Highest learning rate, reached after `warmup_steps`."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    final_lr_share: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate of the last step as a share of `lr`."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW's decay, on matrices alone."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    engine: Operational[Literal["deepspeed", "torch"]] = "deepspeed"
+    zero_stage: Operational[Literal[0, 1, 2, 3]] = 1
+    """What DeepSpeed shards over ranks: 1 optimizer state, 2 also gradients, 3 also weights."""
+    offload: Operational[bool] = False
+    """Optimizer state in host memory (ZeRO 1 to 3)."""
+    activation_checkpointing: Operational[bool] = False
+    """Recompute each block in the backward pass instead of keeping what is inside it."""
+    log_every: Operational[int] = Field(default=10, ge=1)
+    eval_every: Operational[int] = Field(default=100, ge=1)
+    checkpoint_every: Operational[int] = Field(default=200, ge=1)
+    max_restarts: Operational[int] = Field(default=2, ge=0)
+    """How often a gang that lost a rank starts again from its newest checkpoint."""
+    start_deadline_s: Operational[float] = Field(default=300, gt=0)
+    """Longest time from the gang's start to its first step."""
+    step_deadline_s: Operational[float] = Field(default=600, gt=0)
+    """Longest time for one step, evaluation or checkpoint."""
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> TrainSettings:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps = {self.warmup_steps} is more than steps = {self.steps}")
+        return self
+
+    def rank_batch_size(self, world_size: int) -> int:
+        """Sequences of one optimizer step that one rank computes."""
+        share, rest = divmod(self.global_batch_size, world_size)
+        if rest:
+            raise ValueError(
+                f"global_batch_size = {self.global_batch_size} can't be shared by {world_size} ranks; "
+                f"the nearest that fit are {_nearest(self.global_batch_size, world_size)}"
+            )
+        return share
+
+    def micro_batch(self, world_size: int) -> int:
+        return self.micro_batch_size or self.rank_batch_size(world_size)
+
+    def gradient_accumulation_steps(self, world_size: int) -> int:
+        """Forward and backward passes of one rank per optimizer step."""
+        per_pass = self.micro_batch(world_size) * world_size
+        passes, rest = divmod(self.global_batch_size, per_pass)
+        if rest or not passes:
+            raise ValueError(
+                f"global_batch_size = {self.global_batch_size} is not a multiple of micro_batch_size * ranks "
+                f"= {self.micro_batch(world_size)} * {world_size} = {per_pass}; "
+                f"the nearest that fit are {_nearest(self.global_batch_size, per_pass)}"
+            )
+        return passes
+
+
+def _nearest(size: int, unit: int) -> str:
+    below = size // unit * unit
+    return f"{below} and {below + unit}" if below else f"{unit}"

@@ -1,0 +1,73 @@
+"""The kinds of artifact: what a stage's signature is written in.
+
+An artifact is a folder and its manifest; its digest is the manifest's. Each class is one kind and says which files the folder holds.
+Who made it, when and where stands in the action record, never here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+SPLITS = ("train", "held_out")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """`Documents(path=Path(".../artifacts/6b1f..."), digest="6b1f...", metadata={"documents": 812, ...})`."""
+
+    kind: ClassVar[str]
+    path: Path
+    digest: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Documents(Artifact):
+    """Texts: `train.jsonl` and `held_out.jsonl` of `{"text", "source", ...fields}`, and `rejects.jsonl`."""
+
+    kind = "documents"
+
+    def records(self, split: str) -> Iterator[dict[str, Any]]:
+        with open(self.path / f"{split}.jsonl", encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line)
+
+    def texts(self, split: str) -> Iterator[str]:
+        for record in self.records(split):
+            yield record["text"]
+
+
+class Tokenizer(Artifact):
+    """`tokenizer.json`, which `gpt.tokenizer` opens."""
+
+    kind = "tokenizer"
+
+
+class Tokens(Artifact):
+    """`train.bin` and `held_out.bin` (little-endian unsigned integers, `metadata["dtype"]`), and the `tokenizer.json` that made them."""
+
+    kind = "tokens"
+
+
+class Model(Artifact):
+    """`model.safetensors` (fp32), `config.json` (GPTConfig) and `tokenizer.json`; `metadata["role"]` is policy or reward."""
+
+    kind = "model"
+
+
+class Report(Artifact):
+    """`report.json`: figures and samples of an evaluation."""
+
+    kind = "report"
+
+
+class HfCheckpoint(Artifact):
+    """A folder that `transformers` opens without custom code."""
+
+    kind = "hf_checkpoint"
+
+
+KINDS: dict[str, type[Artifact]] = {kind.kind: kind for kind in (Documents, Tokenizer, Tokens, Model, Report, HfCheckpoint)}

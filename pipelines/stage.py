@@ -1,0 +1,72 @@
+"""What a stage is given: `StageContext`, the one argument through which it reaches the machines and the store.
+
+The implementation lives in the runner, so an edit there reruns nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+from gpt.settings import Settings
+from pipelines.artifacts import Artifact
+
+A = TypeVar("A", bound=Artifact)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of the outside world that a stage reads; its content is part of the stage's key."""
+
+    name: str
+    """How records and rejects call it: relative to the pipeline's `data`."""
+    path: Path
+    sha256: str = ""
+
+
+class StageConfig(Settings):
+    """Base of every kind's Config."""
+
+    def sources(self, data: Path) -> list[Source]:
+        """The outside files that this stage will read, in order; ValueError says what is missing. `data` is the pipeline's data folder."""
+        return []
+
+
+class StageFailure(Exception):
+    """A failure that a person can mend: its message is printed as it is, without a traceback."""
+
+
+class StageContext(Protocol):
+    """The stage's side of the line."""
+
+    seed: int
+    output: Path
+    """An empty folder; `publish` makes an artifact of what is in it."""
+    sources: list[Source]
+    """What `config.sources` named, with the content's sha256 that the key holds."""
+
+    def open(self, source: Source) -> BinaryIO:
+        """Open a source; the bytes read are hashed, and the stage fails if they are not those that were planned."""
+        ...
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """How far the stage is, for people."""
+        ...
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """A point of a curve (names are area/name_unit)."""
+        ...
+
+    def figure(self, name: str, value: float) -> None:
+        """A number for the action record, the tables and the gates: `eval/bits_per_byte`."""
+        ...
+
+    def gang(self, function: Callable[..., dict[str, Any] | None], *arguments: Any) -> dict[str, Any]:
+        """Run `function(rank, *arguments)` on every rank of this stage's gang; what rank 0 returned."""
+        ...
+
+    def publish(self, kind: type[A], **metadata: Any) -> A:
+        """Freeze `output` as an artifact of this kind. Metadata is part of its digest: no clocks, places or makers."""
+        ...
