@@ -1,0 +1,273 @@
+"""The store: artifacts by digest, actions by key, leases, runs. All of it through five calls to a backend.
+
+    artifacts/<digest>/<file>, manifest.json      what was made          (the manifest comes last: without it nothing exists)
+    actions/<key>/<number>.json                   how it was made        (the newest is reused, the older ones stay for lineage)
+    latest/<pipeline>/<stage>.json                which action a stage used last: what `plan` compares with
+    leases/<name>/<generation>.json               who works on a key or drives a run
+    runs/<run>/...                                frozen config, journal, page
+    work/<key>/...                                checkpoints of unfinished training: plain files, not through the backend
+
+Nothing here orders by clocks: numbers are given out by `put_if_absent`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import Field
+
+from cluster.commit import FileEntry, canonical_json, check, describe, sha256_file, write_file
+from gpt.settings import Settings
+from pipelines.artifacts import KINDS, Artifact
+from pipelines.stage import StageFailure
+
+SCHEMA = 1
+RACY_S = 2.0
+
+
+class Backend(Protocol):
+    """Where the store's objects lie. Names are relative POSIX paths; every call is atomic for its one object."""
+
+    def get(self, name: str) -> bytes | None: ...
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """False, and nothing is written, if there is such an object already."""
+        ...
+
+    def put(self, name: str, data: bytes | Path) -> None:
+        """Write or replace; a Path is a file that the backend may move in."""
+        ...
+
+    def list(self, prefix: str) -> list[str]:
+        """All names below the folder `prefix`, sorted."""
+        ...
+
+    def delete(self, name: str) -> None: ...
+
+
+class FolderBackend:
+    """A folder on a local or shared file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def get(self, name: str) -> bytes | None:
+        try:
+            return (self.root / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        return write_file(self._made(name), data, if_absent=True)
+
+    def put(self, name: str, data: bytes | Path) -> None:
+        path = self._made(name)
+        if isinstance(data, bytes):
+            write_file(path, data)
+            return
+        with open(data, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(data, path)
+
+    def list(self, prefix: str) -> list[str]:
+        top = self.root / prefix
+        names = []
+        for folder, _, files in os.walk(top):
+            names += [os.path.relpath(os.path.join(folder, file), self.root) for file in files if ".tmp-" not in file]
+        return sorted(names)
+
+    def delete(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
+
+    def _made(self, name: str) -> Path:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+class Action(Settings):
+    """One making of an artifact: what went in, what came out, who, where, how. Lineage is the graph of these."""
+
+    key: str
+    number: int = 0
+    """Given by the store: 1 for the key's first making, one more for each rerun."""
+    pipeline: str
+    stage: str
+    kind: str
+    """Name of the function that ran: `pretrain`, or `python_docs.py:documents`."""
+    run: str
+    leaves: dict[str, Any]
+    """What the key is made of: `config.lr`, `input.tokens.0`, `code.gpt.model:GPT`, `source.books/a.jsonl`."""
+    inputs: dict[str, list[str]]
+    """Parameter name to the digests it was given."""
+    output: str
+    output_kind: str
+    figures: dict[str, float] = Field(default_factory=dict)
+    curves: dict[str, list[tuple[int, float, int]]] = Field(default_factory=dict)
+    """Metric name to (step, value, time in ms since 1970)."""
+    operational: dict[str, Any] = Field(default_factory=dict)
+    """Settings outside the key with which it was made: ranks, micro_batch_size, zero_stage."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    restarts: int = 0
+    resumed_from_step: int | None = None
+    forced: bool = False
+    started_ms: int
+    seconds: float
+    host: str
+    user: str
+    pid: int
+
+
+class Store:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.backend: Backend = FolderBackend(root)
+
+    # ---- artifacts ----
+
+    def new_folder(self) -> Path:
+        """An empty folder of the store's own, to write an artifact in."""
+        folder = self.root / "tmp" / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        folder.mkdir(parents=True)
+        return folder
+
+    def publish(self, folder: Path, kind: str, metadata: dict[str, Any]) -> Artifact:
+        """Move a folder's files in and freeze them under their digest. The same bytes published twice are one artifact."""
+        files = describe(folder)
+        manifest = {
+            "schema": SCHEMA,
+            "kind": kind,
+            "files": [{"path": file.path, "bytes": file.bytes, "sha256": file.sha256} for file in files],
+            "metadata": metadata,
+        }
+        data = canonical_json(manifest)
+        digest = hashlib.sha256(data).hexdigest()
+        name = f"artifacts/{digest}"
+        if self.backend.get(f"{name}/manifest.json") is None:
+            for file in files:
+                self.backend.put(f"{name}/{file.path}", folder / file.path)
+            self.backend.put_if_absent(f"{name}/manifest.json", data)
+        shutil.rmtree(folder, ignore_errors=True)
+        return self.artifact(digest)
+
+    def manifest(self, digest: str) -> dict[str, Any] | None:
+        data = self.backend.get(f"artifacts/{digest}/manifest.json")
+        return None if data is None else json.loads(data)
+
+    def artifact(self, digest: str) -> Artifact:
+        manifest = self.manifest(digest)
+        if manifest is None:
+            raise StageFailure(f"artifact sha256:{digest[:12]} is not in the store {self.root}; it was deleted, or belongs to another store")
+        return KINDS.get(manifest["kind"], Artifact)(self.root / "artifacts" / digest, digest, manifest["metadata"])
+
+    def intact(self, digest: str) -> str | None:
+        """Why an artifact can't be reused (a file is gone or has another size), or None. Sizes only: cheap enough for every plan."""
+        manifest = self.manifest(digest)
+        if manifest is None:
+            return f"its artifact {digest[:12]} is gone"
+        for file in manifest["files"]:
+            path = self.root / "artifacts" / digest / file["path"]
+            found = path.stat().st_size if path.is_file() else None
+            if found != file["bytes"]:
+                what = "is gone" if found is None else f"has {found:,} bytes instead of {file['bytes']:,}"
+                return f"its artifact {digest[:12]} is damaged: {file['path']} {what}"
+        return None
+
+    def verify(self, digest: str) -> list[str]:
+        """Problems found when every byte is read again."""
+        manifest = self.manifest(digest)
+        if manifest is None:
+            return [f"artifact {digest[:12]} has no manifest"]
+        return check(self.root / "artifacts" / digest, [FileEntry(**file) for file in manifest["files"]])
+
+    def digests(self) -> list[str]:
+        return [name.split("/")[1] for name in self.backend.list("artifacts") if name.count("/") == 2 and name.endswith("/manifest.json")]
+
+    # ---- actions ----
+
+    def action_numbers(self, key: str) -> list[int]:
+        return sorted(int(name.rsplit("/", 1)[1].removesuffix(".json")) for name in self.backend.list(f"actions/{key}"))
+
+    def actions(self, key: str) -> list[Action]:
+        """Oldest first."""
+        return [self.action(key, number) for number in self.action_numbers(key)]
+
+    def action(self, key: str, number: int) -> Action:
+        data = self.backend.get(f"actions/{key}/{number:06d}.json")
+        if data is None:
+            raise KeyError(f"no action {number} of key {key}")
+        return Action.model_validate_json(data)
+
+    def all_actions(self) -> Iterator[Action]:
+        for name in self.backend.list("actions"):
+            data = self.backend.get(name)
+            if data is not None:
+                yield Action.model_validate_json(data)
+
+    def record(self, action: Action) -> Action:
+        """Write an action down under the next free number of its key."""
+        number = max(self.action_numbers(action.key), default=0)
+        while True:
+            number += 1
+            numbered = action.model_copy(update={"number": number})
+            if self.backend.put_if_absent(f"actions/{action.key}/{number:06d}.json", numbered.model_dump_json().encode()):
+                return numbered
+
+    def note_latest(self, pipeline: str, stage: str, key: str, number: int) -> None:
+        self.backend.put(f"latest/{pipeline}/{stage}.json", canonical_json({"key": key, "number": number}))
+
+    def latest(self, pipeline: str, stage: str) -> Action | None:
+        """The action that this pipeline's stage used last."""
+        data = self.backend.get(f"latest/{pipeline}/{stage}.json")
+        if data is None:
+            return None
+        pointer = json.loads(data)
+        try:
+            return self.action(pointer["key"], pointer["number"])
+        except KeyError:
+            return None
+
+    # ---- runs and the rest ----
+
+    def runs(self) -> list[str]:
+        """Ids, oldest first (they begin with the time, for people)."""
+        top = self.root / "runs"
+        return sorted(entry.name for entry in top.iterdir() if entry.is_dir()) if top.is_dir() else []
+
+    def work(self, key: str) -> Path:
+        """Where the checkpoints of a key's unfinished attempts lie."""
+        return self.root / "work" / key
+
+    def sweep(self) -> None:
+        """Remove what killed processes of this machine left half-written."""
+        for folder in (self.root / "tmp").glob(f"{socket.gethostname()}-*-*"):
+            if not Path(f"/proc/{folder.name.split('-')[-2]}").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def content_sha256(self, paths: list[Path]) -> list[str]:
+        """Digests of outside files; a file whose size, times and inode are as they were is not read again."""
+        cache_name = "cache/content.json"
+        known = json.loads(self.backend.get(cache_name) or b"{}")
+        digests, changed = [], False
+        for path in paths:
+            stat = path.stat()
+            stamp = f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
+            entry = known.get(str(path))
+            if entry is None or entry[0] != stamp:
+                entry = [stamp, sha256_file(path)]
+                if time.time() - stat.st_mtime > RACY_S:  # a file just written may change again within one tick of its clock
+                    known[str(path)] = entry
+                    changed = True
+            digests.append(entry[1])
+        if changed and self.root.is_dir():
+            self.backend.put(cache_name, json.dumps(known, sort_keys=True).encode())
+        return digests
