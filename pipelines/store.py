@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from pydantic import Field
 
-from cluster.commit import FileEntry, canonical_json, check, describe, sha256_file, write_file
+from cluster.commit import FileEntry, canonical_json, check, describe, fsync_folder, sha256_file, write_file
 from gpt.settings import Settings
 from pipelines.artifacts import KINDS, Artifact
 from pipelines.stage import StageFailure
@@ -77,6 +77,7 @@ class FolderBackend:
         with open(data, "rb") as file:
             os.fsync(file.fileno())
         os.replace(data, path)
+        fsync_folder(path.parent)
 
     def list(self, prefix: str) -> list[str]:
         top = self.root / prefix
@@ -166,7 +167,7 @@ class Store:
     def artifact(self, digest: str) -> Artifact:
         manifest = self.manifest(digest)
         if manifest is None:
-            raise StageFailure(f"artifact sha256:{digest[:12]} is not in the store {self.root}; it was deleted, or belongs to another store")
+            raise StageFailure(f"artifact sha256:{digest[:12]} is not in the store {self.root}: it was deleted, or is another store's")
         return KINDS.get(manifest["kind"], Artifact)(self.root / "artifacts" / digest, digest, manifest["metadata"])
 
     def intact(self, digest: str) -> str | None:

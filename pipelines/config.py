@@ -1,0 +1,225 @@
+"""The pipeline file as frozen models. Every fault is found before any work, and all of them are told at once.
+
+Settings of a kind are checked by `graph.py`, once it knows the kind; this module reads the file, applies `--set`, and turns
+what pydantic found into sentences: the place, the value found, what was wanted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from gpt.settings import Operational, Settings
+
+M = TypeVar("M", bound=BaseModel)
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+SECRET = re.compile(r"(access_token|auth_token|secret|password|api_key|credential)s?$", re.IGNORECASE)
+UNION_BRANCH = re.compile(r"str|int|float|bool|.*\[.*|[A-Z]\w*(Config|Settings)")
+"""pydantic puts the tag of a union's branch between the names of a location; those are no part of the file."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that a person must mend: `Fault("stages.pretrain.lr", "is 'fast', wanted a number")`."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+class ConfigError(Exception):
+    """All faults of a pipeline file."""
+
+    def __init__(self, path: Path | str, faults: list[Fault]) -> None:
+        super().__init__(path, faults)
+        self.path = path
+        self.faults = faults
+
+    def __str__(self) -> str:
+        count = "one fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        return "\n".join([f"{self.path}: {count}; nothing was started or written.", *(f"  {fault}" for fault in self.faults)])
+
+
+class StoreConfig(Settings):
+    root: str = ".gptline"
+    """A folder, relative to the working directory."""
+
+
+class TrackingConfig(Settings):
+    uri: str = "sqlite"
+    """"sqlite": a file inside the store; or the address of an MLflow server: http://mlflow.example:5000."""
+
+
+class ClusterConfig(Settings):
+    address: str = "local"
+    """"local": a Ray of this run's own; or the address of a cluster: "auto", "10.0.0.5:6379"."""
+
+
+class Resources(Settings):
+    """What a stage holds while it runs. None of it changes the result beyond rounding, so none of it is in the key."""
+
+    cpus: Operational[int] = Field(default=1, ge=1)
+    """Of a stage that computes by itself."""
+    ranks: Operational[int] = Field(default=1, ge=1)
+    """Processes of a training stage's gang."""
+    cpus_per_rank: Operational[int] = Field(default=1, ge=1)
+    gpus_per_rank: Operational[int] = Field(default=0, ge=0, le=1)
+    memory_gib: Operational[float | None] = Field(default=None, gt=0)
+    """Host memory of the stage, or of each rank."""
+    accelerator: Operational[str | None] = None
+    """Ray's accelerator type, such as "H100"."""
+    labels: Operational[dict[str, str]] = Field(default_factory=dict)
+    """Ray node labels that a node must have."""
+
+
+class PipelineFile(Settings):
+    pipeline: str
+    seed: int = Field(default=0, ge=0)
+    data: str = "."
+    """What relative source files are relative to; itself relative to this file."""
+    strict_environment: bool = False
+    """True: versions of the interpreter and of torch, deepspeed and so on are part of every key."""
+    store: StoreConfig = StoreConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    stages: dict[str, dict[str, Any]] = Field(min_length=1)
+
+    @field_validator("pipeline")
+    @classmethod
+    def _pipeline_is_a_name(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError("wanted a name of letters, digits, '_' and '-', up to 64 of them")
+        return value
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pipeline file with its overrides applied."""
+
+    path: Path
+    file: PipelineFile
+    raw: dict[str, Any]
+    """The same as plain tables, for the record."""
+
+    def data(self) -> Path:
+        return (self.path.parent / self.file.data).resolve()
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
+    """Read a pipeline file; ConfigError lists every fault that can be seen without knowing the kinds."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.toml")] if path.parent.is_dir() else [])
+        raise ConfigError(path, [Fault("file", f"there is no such file{_did_you_mean(near)}")]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(path, [Fault("file", f"can't be read: {error}")]) from None
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(path, [Fault("TOML", f"can't be parsed: {error}")]) from None
+    faults: list[Fault] = []
+    for override in overrides:
+        faults += _apply(raw, override)
+    file, found = validate(PipelineFile, raw, "")
+    faults += found + list(_secrets(raw, ""))
+    for name in raw.get("stages", {}) if isinstance(raw.get("stages"), dict) else ():
+        if not NAME.fullmatch(name):
+            faults.append(Fault(f"stages.{name}", "a stage's name is made of letters, digits, '_' and '-'"))
+    if faults or file is None:
+        raise ConfigError(path, faults)
+    return Loaded(path.resolve(), file, raw)
+
+
+def validate(model: type[M], values: Any, where: str) -> tuple[M | None, list[Fault]]:
+    """An instance of `model`, or every fault in `values` as a sentence."""
+    try:
+        return model.model_validate(values), []
+    except ValidationError as error:
+        return None, [_fault(model, each, where) for each in error.errors(include_url=False)]
+
+
+def _fault(model: type[BaseModel], error: Any, where: str) -> Fault:
+    # pydantic puts the tag of a union's branch between the names; those are no part of the file
+    location = [
+        str(part) for part in error["loc"] if not (isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool")))
+    ]
+    place = ".".join([*([where] if where else []), *location]) or "file"
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(model, error["loc"][:-1])
+        near = difflib.get_close_matches(location[-1], known)
+        return Fault(place, f"unknown key{_did_you_mean(near) or '; known here: ' + ', '.join(sorted(known))}")
+    if error["type"] == "missing":
+        return Fault(place, "is missing")
+    if error["type"] == "value_error":
+        return Fault(place, error["msg"].removeprefix("Value error, "))
+    wanted = error["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
+    return Fault(place, f"is {error['input']!r}, wanted {wanted}")
+
+
+def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
+    for part in location:
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = model.model_fields[part].annotation
+        model = _model_in(model)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _model_in(annotation: Any) -> Any:
+    """The settings class inside an annotation such as `list[SourceSettings] | None`."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, tuple, dict, typing.Annotated):
+        for each in typing.get_args(annotation):
+            found = _model_in(each)
+            if isinstance(found, type) and issubclass(found, BaseModel):
+                return found
+    return annotation
+
+
+def _did_you_mean(near: list[str]) -> str:
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _apply(raw: dict[str, Any], override: str) -> list[Fault]:
+    """`stages.pretrain.lr=3e-4`: set one value. A value that isn't TOML is taken as a string."""
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        return [Fault(f"--set {override}", "wanted NAME=VALUE, for example --set stages.pretrain.lr=3e-4")]
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table: Any = raw
+    parts = name.strip().split(".")
+    for depth, part in enumerate(parts[:-1]):
+        if parts[0] == "stages" and depth == 1 and part not in table:
+            near = difflib.get_close_matches(part, list(table))
+            return [Fault(f"--set {override}", f"there is no stage {part!r}{_did_you_mean(near) or '; there are: ' + ', '.join(table)}")]
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            return [Fault(f"--set {override}", f"{'.'.join(parts[: depth + 1])} is a value, not a table")]
+    table[parts[-1]] = value
+    return []
+
+
+def _secrets(value: Any, where: str) -> Iterable[Fault]:
+    """Configs are recorded and shown: a secret has no place in one."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            place = f"{where}.{name}" if where else name
+            if SECRET.search(name) and isinstance(each, str):
+                yield Fault(place, "looks like a secret; configs are recorded and shown, so keep it in the environment")
+            yield from _secrets(each, place)
+    elif isinstance(value, str) and re.search(r"://[^/@\s]+:[^/@\s]+@", value):
+        yield Fault(where, "holds a password in an address; keep it in the environment (MLFLOW_TRACKING_PASSWORD)")

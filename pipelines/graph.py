@@ -1,0 +1,353 @@
+"""The pipeline file's stages as a checked graph, read off the signatures of their kinds.
+
+A kind is a function: `def sft(config: SftConfig, policy: Model, conversations: Conversations, stage: StageContext) -> Model`.
+The parameter that is a Settings class is its config, the one that is a StageContext its way to the machines; of the others the name is
+the input's name and the annotation the artifact's kind; `list[...]` takes several, `| None` is optional; the return annotation is what
+it makes. Anyone's function serves as well: `uses = "./clean.py:clean"` names a file beside the TOML.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpt.settings import OPERATIONAL, Settings, TrainSettings
+from pipelines.artifacts import Artifact
+from pipelines.config import ConfigError, Fault, Loaded, Resources, validate
+from pipelines.fingerprint import PACKAGES
+from pipelines.stage import Source, StageConfig, StageContext
+
+DIGEST = re.compile(r"sha256:([0-9a-f]{8,64})")
+RUN_STAGE = re.compile(r"run:([A-Za-z0-9_.-]+)/([A-Za-z0-9_-]+)")
+ENGINES = {"torch": "gpt.torch_engine:TorchEngine", "deepspeed": "cluster.deepspeed_engine:DeepSpeedEngine"}
+"""The engines that a training stage may run on: by name for the gang, and all of them in the key of every training stage."""
+
+
+class NoConfig(StageConfig):
+    """The settings of a kind that has none."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a kind takes under one parameter's name."""
+
+    artifact: type[Artifact]
+    many: bool
+    optional: bool
+
+    def __str__(self) -> str:
+        return f"{'several ' if self.many else ''}{self.artifact.kind}{', optional' if self.optional else ''}"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A stage's function and what its signature says."""
+
+    uses: str
+    function: Callable[..., Artifact]
+    config: type[Settings]
+    config_parameter: str | None
+    stage_parameter: str | None
+    inputs: dict[str, Input]
+    output: type[Artifact]
+    file: Path | None
+    """A user's own file; None for ours."""
+
+    def trains(self) -> bool:
+        """True for kinds that hand a function to a gang: their config has a loop's settings."""
+        return issubclass(self.config, TrainSettings)
+
+    def entry(self) -> tuple[str, str]:
+        """Module and name, as `fingerprint` follows them. A user's module is known by its file's stem."""
+        name = self.function.__name__
+        return (self.file.stem if self.file else self.function.__module__, name)
+
+    def entries(self) -> list[tuple[str, str]]:
+        """What the key's code starts from: the function, and for a training kind the engines too."""
+        engines = [tuple(engine.split(":")) for engine in ENGINES.values()] if self.trains() else []
+        return [self.entry(), *engines]  # type: ignore[list-item]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One table of the pipeline file, checked."""
+
+    name: str
+    kind: Kind
+    config: Settings
+    inputs: dict[str, list[str]]
+    """Parameter name to references: a stage's name, sha256:..., run:<id>/<stage>."""
+    resources: Resources
+    sources: list[Source] = field(default_factory=list)
+
+    def upstream(self) -> list[str]:
+        return [each for references in self.inputs.values() for each in references if ":" not in each]
+
+    def semantic(self) -> dict[str, Any]:
+        """The settings that are in the key."""
+        return self.config.model_dump(mode="json", exclude=_operational_names(type(self.config)))
+
+    def operational(self) -> dict[str, Any]:
+        """The settings that are not, resources among them."""
+        chosen = self.config.model_dump(mode="json", include=_operational_names(type(self.config)))
+        resources = ("ranks", "cpus_per_rank", "gpus_per_rank") if self.kind.trains() else ("cpus",)
+        return chosen | {name: getattr(self.resources, name) for name in resources}
+
+
+@dataclass(frozen=True)
+class Graph:
+    loaded: Loaded
+    stages: dict[str, Stage]
+    """In an order in which every stage follows what it reads."""
+
+    def below(self, name: str) -> set[str]:
+        """The stages that read `name`'s output, directly or not."""
+        found = {name}
+        for stage in self.stages.values():
+            if found.intersection(stage.upstream()):
+                found.add(stage.name)
+        return found - {name}
+
+    def above(self, name: str) -> set[str]:
+        """The stages that `name` reads, directly or not."""
+        found = {name}
+        for stage in reversed(list(self.stages.values())):
+            if stage.name in found:
+                found.update(stage.upstream())
+        return found - {name}
+
+    def user_folder(self) -> Path:
+        return self.loaded.path.parent
+
+
+def build(loaded: Loaded) -> Graph:
+    """Check every stage against its kind; ConfigError lists all faults of the file."""
+    faults: list[Fault] = []
+    stages: dict[str, Stage] = {}
+    for name, table in loaded.file.stages.items():
+        stage, found = _stage(name, dict(table), loaded)
+        faults += found
+        if stage is not None:
+            stages[name] = stage
+    for stage in stages.values():
+        faults += _check_inputs(stage, stages, loaded.file.stages)
+    order, cycle = _order(stages)
+    if cycle:
+        faults.append(Fault("stages", f"{' reads '.join(cycle)}: a cycle; one of these inputs must come from elsewhere"))
+    if faults:
+        raise ConfigError(loaded.path, faults)
+    return Graph(loaded, {name: stages[name] for name in order})
+
+
+def load_kind(uses: str, folder: Path) -> Kind:
+    """The kind that `uses` names; ValueError says what is wrong with it. A user's file is executed, as an import is."""
+    path, colon, function_name = uses.rpartition(":")
+    if not colon:
+        known = sorted(each.stem for each in (Path(__file__).parent / "stages").glob("*.py") if each.stem != "__init__")
+        if uses not in known:
+            near = difflib.get_close_matches(uses, known)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}; your own function is './file.py:function'"
+            raise ValueError(f"no kind is called {uses!r}; {hint}")
+        module = importlib.import_module(f"pipelines.stages.{uses}")
+        return read_signature(uses, getattr(module, uses), None)
+    file = (folder / path).resolve()
+    if not file.is_file() or file.suffix != ".py":
+        raise ValueError(f"{uses!r}: there is no Python file {file}")
+    if file.stem in PACKAGES:
+        raise ValueError(f"{uses!r}: {file.name} has the name of a package of gptline; call the file something else")
+    module = load_user_module(file)
+    function = getattr(module, function_name, None)
+    if not inspect.isfunction(function):
+        known = [name for name, each in vars(module).items() if inspect.isfunction(each) and each.__module__ == module.__name__]
+        raise ValueError(f"{uses!r}: {path} has no function {function_name!r}; it has {', '.join(known) or 'none'}")
+    return read_signature(uses, function, file)
+
+
+def load_user_module(file: Path) -> types.ModuleType:
+    """Import a file that is no part of the project, under a name that can shadow nobody's."""
+    name = f"gptline_user_{file.stem}"
+    module = sys.modules.get(name)
+    if module is not None and module.__file__ == str(file):
+        return module
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))  # last: its neighbours can be imported, and shadow nothing
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ValueError(f"{file} can't be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def read_signature(uses: str, function: Callable[..., Any], file: Path | None) -> Kind:
+    """What a kind's signature says; ValueError names the parameter that says nothing."""
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError as error:
+        raise ValueError(f"{uses!r}: an annotation can't be resolved: {error}; import what it names at the top of the file") from error
+    config: type[Settings] = NoConfig
+    config_parameter = stage_parameter = None
+    inputs: dict[str, Input] = {}
+    for name in inspect.signature(function).parameters:
+        hint = hints.get(name)
+        if hint is StageContext:
+            stage_parameter = name
+        elif isinstance(hint, type) and issubclass(hint, Settings):
+            config, config_parameter = hint, name
+        elif (read := _read_input(hint)) is not None:
+            inputs[name] = read
+        else:
+            raise ValueError(
+                f"{uses!r}: parameter {name!r} of {function.__name__} is annotated {hint!r}; "
+                "wanted a Settings class, StageContext, or a kind of pipelines.artifacts: Documents, list[Documents], Model | None"
+            )
+    output = hints.get("return")
+    if not (isinstance(output, type) and issubclass(output, Artifact)):
+        raise ValueError(f"{uses!r}: {function.__name__} must say which artifact it returns, such as `-> Documents`; it says {output!r}")
+    return Kind(uses, function, config, config_parameter, stage_parameter, inputs, output, file)
+
+
+def _read_input(hint: Any) -> Input | None:
+    optional = many = False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        rest = [each for each in typing.get_args(hint) if each is not type(None)]
+        if len(rest) != 1:
+            return None
+        optional, hint = True, rest[0]
+    if typing.get_origin(hint) is list:
+        many, hint = True, typing.get_args(hint)[0]
+    return Input(hint, many, optional) if isinstance(hint, type) and issubclass(hint, Artifact) else None
+
+
+def _operational_names(model: type[Settings]) -> set[str]:
+    return {name for name, each in model.model_fields.items() if OPERATIONAL in each.metadata}
+
+
+def _stage(name: str, table: dict[str, Any], loaded: Loaded) -> tuple[Stage | None, list[Fault]]:
+    where = f"stages.{name}"
+    faults: list[Fault] = []
+    uses = table.pop("uses", name)
+    inputs = table.pop("inputs", {})
+    resources, found = validate(Resources, table.pop("resources", {}), f"{where}.resources")
+    faults += found
+    try:
+        kind = load_kind(str(uses), loaded.path.parent)
+    except ValueError as error:
+        return None, [*faults, Fault(f"{where}.uses", str(error))]
+    config, found = validate(kind.config, table, where)
+    faults += found
+    references: dict[str, list[str]] = {}
+    if not isinstance(inputs, dict):
+        faults.append(Fault(f"{where}.inputs", f"is {inputs!r}, wanted a table: inputs = {{ tokens = ['tokenize'] }}"))
+        inputs = {}
+    for parameter, value in inputs.items():
+        items = value if isinstance(value, list) else [value]
+        if all(isinstance(each, str) for each in items):
+            references[parameter] = items
+        else:
+            faults.append(Fault(f"{where}.inputs.{parameter}", f"is {value!r}, wanted a reference or a list of references"))
+    if config is None or resources is None:
+        return None, faults
+    sources: list[Source] = []
+    if isinstance(config, StageConfig):
+        try:
+            sources = config.sources(loaded.data())
+        except ValueError as error:
+            faults.append(Fault(where, str(error)))
+    if isinstance(config, TrainSettings):
+        faults += _check_training(where, config, resources)
+    return Stage(name, kind, config, references, resources, sources), faults
+
+
+def _check_training(where: str, config: TrainSettings, resources: Resources) -> list[Fault]:
+    faults = []
+    try:
+        config.gradient_accumulation_steps(resources.ranks)
+    except ValueError as error:
+        faults.append(Fault(where, str(error)))
+    if config.precision == "fp16" and not resources.gpus_per_rank:
+        faults.append(Fault(f"{where}.precision", "is 'fp16', which needs a GPU: set resources.gpus_per_rank = 1, or precision = 'bf16'"))
+    if config.engine == "torch" and config.offload:
+        faults.append(Fault(f"{where}.offload", "is true, which only engine = 'deepspeed' can do"))
+    return faults
+
+
+def _check_inputs(stage: Stage, stages: dict[str, Stage], tables: dict[str, Any]) -> list[Fault]:
+    faults = []
+    where = f"stages.{stage.name}.inputs"
+    for parameter, references in stage.inputs.items():
+        wanted = stage.kind.inputs.get(parameter)
+        if wanted is None:
+            near = difflib.get_close_matches(parameter, stage.kind.inputs)
+            known = ", ".join(f"{name} ({each})" for name, each in stage.kind.inputs.items()) or "nothing"
+            hint = f"did you mean {near[0]!r}?" if near else f"{stage.kind.uses} takes {known}"
+            faults.append(Fault(f"{where}.{parameter}", f"unknown input; {hint}"))
+            continue
+        if not references:
+            faults.append(Fault(f"{where}.{parameter}", "is an empty list; name at least one"))
+        if len(references) > 1 and not wanted.many:
+            faults.append(
+                Fault(f"{where}.{parameter}", f"has {len(references)} references; {stage.kind.uses} takes one {wanted.artifact.kind}")
+            )
+        for reference in references:
+            fault = _check_reference(reference, wanted, stages, tables)
+            if fault:
+                faults.append(Fault(f"{where}.{parameter}", fault))
+    for parameter, wanted in stage.kind.inputs.items():
+        if parameter not in stage.inputs and not wanted.optional:
+            fitting = [each.name for each in stages.values() if issubclass(each.kind.output, wanted.artifact) and each is not stage]
+            hint = f"{parameter} = ['{fitting[0]}'] would fit" if fitting else f"no stage here makes {wanted.artifact.kind}"
+            faults.append(Fault(f"{where}.{parameter}", f"is missing; {stage.kind.uses} needs {wanted}; {hint}"))
+    return faults
+
+
+def _check_reference(reference: str, wanted: Input, stages: dict[str, Stage], tables: dict[str, Any]) -> str | None:
+    if ":" in reference:
+        if DIGEST.fullmatch(reference) or RUN_STAGE.fullmatch(reference):
+            return None  # which artifact it is, the store tells
+        return f"{reference!r} is no reference; wanted a stage's name, sha256:<digest> or run:<id>/<stage>"
+    if reference not in tables:
+        near = difflib.get_close_matches(reference, tables)
+        return f"there is no stage {reference!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(tables)}")
+    if reference in stages and not issubclass(stages[reference].kind.output, wanted.artifact):
+        return f"{reference!r} makes {stages[reference].kind.output.kind}, wanted {wanted.artifact.kind}"
+    return None
+
+
+def _order(stages: dict[str, Stage]) -> tuple[list[str], list[str]]:
+    """Stages after what they read, in the file's order where that leaves a choice; or a cycle's names, the first one twice."""
+    order: list[str] = []
+    path: list[str] = []
+
+    def visit(name: str) -> list[str]:
+        if name in order:
+            return []
+        if name in path:
+            return [*path[path.index(name) :], name]
+        path.append(name)
+        for above in stages[name].upstream():
+            if above in stages and (cycle := visit(above)):
+                return cycle
+        path.pop()
+        order.append(name)
+        return []
+
+    for name in stages:
+        if cycle := visit(name):
+            return order, cycle
+    return order, []

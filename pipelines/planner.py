@@ -1,0 +1,275 @@
+"""For each stage: reuse, run, resume, wait or blocked, and why, in words. Reads the store and changes nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from cluster.checkpoint import attempts, newest_checkpoint
+from gpt.settings import TrainSettings
+from pipelines.config import ConfigError, Fault
+from pipelines.fingerprint import Code, differences, flat, key_of
+from pipelines.graph import DIGEST, RUN_STAGE, Graph, Stage
+from pipelines.journal import read_journal
+from pipelines.lease import Watch, describe
+from pipelines.store import Action, Store
+
+Word = Literal["reuse", "run", "resume", "wait", "blocked"]
+
+TRACKED = ("torch", "deepspeed", "ray", "mlflow", "tokenizers", "safetensors", "numpy", "datasets")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What will be done about one stage."""
+
+    stage: str
+    word: Word
+    reason: str
+    key: str | None = None
+    """None where an input is not made yet, so that the key can't be known."""
+    leaves: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, list[str]] = field(default_factory=dict)
+    action: Action | None = None
+    """What is reused."""
+    output: str | None = None
+    series: int = 1
+    forced: bool = False
+    expected_s: float | None = None
+    """Seconds that it took last time; None when nobody knows."""
+    notes: tuple[str, ...] = ()
+
+
+class Planner:
+    """Decides stage by stage, given the digests that the stages above have come to."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        store: Store,
+        code_root: Path,
+        *,
+        fresh: Collection[str] = (),
+        given: Mapping[str, str] = MappingProxyType({}),
+        inline: bool = False,
+    ) -> None:
+        self.graph = graph
+        self.store = store
+        self.fresh = fresh
+        self.inline = inline
+        self.given = self._resolve_given(given)
+        self._code_root = code_root
+        self._code: dict[Path | None, Code] = {}
+        self._external = self._resolve_external()
+
+    def plan(self) -> list[Decision]:
+        """All stages, as things stand now."""
+        decisions: dict[str, Decision] = {}
+        for stage in self.graph.stages.values():
+            pending = [name for name in stage.upstream() if decisions[name].output is None]
+            if pending:
+                decisions[stage.name] = self._not_yet(stage, decisions[pending[0]])
+            else:
+                decisions[stage.name] = self.decide(stage, {name: each.output for name, each in decisions.items() if each.output})
+        return list(decisions.values())
+
+    def decide(self, stage: Stage, outputs: dict[str, str]) -> Decision:
+        """One stage, all of whose inputs are made."""
+        if stage.name in self.given:
+            digest = self.given[stage.name]
+            return Decision(stage.name, "reuse", f"--use names artifact {digest[:12]}", output=digest, expected_s=0.0)
+        inputs = {name: [self.digest(each, outputs) for each in references] for name, references in stage.inputs.items()}
+        leaves = self.leaves(stage, inputs)
+        key = key_of(leaves)
+        actions = self.store.actions(key)
+        common: dict[str, Any] = {"key": key, "leaves": leaves, "inputs": inputs, "expected_s": self._seconds(stage)}
+        last = actions[-1].number if actions else 0
+        newest_series = max(self._series(key), default=0)
+        if stage.name in self.fresh:
+            return Decision(stage.name, "run", "asked for afresh", series=max(newest_series, last) + 1, forced=True, **common)
+        rerun_interrupted = 0 < last < newest_series
+        damage = None
+        for action in reversed(actions if not rerun_interrupted else []):
+            damage = self.store.intact(action.output)
+            if damage is None:
+                common["expected_s"] = 0.0
+                notes = tuple(_notes(action, stage))
+                return Decision(
+                    stage.name, "reuse", f"made by run {action.run}", action=action, output=action.output, notes=notes, **common
+                )
+        common |= {"series": max(newest_series, last + 1), "forced": rerun_interrupted}
+        holder = Watch(self.store, key).taken_by()
+        if holder is not None:
+            return Decision(stage.name, "wait", f"{describe(holder)} is making it", **common)
+        if isinstance(stage.config, TrainSettings):
+            checkpoint, _ = newest_checkpoint(attempts(self.store.work(key), common["series"]), verify=False)
+            if checkpoint is not None:
+                misfit = checkpoint.fits(identity(stage, inline=self.inline))
+                if misfit:
+                    return Decision(stage.name, "blocked", misfit, **common)
+                return Decision(stage.name, "resume", f"goes on at step {checkpoint.step} of {stage.config.steps}", **common)
+        why = damage or ("an asked-for rerun was interrupted" if rerun_interrupted else self._why(stage, leaves))
+        return Decision(stage.name, "run", why, **common)
+
+    def leaves(self, stage: Stage, inputs: dict[str, list[str]]) -> dict[str, Any]:
+        """What the stage's key is made of."""
+        code = self._code_of(stage).leaves(stage.kind.entries())
+        leaves: dict[str, Any] = {"kind": stage.kind.uses, "seed": self.graph.loaded.file.seed}
+        leaves.update(flat(stage.semantic(), "config"))
+        leaves.update((f"input.{name}.{index}", digest) for name, digests in inputs.items() for index, digest in enumerate(digests))
+        leaves.update(self.sources(stage))
+        leaves.update((f"code.{name}", sha256) for name, sha256 in code.items())
+        if self.graph.loaded.file.strict_environment:
+            leaves.update((f"environment.{name}", version) for name, version in versions().items())
+        return leaves
+
+    def sources(self, stage: Stage) -> dict[str, str]:
+        digests = self.store.content_sha256([source.path for source in stage.sources])
+        return {f"source.{source.name}": digest for source, digest in zip(stage.sources, digests, strict=True)}
+
+    def digest(self, reference: str, outputs: dict[str, str]) -> str:
+        return self._external[reference] if ":" in reference else outputs[reference]
+
+    def code_files(self, stage: Stage) -> list[Path]:
+        """The user's own files that a stage reaches."""
+        return self._code_of(stage).files([stage.kind.entry()])
+
+    def _code_of(self, stage: Stage) -> Code:
+        user = stage.kind.file.parent if stage.kind.file else None
+        if user not in self._code:
+            self._code[user] = Code(self._code_root, user)
+        return self._code[user]
+
+    def _not_yet(self, stage: Stage, above: Decision) -> Decision:
+        if stage.name in self.given:
+            return self.decide(stage, {})
+        word: Word = "blocked" if above.word == "blocked" else "run"
+        verb = {"run": "is made anew", "resume": "is not finished", "wait": "is being made", "blocked": "can't be made"}[above.word]
+        return Decision(stage.name, word, f"its input {above.stage} {verb}", expected_s=self._seconds(stage))
+
+    def _why(self, stage: Stage, leaves: dict[str, Any]) -> str:
+        """Why there is nothing to reuse: how this key differs from the one that the stage had last."""
+        latest = self.store.latest(self.graph.loaded.file.pipeline, stage.name)
+        if latest is None:
+            return "never made here"
+        found = differences(latest.leaves, leaves)
+        shown = "; ".join(found[:3])
+        return shown + (f"; and {len(found) - 3} more" if len(found) > 3 else "") or "what it made is gone"
+
+    def _seconds(self, stage: Stage) -> float | None:
+        latest = self.store.latest(self.graph.loaded.file.pipeline, stage.name)
+        if latest is None:
+            return None
+        if isinstance(stage.config, TrainSettings) and (steps := latest.leaves.get("config.steps")):
+            return latest.seconds * stage.config.steps / steps
+        return latest.seconds
+
+    def _series(self, key: str) -> list[int]:
+        work = self.store.work(key)
+        heads = [path.name.partition(".")[0] for path in work.iterdir()] if work.is_dir() else []
+        return [int(head) for head in heads if head.isdecimal()]
+
+    def _resolve_external(self) -> dict[str, str]:
+        faults, resolved = [], {}
+        for stage in self.graph.stages.values():
+            for parameter, references in stage.inputs.items():
+                wanted = stage.kind.inputs[parameter].artifact
+                for reference in references:
+                    if ":" not in reference:
+                        continue
+                    try:
+                        digest = resolve(self.store, reference)
+                        kind = self.store.artifact(digest).kind
+                    except Exception as error:
+                        faults.append(Fault(f"stages.{stage.name}.inputs.{parameter}", str(error)))
+                        continue
+                    if kind != wanted.kind:
+                        faults.append(Fault(f"stages.{stage.name}.inputs.{parameter}", f"{reference!r} is {kind}, wanted {wanted.kind}"))
+                    resolved[reference] = digest
+        if faults:
+            raise ConfigError(self.graph.loaded.path, faults)
+        return resolved
+
+    def _resolve_given(self, given: Mapping[str, str]) -> dict[str, str]:
+        faults, resolved = [], {}
+        for name, reference in given.items():
+            if name not in self.graph.stages:
+                faults.append(Fault(f"--use {name}={reference}", f"there is no stage {name!r}; there are {', '.join(self.graph.stages)}"))
+                continue
+            try:
+                digest = resolve(self.store, reference)
+            except ValueError as error:
+                faults.append(Fault(f"--use {name}={reference}", str(error)))
+                continue
+            kind, wanted = self.store.artifact(digest).kind, self.graph.stages[name].kind.output.kind
+            if kind != wanted:
+                faults.append(Fault(f"--use {name}={reference}", f"is {kind}, but {name} makes {wanted}"))
+            resolved[name] = digest
+        if faults:
+            raise ConfigError(self.graph.loaded.path, faults)
+        return resolved
+
+
+def resolve(store: Store, reference: str) -> str:
+    """The digest that a reference names; ValueError says what there is instead."""
+    if match := DIGEST.fullmatch(reference):
+        found = [digest for digest in store.digests() if digest.startswith(match[1])]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(f"{reference!r} fits {len(found)} artifacts: {', '.join(each[:16] for each in found)}; give more of it")
+        raise ValueError(f"{reference!r} is not in the store {store.root}; `gptline plan` and the run's page show digests")
+    if match := RUN_STAGE.fullmatch(reference):
+        run, stage = match.groups()
+        ended = [each for each in read_journal(store, run) if each["type"] == "stage_ended" and each.get("output")]
+        for event in reversed(ended):
+            if event["stage"] == stage:
+                return str(event["output"])
+        if run not in store.runs():
+            raise ValueError(f"{reference!r}: there is no run {run!r}; the newest are {', '.join(store.runs()[-3:]) or 'none'}")
+        raise ValueError(f"{reference!r}: that run made no {stage!r}; it has {', '.join(each['stage'] for each in ended) or 'nothing'}")
+    raise ValueError(f"{reference!r} is no reference; wanted sha256:<digest> or run:<id>/<stage>")
+
+
+def identity(stage: Stage, *, inline: bool = False) -> dict[str, Any]:
+    """What a checkpoint must share with the gang that loads it."""
+    config = stage.config
+    assert isinstance(config, TrainSettings)
+    engine = "torch" if inline else config.engine
+    return {
+        "world_size": 1 if inline else stage.resources.ranks,
+        "engine": engine,
+        "zero_stage": config.zero_stage if engine == "deepspeed" else None,
+        "precision": config.precision,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the interpreter and of the libraries that decide results."""
+    found = {"python": platform.python_version()}
+    for name in TRACKED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def _notes(action: Action, stage: Stage) -> list[str]:
+    """What differs without making a difference: operational settings, and versions."""
+    notes = []
+    for name, asked in stage.operational().items():
+        made = action.operational.get(name, asked)
+        if made != asked and name in ("ranks", "micro_batch_size", "zero_stage", "engine", "gpus_per_rank", "cpus_per_rank", "offload"):
+            notes.append(f"made with {name} = {json.dumps(made)}, you ask for {json.dumps(asked)}")
+    now = versions()
+    for name, made in action.versions.items():
+        if now.get(name, made) != made:
+            notes.append(f"made with {name} {made}, here is {now[name]}")
+    return notes
