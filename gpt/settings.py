@@ -6,9 +6,10 @@ Importing this module must stay cheap: `gptline plan` does so.
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class Settings(BaseModel):
@@ -177,6 +178,53 @@ class TrainSettings(Settings):
                 f"the nearest that fit are {_nearest(self.global_batch_size, per_pass)}"
             )
         return passes
+
+
+class PretrainSettings(TrainSettings):
+    """`PretrainSettings(preset="gpt2-tiny", seq_len=64, steps=2000, global_batch_size=12, lr=1e-3)`."""
+
+    preset: str
+    """A key of `PRESETS`."""
+    n_layer: int | None = None
+    """This and what follows take the place of the preset's own values where they are given."""
+    n_head: int | None = None
+    n_kv_head: int | None = None
+    n_embd: int | None = None
+    seq_len: int | None = None
+    dropout: float | None = None
+    positions: Literal["learned", "sinusoidal", "rope"] | None = None
+    norm: Literal["layernorm", "rmsnorm"] | None = None
+    norm_first: bool | None = None
+    activation: Literal["gelu", "relu", "swiglu"] | None = None
+    n_hidden: int | None = None
+    bias: bool | None = None
+    tied: bool | None = None
+
+    eval_tokens: Operational[int] = Field(default=65536, ge=1)
+    """Held-out tokens that `val/loss` looks at, the same ones each time; the `evaluate` stage reads them all."""
+
+    @field_validator("preset")
+    @classmethod
+    def _preset_exists(cls, preset: str) -> str:
+        if preset not in PRESETS:
+            close = get_close_matches(preset, PRESETS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"no preset {preset!r}; {hint}There are {', '.join(PRESETS)}")
+        return preset
+
+    @model_validator(mode="after")
+    def _shape_fits(self) -> PretrainSettings:
+        try:
+            self.shape()
+        except ValidationError as error:
+            # Pydantic would print a second report inside its own.
+            faults = (".".join(map(str, (*fault["loc"], ""))) + " " + fault["msg"] for fault in error.errors())
+            raise ValueError("; ".join(fault.removeprefix(" Value error, ") for fault in faults)) from None
+        return self
+
+    def shape(self) -> ModelShape:
+        given = {name: getattr(self, name) for name in ModelShape.model_fields if getattr(self, name) is not None}
+        return ModelShape(**{**PRESETS[self.preset].model_dump(), **given})
 
 
 def _nearest(size: int, unit: int) -> str:

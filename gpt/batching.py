@@ -1,0 +1,147 @@
+"""Which tokens a step sees, by index arithmetic alone: `batch = f(seed, step)`, so the data position is the step.
+
+Token files are flat arrays on disk. An epoch cuts each into windows from a random offset and visits all of them once, in
+a random order. Ranks and micro-batches are slices of the same global batch: they never change which rows a step sees.
+
+Left out: masks between the documents of one window (attention may look across their boundary), and packing to fill windows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt.random_streams import permutation, stream_seed
+
+SCAN_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: all (B, T). `targets` are `token_ids` one place on; True in `loss_mask` = counts."""
+
+    token_ids: Tensor
+    targets: Tensor
+    loss_mask: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.token_ids.to(device), self.targets.to(device), self.loss_mask.to(device))
+
+
+def open_tokens(path: Path, dtype: str, vocab_size: int) -> np.ndarray:
+    """A file of little-endian unsigned integers ("uint16", "uint32") as (n,), mapped and checked once against the vocabulary."""
+    unit = np.dtype(dtype).newbyteorder("<")
+    n_bytes = path.stat().st_size
+    if n_bytes % unit.itemsize:
+        raise ValueError(f"{path}: {n_bytes} bytes are not whole {dtype} tokens of {unit.itemsize} bytes; make the tokens artifact again")
+    if not n_bytes:
+        return np.empty(0, unit)  # an empty file can't be mapped
+    tokens = np.memmap(path, unit, mode="r")
+    for start in range(0, len(tokens), SCAN_TOKENS):
+        block = tokens[start : start + SCAN_TOKENS]
+        if block.max() >= vocab_size:
+            place = start + int(np.argmax(block >= vocab_size))
+            raise ValueError(
+                f"{path}: token {place:,} is {tokens[place]}, but the tokenizer has only the ids 0 to {vocab_size - 1}; "
+                "take the tokenizer and the tokens from the same artifact"
+            )
+    return tokens
+
+
+class TrainingBatches:
+    """`TrainingBatches([tokens], seq_len=128, global_batch_size=32, seed=1).micro_batch(step, rows)` for any step, in any order."""
+
+    def __init__(self, files: Sequence[np.ndarray], *, seq_len: int, global_batch_size: int, seed: int) -> None:
+        for number, tokens in enumerate(files):
+            if len(tokens) < seq_len + 1:
+                raise ValueError(
+                    f"training tokens {number + 1} of {len(files)}: {len(tokens)} tokens are less than one window of seq_len + 1 = "
+                    f"{seq_len + 1}; give more text or a smaller seq_len"
+                )
+        self._files = files
+        self._seq_len = seq_len
+        self._global_batch_size = global_batch_size
+        self._seed = seed
+        # One window less than would fit: it is the room for the epoch's offset, and makes all epochs equally long.
+        n_windows = [max(1, (len(tokens) - seq_len) // seq_len) for tokens in files]
+        self._first_window = [0, *accumulate(n_windows)]
+        self._order = lru_cache(maxsize=2)(self._draw_order)  # a step may straddle two epochs
+
+    def windows_per_epoch(self) -> int:
+        return self._first_window[-1]
+
+    def window(self, step: int, row: int) -> tuple[int, int]:
+        """Where a row of the step's global batch begins: its file, and the first token in it."""
+        epoch, place = divmod(step * self._global_batch_size + row, self.windows_per_epoch())
+        order, offsets = self._order(epoch)
+        window = int(order[place])
+        file = bisect_right(self._first_window, window) - 1
+        return file, offsets[file] + (window - self._first_window[file]) * self._seq_len
+
+    def micro_batch(self, step: int, rows: range) -> Batch:
+        """These rows of the step's global batch."""
+        windows = [self.window(step, row) for row in rows]
+        tokens = np.stack([self._files[file][start : start + self._seq_len + 1] for file, start in windows])
+        token_ids = torch.from_numpy(tokens.astype(np.int64))  # (B, T + 1)
+        return Batch(token_ids[:, :-1], token_ids[:, 1:], torch.ones(len(rows), self._seq_len, dtype=torch.bool))
+
+    def _draw_order(self, epoch: int) -> tuple[np.ndarray, list[int]]:
+        """The epoch's order of all windows, and where in each file its first one begins."""
+        offsets = []
+        for file, tokens in enumerate(self._files):
+            n_windows = self._first_window[file + 1] - self._first_window[file]
+            spare = len(tokens) - 1 - n_windows * self._seq_len
+            offsets.append(stream_seed(self._seed, "offset", epoch, file) % (min(spare, self._seq_len - 1) + 1))
+        return permutation(stream_seed(self._seed, "order", epoch), self.windows_per_epoch()), offsets
+
+
+def micro_batch_rows(rank: int, world_size: int, global_batch_size: int, gradient_accumulation_steps: int) -> list[range]:
+    """The rows of the global batch that a rank computes, one range per micro-step: its share, in consecutive slices."""
+    share = global_batch_size // world_size
+    size = share // gradient_accumulation_steps
+    first = rank * share
+    return [range(first + micro_step * size, first + (micro_step + 1) * size) for micro_step in range(gradient_accumulation_steps)]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A held-out window: reads `tokens[start : stop - 1]` and scores the targets `tokens[score_from : stop]`."""
+
+    file: int
+    start: int
+    score_from: int
+    stop: int
+
+
+def held_out_windows(n_tokens: Sequence[int], seq_len: int, stride: int) -> list[Window]:
+    """Windows in which every token but a file's first is scored once, with at least seq_len - stride tokens before it where there are."""
+    if not 1 <= stride <= seq_len:
+        raise ValueError(f"stride = {stride} must be from 1 to seq_len = {seq_len}: tokens between two windows would never be scored")
+    windows = []
+    for file, n in enumerate(n_tokens):
+        scored = 1
+        while scored < n:
+            start = 0 if scored == 1 else scored - 1 - (seq_len - stride)
+            stop = min(start + seq_len + 1, n)
+            windows.append(Window(file, start, scored, stop))
+            scored = stop
+    return windows
+
+
+def held_out_batch(files: Sequence[np.ndarray], windows: Sequence[Window], seq_len: int) -> Batch:
+    """Rows padded on the right to seq_len; what is padding or scored by another window doesn't count."""
+    token_ids = torch.zeros(len(windows), seq_len + 1, dtype=torch.int64)
+    loss_mask = torch.zeros(len(windows), seq_len, dtype=torch.bool)
+    for row, window in enumerate(windows):
+        tokens = files[window.file][window.start : window.stop].astype(np.int64)
+        token_ids[row, : len(tokens)] = torch.from_numpy(tokens)
+        loss_mask[row, window.score_from - window.start - 1 : len(tokens) - 1] = True
+    return Batch(token_ids[:, :-1], token_ids[:, 1:], loss_mask)
