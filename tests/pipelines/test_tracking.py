@@ -1,0 +1,417 @@
+"""MLflow is a view of the journal: it may be dead, late or killed, and shows each thing once all the same."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.commit import canonical_json
+from pipelines.journal import JournalWriter
+from pipelines.store import Action, Store
+from pipelines.tracking import Sender, resolve_uri, start_tracking, sync, ui_command, unreachable
+
+START_MS = 1_790_000_000_000
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    (tmp_path / "store").mkdir()
+    return Store(tmp_path / "store")
+
+
+def artifact(store: Store, kind: str, text: str, **metadata: Any) -> str:
+    folder = store.new_folder()
+    (folder / "file").write_text(text)
+    return store.publish(folder, kind, metadata).digest
+
+
+def action(store: Store, stage: str, run: str, output: str, output_kind: str, **more: Any) -> Action:
+    given: dict[str, Any] = dict(
+        inputs={}, leaves={"config.lr": 0.1, "code.gpt.model:GPT": "abc"}, versions={"torch": "2.13.0"}, seconds=2.0
+    )
+    return store.record(
+        Action(
+            **(given | more), key=f"key-{stage}", pipeline="line", stage=stage, kind=stage, run=run, output=output, output_kind=output_kind,
+            started_ms=START_MS, host="h", user="u", pid=1,
+        )
+    )  # fmt: skip
+
+
+def begin(store: Store, run: str, stages: dict[str, Any] | None = None) -> JournalWriter:
+    info = {
+        "run": run,
+        "pipeline": "line",
+        "config": {"seed": 1, "stages": stages or {}},
+        "command": "gptline run line.toml",
+        "snapshot": "5" * 64,
+    }
+    store.backend.put(f"runs/{run}/run.json", canonical_json(info))
+    writer = JournalWriter(store, run)
+    writer.write("run_started", pipeline="line", run=run, config={}, command="gptline run line.toml", user="u", host="h", versions={})
+    return writer
+
+
+def a_pretraining(store: Store, run: str, points: int = 100) -> Action:
+    """documents -> pretrain, with a curve of `points` points and one figure."""
+    documents = artifact(store, "documents", "text", documents=3)
+    writer = begin(store, run, {"pretrain": {"lr": 0.1, "files": ["a", "b"], "inputs": {"documents": ["documents"]}}})
+    writer.write("stage_started", stage="documents", key="key-documents", decision="run", reason="new", steps=None)
+    made = action(store, "documents", run, documents, "documents")
+    ended(writer, "documents", made, "done", "run")
+    writer.write("stage_started", stage="pretrain", key="key-pretrain", decision="run", reason="new", steps=points)
+    curve = [(step, 5.0 - step / 100, START_MS + step) for step in range(points)]
+    for at in range(0, points, 10):
+        writer.write("points", stage="pretrain", points=[["train/loss", *point] for point in curve[at : at + 10]])
+        writer.flush()
+    model = artifact(store, "model", "weights", role="policy")
+    made = action(
+        store, "pretrain", run, model, "model", inputs={"documents": [documents]}, curves={"train/loss": curve}, figures={"val/loss": 4.5}
+    )  # fmt: skip
+    ended(writer, "pretrain", made, "done", "run")
+    writer.write("run_ended", status="FINISHED", exit_code=0, text="done")
+    return made
+
+
+def ended(writer: JournalWriter, stage: str, made: Action | None, status: str, decision: str) -> None:
+    writer.write(
+        "stage_ended", stage=stage, status=status, decision=decision, reason="nothing changed", seconds=2.0, error=None,
+        key=made.key if made else "", number=made.number if made else None, output=made.output if made else None,
+    )  # fmt: skip
+
+
+def a_reusing(store: Store, run: str, made: list[Action]) -> None:
+    writer = begin(store, run)
+    for each in made:
+        ended(writer, each.stage, each, "reused", "reuse")
+    writer.write("run_ended", status="FINISHED", exit_code=0, text="done")
+
+
+def client(store: Store, uri: str = "sqlite") -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(resolve_uri(uri, store.root))
+
+
+def children(mlflow: Any, run: str, pipeline: str = "line") -> dict[str, Any]:
+    """Stage to its run; "" is the parent. Two runs for one stage would show here."""
+    experiment = mlflow.get_experiment_by_name(pipeline)
+    found = [
+        (each.data.tags.get("gptline.stage", ""), each)
+        for each in mlflow.search_runs([experiment.experiment_id], f"tags.`gptline.run` = '{run}'")
+    ]
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+def points(mlflow: Any, run_id: str, metric: str = "train/loss") -> list[tuple[int, float, int]]:
+    return sorted((each.step, each.value, each.timestamp) for each in mlflow.get_metric_history(run_id, metric))
+
+
+def test_sqlite_is_a_file_inside_the_store(tmp_path: Path) -> None:
+    assert resolve_uri("sqlite", tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert resolve_uri("http://mlflow.example:5000", tmp_path) == "http://mlflow.example:5000"
+
+
+def test_a_dead_server_costs_one_sentence_and_no_time(store: Store) -> None:
+    a_pretraining(store, "r1")
+    uri = f"http://127.0.0.1:{free_port()}"
+    began_s = time.monotonic()
+    delivery = Sender(store, "r1", uri).deliver()
+    assert time.monotonic() - began_s < 1
+    assert (delivery.sent, delivery.remaining) == (0, 16)  # 1 run_started, 2 x (started, ended), 10 x points, 1 run_ended
+    assert delivery.error == (
+        f"MLflow {uri} not reachable (connection refused): what happens is kept in the run's journal "
+        f"and sent when it is back, at the next run or `gptline sync`"
+    )
+
+
+def test_a_server_that_takes_connections_and_never_answers_is_given_up_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.tracking.ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        assert unreachable(f"http://127.0.0.1:{mute.getsockname()[1]}") == "no answer in time"
+
+
+def test_importing_tracking_imports_no_mlflow() -> None:
+    subprocess.run([sys.executable, "-c", "import pipelines.tracking, sys; assert 'mlflow' not in sys.modules"], check=True)
+
+
+@pytest.mark.slow
+def test_a_run_is_shown_whole_and_sending_it_again_changes_nothing(store: Store) -> None:
+    made = a_pretraining(store, "r1")
+    assert Sender(store, "r1", "sqlite").deliver().error is None
+    mlflow = client(store)
+
+    def picture() -> Any:
+        runs = children(mlflow, "r1")
+        return {
+            stage: (
+                run.info.status, run.info.end_time, run.data.params, run.data.tags, run.data.metrics,
+                [(each.dataset.name, each.dataset.digest) for each in run.inputs.dataset_inputs],
+                [each.model_id for each in run.outputs.model_outputs], points(mlflow, run.info.run_id),
+            )
+            for stage, run in runs.items()
+        }  # fmt: skip
+
+    first = picture()
+    assert set(first) == {"", "documents", "pretrain"}
+    status, _, params, tags, metrics, datasets, models, curve = first["pretrain"]
+    assert status == "FINISHED"
+    assert params == {"lr": "0.1", "files.0": "a", "files.1": "b"}
+    assert tags["gptline.action"] == "key-pretrain/1"
+    assert tags["gptline.output"] == made.output
+    assert tags["gptline.in.documents"] == made.inputs["documents"][0]
+    assert tags["gptline.version.torch"] == "2.13.0"
+    assert metrics == {"train/loss": 5.0 - 99 / 100, "val/loss": 4.5, "time/stage_s": 2.0}
+    assert datasets == [("documents:documents", made.inputs["documents"][0][:36])]
+    assert len(models) == 1
+    assert curve == [(step, 5.0 - step / 100, START_MS + step) for step in range(100)]
+    assert {each.path for each in mlflow.list_artifacts(first[""][3]["mlflow.runName"] and children(mlflow, "r1")[""].info.run_id)} == {
+        "config.json", "lineage.html", "lineage.mmd", "page.html",
+    }  # fmt: skip
+
+    again = Sender(store, "r1", "sqlite").deliver(again=True)
+    assert (again.sent, again.error) == (16, None)
+    assert picture() == first
+    assert Sender(store, "r1", "sqlite").deliver().sent == 0
+
+
+@pytest.mark.slow
+def test_a_reused_stage_has_a_child_with_the_curve_and_the_model_of_the_action_it_reuses(store: Store) -> None:
+    made = a_pretraining(store, "r1", points=20)
+    a_reusing(store, "r2", [store.action("key-documents", 1), made])
+    lines = sync(store, "sqlite")
+    assert lines == ["r1  8 events delivered", "r2  4 events delivered", "MLflow sqlite has all of 2 runs"]
+    mlflow = client(store)
+    first, second = children(mlflow, "r1"), children(mlflow, "r2")
+    assert set(second) == {"", "documents", "pretrain"}
+    reused = second["pretrain"]
+    assert reused.data.tags["gptline.decision"] == "reuse"
+    assert reused.data.tags["gptline.made_by_run"] == "r1"
+    assert reused.data.tags["gptline.made_by_mlflow_run"] == first["pretrain"].info.run_id
+    assert points(mlflow, reused.info.run_id) == points(mlflow, first["pretrain"].info.run_id)
+    assert [each.model_id for each in reused.outputs.model_outputs] == [each.model_id for each in first["pretrain"].outputs.model_outputs]
+    assert len(mlflow.search_logged_models([mlflow.get_experiment_by_name("line").experiment_id])) == 1
+
+
+@pytest.mark.slow
+def test_a_model_that_is_read_is_an_input_and_takes_the_figures_of_who_measured_it(store: Store) -> None:
+    model = a_pretraining(store, "r1", points=10).output
+    writer = begin(store, "r2")
+    report = artifact(store, "report", "{}")
+    evaluated = action(store, "evaluate", "r2", report, "report", inputs={"model": [model]}, figures={"eval/bits_per_byte": 1.75})
+    ended(writer, "evaluate", evaluated, "done", "run")
+    writer.write("run_ended", status="FINISHED", exit_code=0, text="")
+    sync(store, "sqlite")
+    mlflow = client(store)
+    runs = children(mlflow, "r2")
+    [given] = mlflow.get_run(runs["evaluate"].info.run_id).inputs.model_inputs  # a search leaves these out
+    assert mlflow.get_logged_model(given.model_id).tags["gptline.digest"] == model
+    assert ("eval/bits_per_byte", 1.75) in [(each.key, each.value) for each in mlflow.get_logged_model(given.model_id).metrics]
+    assert runs[""].data.metrics == {"eval/bits_per_byte": 1.75}
+
+
+@pytest.mark.slow
+def test_the_parents_note_has_a_row_with_a_link_for_each_of_twelve_stages(store: Store) -> None:
+    writer = begin(store, "r1")
+    for number in range(12):
+        made = action(store, f"stage{number}", "r1", artifact(store, "documents", str(number)), "documents")
+        ended(writer, f"stage{number}", made, "done" if number % 2 else "reused", "run" if number % 2 else "reuse")
+    writer.write(
+        "stage_ended", stage="last", status="blocked", decision="blocked", reason="a | b\nc", seconds=None, key="", number=None, output=None
+    )
+    writer.write("run_ended", status="FAILED", exit_code=1, text="")
+    Sender(store, "r1", "sqlite").deliver()
+    runs = children(client(store), "r1")
+    rows = runs[""].data.tags["mlflow.note.content"].splitlines()[2:]
+    assert len(rows) == 13
+    experiment = runs[""].info.experiment_id
+    for number in range(12):
+        link = f"#/experiments/{experiment}/runs/{runs[f'stage{number}'].info.run_id}?workflowType=machine_learning"
+        assert rows[number].startswith(f"| [stage{number}]({link}) |")
+    assert rows[12] == r"| last | blocked | a \| b c |  |  |"
+    assert "last" not in runs
+    assert runs[""].info.status == "FAILED"
+
+
+@pytest.mark.slow
+def test_values_that_are_no_numbers_arrive_once_and_hold_nothing_back(store: Store) -> None:
+    writer = begin(store, "r1")
+    writer.write("stage_started", stage="pretrain", key="k", decision="run", reason="", steps=3)
+    row = [["train/loss", 0, math.nan, 1], ["train/loss", 1, math.inf, 2], ["train/loss", 2, 1.0, 3], ["odd (name)%", 0, 7.0, 4]]
+    writer.write("points", stage="pretrain", points=row)
+    writer.flush()
+    for again in (False, True):
+        assert Sender(store, "r1", "sqlite").deliver(again).error is None
+    mlflow = client(store)
+    run_id = children(mlflow, "r1")["pretrain"].info.run_id
+    values = [each.value for each in sorted(mlflow.get_metric_history(run_id, "train/loss"), key=lambda each: each.step)]
+    assert len(values) == 3
+    assert math.isnan(values[0])
+    assert values[1:] == [sys.float_info.max, 1.0]
+    assert points(mlflow, run_id, "odd _name__") == [(0, 7.0, 4)]
+
+
+@pytest.mark.slow
+def test_points_that_a_resumed_gang_repeats_are_in_mlflow_once_even_from_a_cursor(store: Store) -> None:
+    writer = begin(store, "r1")
+    writer.write("points", stage="pretrain", points=[["train/loss", step, 1.0, step] for step in range(20)])
+    writer.flush()
+    Sender(store, "r1", "sqlite").deliver()
+    writer.write("points", stage="pretrain", points=[["train/loss", step, 1.5, 100 + step] for step in range(10, 30)])
+    writer.flush()
+    Sender(store, "r1", "sqlite").deliver()
+    mlflow = client(store)
+    assert [step for step, _, _ in points(mlflow, children(mlflow, "r1")["pretrain"].info.run_id)] == list(range(30))
+
+
+@pytest.mark.slow
+def test_a_run_whose_driver_died_is_killed_by_sync_and_so_are_its_open_stages(store: Store) -> None:
+    writer = begin(store, "r1")
+    writer.write("stage_started", stage="pretrain", key="k", decision="run", reason="", steps=3)
+    Sender(store, "r1", "sqlite").deliver()
+    assert {run.info.status for run in children(client(store), "r1").values()} == {"RUNNING"}
+    assert sync(store, "sqlite", dead=["r1"])[:2] == ["r1  ended as KILLED: its driver is gone", "r1  1 events delivered"]
+    assert {run.info.status for run in children(client(store), "r1").values()} == {"KILLED"}
+
+
+@pytest.mark.slow
+def test_a_fresh_database_under_the_same_name_gets_everything_again(store: Store) -> None:
+    a_pretraining(store, "r1", points=10)
+    sync(store, "sqlite")
+    (store.root / "mlflow.db").unlink()
+    # this process keeps the old file open; a person's next command is a process of its own
+    subprocess.run([sys.executable, "-c", f"from pipelines.store import *; from pipelines.tracking import *; sync(Store(Path({str(store.root)!r})), 'sqlite')"], check=True)  # fmt: skip  # noqa: E501
+    counted = (
+        "from mlflow import MlflowClient as M; m = M({!r}); print(len(m.search_runs([m.get_experiment_by_name('line').experiment_id])))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", counted.format(resolve_uri("sqlite", store.root))], capture_output=True, check=True, text=True
+    )
+    assert told.stdout.split()[-1] == "3"
+
+
+@pytest.mark.slow
+def test_two_senders_at_once_on_one_fresh_database_show_one_run(store: Store) -> None:
+    a_pretraining(store, "r1", points=50)
+    command = [sys.executable, "-m", "pipelines.tracking", str(store.root), "r1", "sqlite", "--driver", str(os.getpid())]
+    both = [subprocess.Popen(command) for _ in range(2)]
+    assert [each.wait(120) for each in both] == [0, 0]
+    mlflow = client(store)
+    assert len(points(mlflow, children(mlflow, "r1")["pretrain"].info.run_id)) == 50
+    assert Sender(store, "r1", "sqlite").deliver().sent == 0
+
+
+@pytest.mark.slow
+def test_the_senders_process_ends_by_itself_with_the_run(store: Store) -> None:
+    tracker = start_tracking(store, "r1", "sqlite")
+    a_pretraining(store, "r1")
+    assert tracker.finish(60) is None
+    assert tracker._process.wait(30) == 0
+    mlflow = client(store)
+    assert len(points(mlflow, children(mlflow, "r1")["pretrain"].info.run_id)) == 100
+
+
+@pytest.mark.slow
+def test_the_sender_outlives_a_killed_driver_and_delivers_what_it_wrote(store: Store) -> None:
+    driver = (
+        "import os, signal, sys; from pathlib import Path; from pipelines.store import Store; from pipelines.journal import JournalWriter\n"
+        "from pipelines.tracking import start_tracking\n"
+        "store = Store(Path(sys.argv[1])); tracker = start_tracking(store, 'r1', 'sqlite'); writer = JournalWriter(store, 'r1')\n"
+        "writer.write('run_started', pipeline='line'); writer.write('stage_started', stage='pretrain', decision='run')\n"
+        "writer.write('points', stage='pretrain', points=[['train/loss', s, 1.0, s] for s in range(100)]); writer.flush()\n"
+        "print(tracker._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    ended = subprocess.run([sys.executable, "-c", driver, str(store.root)], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    wait_for(lambda: not Path(f"/proc/{int(ended.stdout)}").exists() or is_zombie(int(ended.stdout)))
+    mlflow = client(store)
+    assert len(points(mlflow, children(mlflow, "r1")["pretrain"].info.run_id)) == 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_server_dead_at_the_start_and_killed_in_mid_run_has_each_point_once_in_the_end(store: Store) -> None:
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    tracker = start_tracking(store, "r1", uri)
+    writer = begin(store, "r1")
+    writer.write("stage_started", stage="pretrain", key="k", decision="run", reason="", steps=100)
+    said: list[str | None] = []
+    wait_for(lambda: said.append(tracker.news()) or said[-1])
+    assert "not reachable (connection refused)" in str(said[-1])
+    assert tracker.news() is None  # said once
+
+    def train(steps: range) -> None:
+        for step in steps:
+            writer.write("points", stage="pretrain", points=[["train/loss", step, float(step), START_MS + step]])
+            writer.flush()
+
+    train(range(20))
+    with server(store, port):
+        wait_for(lambda: len(seen(store, uri)) == 20)
+    train(range(20, 60))
+    with server(store, port):
+        train(range(60, 100))
+        ended(writer, "pretrain", None, "failed", "run")
+        writer.write("run_ended", status="FAILED", exit_code=1, text="")
+        assert wait_for(lambda: tracker.finish(60) is None)
+        assert seen(store, uri) == [(step, float(step), START_MS + step) for step in range(100)]
+        assert children(client(store, uri), "r1")["pretrain"].info.status == "FAILED"
+
+
+def seen(store: Store, uri: str) -> list[tuple[int, float, int]]:
+    mlflow = client(store, uri)
+    if mlflow.get_experiment_by_name("line") is None:
+        return []
+    runs = children(mlflow, "r1")
+    return points(mlflow, runs["pretrain"].info.run_id) if "pretrain" in runs else []
+
+
+class server:
+    """A real server on loopback; killed -9 at the end of the block."""
+
+    def __init__(self, store: Store, port: int) -> None:
+        self._command = ui_command(store, "sqlite", port)
+        self._url = f"http://127.0.0.1:{port}"
+
+    def __enter__(self) -> None:
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        self._process = subprocess.Popen(
+            self._command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_for(lambda: unreachable(self._url) is None)
+
+    def __exit__(self, *_: object) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_for(true: Any, seconds: float = 90) -> bool:
+    until_s = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until_s, "waited in vain"
+        time.sleep(0.1)
+    return True
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
