@@ -48,6 +48,8 @@ class Heartbeat:
     deadline_s: float
     step: int
     """The last step that was logged or committed."""
+    begun: bool
+    """Any section was entered yet."""
 
 
 class ProcessRank:
@@ -83,6 +85,7 @@ class ProcessRank:
         self._identity = dict(identity)
         self._engines: dict[str, Any] = {}
         self._sections: tuple[tuple[str, float, float], ...] = ()
+        self._begun = False
         self._step = 0
         self._saves = 0
         self._misses = 0
@@ -111,6 +114,7 @@ class ProcessRank:
     def section(self, name: str, deadline_s: float) -> Iterator[None]:
         outer = self._sections
         self._sections = (*outer, (name, deadline_s, time.monotonic()))
+        self._begun = True
         try:
             yield
         finally:
@@ -121,9 +125,9 @@ class ProcessRank:
         now_s = time.monotonic()
         sections = self._sections
         if not sections:
-            return Heartbeat(None, 0.0, float("inf"), self._step)
+            return Heartbeat(None, 0.0, float("inf"), self._step, self._begun)
         name, deadline_s, started_at_s = min(sections, key=lambda section: section[2] + section[1])
-        return Heartbeat(name, now_s - started_at_s, deadline_s, self._step)
+        return Heartbeat(name, now_s - started_at_s, deadline_s, self._step, self._begun)
 
     def should_stop(self) -> bool:
         flag = torch.tensor([1.0 if self._stop_requested() else 0.0])

@@ -1,0 +1,286 @@
+"""The door to a Ray cluster: open a session, see what it has, run a function as a task whose events stream back.
+
+Leaves out gangs (`cluster/gang.py`). Workers import our packages from the code snapshot that `start` is given, whatever
+is edited meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+Event = dict[str, Any]
+T = TypeVar("T")
+
+
+class TaskDied(Exception):
+    """A task's process ended without an answer: killed, crashed, out of memory, or its node lost."""
+
+
+@dataclass(frozen=True)
+class Session:
+    address: str
+    """What other drivers would connect to."""
+    local: bool
+    """Started here, and ends with this process."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    cpus: float
+    gpus: float
+    memory_gib: float
+    nodes: int
+
+
+@contextlib.contextmanager
+def start(
+    address: str = "local",
+    *,
+    code_path: Path,
+    cpus: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    log_to_driver: bool = False,
+) -> Iterator[Session]:
+    """Open a session for the `with` block: `local` starts one on the loopback interface, another address joins that cluster.
+
+    `code_path` holds `pipelines`, `gpt` and `cluster` as the workers shall import them. `environment` reaches every worker;
+    folders in its PYTHONPATH come after `code_path`.
+    """
+    code_path = code_path.resolve()
+    if not (code_path / "cluster").is_dir():
+        raise ValueError(f"code_path = {code_path} has no folder cluster/: want the folder that holds our packages")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if address == "local":
+        _secret_for_this_process()
+        # Ray's switch for laptops: off, every one of its processes listens on the loopback interface alone. Read at import.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    import ray
+
+    if ray.is_initialized():
+        raise RuntimeError("this process has a Ray session already: close it before starting another")
+    options: dict[str, Any] = {
+        "address": address,
+        "log_to_driver": log_to_driver,
+        "logging_level": logging.WARNING,
+        "configure_logging": False,
+        # Our packages come first in sys.path by the working folder (below); PYTHONPATH serves the processes that workers start.
+        "runtime_env": {"env_vars": _worker_environment(code_path, environment or {})},
+    }
+    if address == "local":
+        options |= {"num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    before = Path.cwd()
+    # Ray puts the driver's working folder at init first on every worker's sys.path, ahead of PYTHONPATH and of an editable install.
+    os.chdir(code_path)
+    try:
+        try:
+            ray.init(**options)
+        finally:
+            os.chdir(before)
+        session = Session(address=ray.get_runtime_context().gcs_address, local=address == "local")
+        if session.local and not session.address.startswith(("127.", "[::1]", "localhost")):
+            raise RuntimeError(f"the local Ray session would listen on {session.address}: import cluster.ray_session's start before ray")
+        yield session
+    finally:
+        ray.shutdown()
+
+
+def _worker_environment(code_path: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    path = os.pathsep.join(part for part in (str(code_path), environment.get("PYTHONPATH")) if part)
+    return {**environment, "PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def _secret_for_this_process() -> None:
+    """A local session answers only who knows its secret, which is never written to a file.
+
+    Left alone, Ray would write one into the home folder. Once per process, since Ray's C++ side reads it once.
+    """
+    if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def resources() -> Resources:
+    """All that the cluster has, in use or not."""
+    import ray
+
+    total = ray.cluster_resources()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0) / 2**30, len(alive))
+
+
+class Task:
+    """A submitted function; `poll` never blocks, so one driver can watch many."""
+
+    def __init__(self, name: str, stream: Any) -> None:
+        self.name = name
+        self.done = False
+        self._stream = stream
+        self._task_id: str = stream.completed().task_id().hex()
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def poll(self) -> list[Event]:
+        """The events that came in since the last poll."""
+        import ray
+
+        events: list[Event] = []
+        while not self.done:
+            ready, _ = ray.wait([self._stream], timeout=0)
+            if not ready:
+                break
+            try:
+                item = ray.get(next(self._stream))
+            except StopIteration:
+                self._finish(TaskDied(f"{self.name}: the task ended without a result"))
+            except Exception as error:
+                self._finish(_translated(self.name, error))
+            else:
+                if isinstance(item, _Finished):
+                    self._value = item.value
+                    self.done = True
+                else:
+                    events.append(item)
+        return events
+
+    def result(self) -> Any:
+        """What the function returned. Raises what it raised, or TaskDied; `done` is True first."""
+        assert self.done, "poll() until done, then ask for the result"
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def cancel(self) -> None:
+        """End the task's process, and with it what the task started; the events and the result are lost."""
+        import ray
+
+        if not self.done:
+            ray.cancel(self._stream, force=True)
+            self._finish(TaskDied(f"{self.name}: cancelled"))
+
+    def _finish(self, error: BaseException) -> None:
+        self._error = error
+        self.done = True
+        if isinstance(error, TaskDied):
+            remove_groups_of(self._task_id)
+
+
+@dataclass(frozen=True)
+class _Finished:
+    value: Any
+
+
+def submit(
+    function: Callable[[Any], Generator[Event, None, Any]],
+    payload: Any,
+    *,
+    name: str,
+    cpus: float = 1,
+    gpus: float = 0,
+    memory_gib: float | None = None,
+    labels: Mapping[str, str] | None = None,
+    accelerator: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Task:
+    """Run a module-level generator function as a task: what it yields are events, what it returns is the result.
+
+    Never retried by Ray: who sees the failure decides. A stage that runs a gang asks for 0 CPUs.
+    """
+    import ray
+
+    options: dict[str, Any] = {
+        "name": name,
+        "num_cpus": cpus,
+        "num_gpus": gpus,
+        "max_retries": 0,
+        "num_returns": "streaming",
+        "memory": None if memory_gib is None else int(memory_gib * 2**30),
+        "label_selector": dict(labels) if labels else None,
+        "accelerator_type": accelerator,
+        "runtime_env": {"env_vars": dict(environment)} if environment else None,
+    }
+    chosen = {key: value for key, value in options.items() if value is not None}
+    return Task(name, ray.remote(_stream).options(**chosen).remote(function, payload))
+
+
+def _stream(function: Callable[[Any], Generator[Event, None, Any]], payload: Any) -> Iterator[Event | _Finished]:
+    value = yield from function(payload)
+    yield _Finished(value)
+
+
+def streamed(work: Callable[[Callable[[Event], None]], T]) -> Generator[Event, None, T]:
+    """Run `work(emit)` in a thread and yield what it emits, as it comes; its return value is the generator's."""
+    events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome[:] = [True, work(events.put)]
+        except BaseException as error:
+            outcome[:] = [False, error]
+        finally:
+            events.put(None)
+
+    thread = threading.Thread(target=run, name="stage", daemon=True)
+    thread.start()
+    while (event := events.get()) is not None:
+        yield event
+    thread.join()
+    succeeded, value = outcome
+    if not succeeded:
+        raise value
+    return value
+
+
+def _translated(name: str, error: Exception) -> BaseException:
+    """What the function itself raised, or a TaskDied that says in a sentence why there is nothing of the kind."""
+    from ray import exceptions as rays
+
+    if isinstance(error, rays.RayTaskError):
+        cause = error.as_instanceof_cause().cause if hasattr(error, "as_instanceof_cause") else error.cause
+        return cause if isinstance(cause, BaseException) else error
+    return TaskDied(f"{name}: {death_in_words(error)}")
+
+
+def death_in_words(error: Exception) -> str:
+    """Why Ray lost a process, as the end of a sentence."""
+    from ray import exceptions as rays
+
+    if isinstance(error, rays.OutOfMemoryError):
+        return (
+            f"ended by Ray's memory monitor, since its node ran out of memory; ask for fewer ranks or set memory_gib ({_first_line(error)})"
+        )
+    if isinstance(error, rays.NodeDiedError):
+        return f"its node was lost ({_first_line(error)})"
+    if isinstance(error, rays.RuntimeEnvSetupError):
+        return f"its environment could not be set up ({_first_line(error)})"
+    if isinstance(error, rays.TaskCancelledError):
+        return "cancelled"
+    if isinstance(error, (rays.WorkerCrashedError, rays.ActorDiedError)):
+        return "its process died without a word: SIGKILL (often the kernel's out-of-memory killer), or a crash in native code"
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+GROUP_PREFIX = "gptline-gang"
+
+
+def remove_groups_of(task_id: str) -> None:
+    """Free what a dead task's gang held: Ray removes a placement group with its job, not with the task that made it."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    for group_id, group in placement_group_table().items():
+        if group["name"].startswith(f"{GROUP_PREFIX}-{task_id}-") and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
