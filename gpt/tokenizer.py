@@ -1,0 +1,152 @@
+"""Text to token ids and back: byte-level BPE, or plain bytes, both as one `tokenizer.json`.
+
+The ids: 0 to 255 are the bytes, then the merges in the order they were learned, then the special tokens. A special token
+is an entry of the vocabulary that no merge leads to, so text that spells "<|end|>" can't become one, whoever opens the
+file: whoever wants the token says `tokenizer.special["end"]`.
+
+Left out: normalisation of any kind (every text comes back byte for byte), and sampling of segmentations.
+Sennrich et al. 2016 (BPE, arXiv:1508.07909); Radford et al. 2019 (bytes as the alphabet, and the pattern that splits words).
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+SPECIAL_NAMES = ("user", "assistant", "system", "end", "document", "pad")
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_NAMES)
+
+
+class Tokenizer:
+    """`Tokenizer.load(folder / "tokenizer.json").encode("To be")`."""
+
+    def __init__(self, definition: str) -> None:
+        """`definition` is the text of a `tokenizer.json` that this module wrote."""
+        self._definition = definition
+        self._backend = tokenizers.Tokenizer.from_str(definition)
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        missing = [special_text(name) for name in SPECIAL_NAMES if special_text(name) not in vocab]
+        if missing:
+            raise ValueError(
+                f"this tokenizer has no {', '.join(missing)} among its {len(vocab):,} tokens; "
+                "take a tokenizer.json that the tokenizer stage made"
+            )
+        self.special = {name: vocab[special_text(name)] for name in SPECIAL_NAMES}
+        """The ids of <|user|> and so on, by name."""
+        byte_of = {char: byte for byte, char in enumerate(byte_chars())}
+        self._bytes = [b""] * len(vocab)
+        for token, token_id in vocab.items():
+            self._bytes[token_id] = bytes(byte_of[char] for char in token)
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        return cls(path.read_text(encoding="utf-8"))
+
+    def save(self, path: Path) -> None:
+        path.write_text(self._definition, encoding="utf-8")
+
+    @property
+    def vocab_size(self) -> int:
+        """All ids, the special ones included."""
+        return len(self._bytes)
+
+    def encode(self, text: str) -> list[int]:
+        if self.vocab_size == MIN_VOCAB_SIZE:
+            return list(text.encode())  # no merges: the bytes are the ids, without an object for each
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode` of each, on all cores."""
+        if self.vocab_size == MIN_VOCAB_SIZE:
+            return [self.encode(text) for text in texts]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode_bytes(self, token_ids: Iterable[int]) -> bytes:
+        return b"".join(self._bytes[token_id] for token_id in token_ids)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """What `encode` was given; bytes that are no UTF-8, as a model may write them, become U+FFFD."""
+        return self.decode_bytes(token_ids).decode("utf-8", errors="replace")
+
+    def stream(self) -> TextStream:
+        return TextStream(self)
+
+
+class TextStream:
+    """Decodes token by token, for people: a character comes out once its last byte is there, and never in part."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, *token_ids: int) -> str:
+        """The characters that these tokens complete. A character that the text breaks off in never comes out."""
+        return self._decoder.decode(self._tokenizer.decode_bytes(token_ids))
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A byte is a token: `encode("a")` is [97]."""
+    return _from_merges([])
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """The same texts in the same order give the same file. A small text may have fewer merges to learn than were asked for."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size = {vocab_size} is less than {MIN_VOCAB_SIZE}: 256 bytes and {len(SPECIAL_NAMES)} special tokens; "
+            'ask for more, or for the "bytes" tokenizer'
+        )
+    learner = tokenizers.Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL_NAMES), initial_alphabet=byte_chars(), show_progress=False)
+    learner.train_from_iterator(texts, trainer)
+    return _from_merges([(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]])
+
+
+def special_text(name: str) -> str:
+    return f"<|{name}|>"
+
+
+def byte_chars() -> list[str]:
+    """GPT-2's printable character for each byte: its own where Latin-1 can show it, else the next free one from U+0100 on."""
+    shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    free = iter(range(256, 512))
+    return [chr(byte) if byte in shown else chr(next(free)) for byte in range(256)]
+
+
+def _from_merges(merges: list[tuple[str, str]]) -> Tokenizer:
+    # Two merges may spell the same token, so a token is numbered where it is met first.
+    tokens = dict.fromkeys([*byte_chars(), *(left + right for left, right in merges)])
+    # No merge crosses the boundaries that GPT-2's pattern sees in "<|end|>": letters and signs are apart.
+    assert not any(special_text(name) in tokens for name in SPECIAL_NAMES)
+    tokens |= dict.fromkeys(special_text(name) for name in SPECIAL_NAMES)
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    definition: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": bool(merges)},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": [list(merge) for merge in merges],
+        },
+    }
+    return Tokenizer(json.dumps(definition, ensure_ascii=False, indent=1) + "\n")

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt.tokenizer import MIN_VOCAB_SIZE, SPECIAL_NAMES, Tokenizer, byte_tokenizer, special_text, train_bpe
+
+TEXTS = ["the cat sat on the mat", "the dog sat on the log", "明月几时有，把酒问青天。" * 3, "<|end|> " * 50]
+BPE = train_bpe(TEXTS, 300)
+BYTES = byte_tokenizer()
+BOTH = pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
+
+
+@BOTH
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_every_text_comes_back_byte_for_byte(tokenizer, text):
+    token_ids = tokenizer.encode(text)
+    assert tokenizer.decode_bytes(token_ids) == text.encode()
+    assert tokenizer.decode(token_ids) == text
+
+
+@BOTH
+@pytest.mark.parametrize("text", ["", " ", "\r\n\t", "  two  spaces ", "\x00", "\ufeffBOM", "👩‍👩‍👧 ñ ﷽", "a" * 5000])
+def test_awkward_texts_come_back_too(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@BOTH
+@pytest.mark.parametrize("name", SPECIAL_NAMES)
+def test_text_that_spells_a_special_token_never_becomes_one(tokenizer, name):
+    text = f"a{special_text(name)}b {special_text(name)}"
+    token_ids = tokenizer.encode(text)
+    assert not set(token_ids) & set(tokenizer.special.values())
+    assert tokenizer.decode(token_ids) == text
+    assert tokenizer.encode_batch([text]) == [token_ids]
+
+
+def test_a_byte_is_its_own_id_and_the_special_tokens_come_last():
+    assert BYTES.encode("aé") == [97, 0xC3, 0xA9]
+    assert BYTES.vocab_size == 262
+    assert BYTES.special == {"user": 256, "assistant": 257, "system": 258, "end": 259, "document": 260, "pad": 261}
+    assert BPE.encode("b") == [98]
+    assert sorted(BPE.special.values()) == list(range(294, 300))
+
+
+def test_the_first_merge_is_the_most_frequent_pair():
+    # "aa" is in "aab" twice as often as "cc" in "ccb".
+    tokenizer = train_bpe(["aab aab ccb"], MIN_VOCAB_SIZE + 1)
+    assert tokenizer.decode_bytes([256]) == b"aa"
+    assert tokenizer.encode("aacc") == [256, 99, 99]
+
+
+def test_a_vocabulary_has_the_size_asked_for_or_what_the_text_can_give():
+    assert BPE.vocab_size == 300
+    assert train_bpe(["ab ab"], 1000).vocab_size == MIN_VOCAB_SIZE + 2  # "ab", " ab"
+
+
+def test_a_vocabulary_that_cannot_hold_the_bytes_is_refused():
+    with pytest.raises(ValueError, match="vocab_size = 100 is less than 262"):
+        train_bpe(TEXTS, 100)
+
+
+def test_the_same_texts_give_the_same_file_whatever_the_number_of_threads(tmp_path):
+    program = """
+import sys
+from pathlib import Path
+from gpt.tokenizer import train_bpe
+train_bpe([f"w{i % 97} x{i % 31}y" for i in range(3000)], 500).save(Path(sys.argv[1]))
+"""
+    files = []
+    for threads in ("1", "2", "7"):
+        path = tmp_path / threads
+        environment = {**os.environ, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"}
+        subprocess.run([sys.executable, "-c", program, path], env=environment, check=True)
+        files.append(path.read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path):
+    BPE.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "tokenizer.json").read_bytes() == (tmp_path / "again.json").read_bytes()
+    assert loaded.encode("the cat") == BPE.encode("the cat")
+
+
+def test_a_tokenizer_without_the_special_tokens_is_refused():
+    import tokenizers
+    from tokenizers import models
+
+    with pytest.raises(ValueError, match=r"no <\|user\|>, .* take a tokenizer\.json that the tokenizer stage made"):
+        Tokenizer(tokenizers.Tokenizer(models.BPE()).to_str())
+
+
+@BOTH
+def test_a_batch_is_encoded_as_each_text_alone(tokenizer):
+    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+
+
+def test_a_stream_gives_a_character_with_its_last_byte():
+    stream = BYTES.stream()
+    assert [stream.feed(byte) for byte in "月a".encode()] == ["", "", "月", "a"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_a_stream_token_by_token_gives_the_whole_text(text):
+    stream = BPE.stream()
+    assert "".join(stream.feed(token_id) for token_id in BPE.encode(text)) == text
+
+
+def test_a_text_that_breaks_off_inside_a_character_shows_no_part_of_it():
+    broken = BYTES.encode("青天")[:-1]
+    assert BYTES.stream().feed(*broken) == "青"
+    assert BYTES.decode(broken) == "青\ufffd"
+
+
+def test_importing_the_tokenizer_imports_neither_torch_nor_transformers():
+    program = "import sys, gpt.tokenizer; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", program], check=True)
