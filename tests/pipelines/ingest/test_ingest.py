@@ -1,0 +1,281 @@
+"""Which documents enter the artifact, which are held out, and what is counted."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pipelines.documents import Document, HoldOut, Splits, WeightedSource
+from pipelines.stage import StageFailure
+from pipelines.stages.ingest import IngestConfig
+
+from .conftest import rejects
+
+
+def jsonl(*records: dict) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def texts(count: int, begin: int = 0) -> bytes:
+    return jsonl(*({"text": f"text {number}"} for number in range(begin, begin + count)))
+
+
+def test_the_second_of_two_equal_texts_is_dropped_and_counted(ingested):
+    result = ingested({"a.jsonl": jsonl({"text": "a"}, {"text": "b"}), "b.jsonl": jsonl({"text": "a"})}, source="json")
+    assert result.texts() == ["a", "b"]
+    assert result.metadata("records")["duplicate"] == 1
+
+
+def test_equal_texts_stay_when_asked_for(ingested):
+    assert ingested({"a.jsonl": jsonl({"text": "a"}, {"text": "a"})}, source="json", deduplicate=False).texts() == ["a", "a"]
+
+
+def test_empty_and_short_documents_and_empty_files_are_counted(ingested):
+    records = jsonl({"text": ""}, {"text": " \n"}, {"text": None}, {"text": "ab"}, {"text": "abc"})
+    result = ingested({"a.jsonl": records, "empty.jsonl": b""}, source="json", min_chars=3)
+    assert result.texts() == ["abc"]
+    assert result.metadata("records") == {"read": 5, "bad": 0, "empty": 3, "short": 1, "duplicate": 0, "left_by_weight": 0}
+    assert result.metadata("empty_files") == 1
+
+
+def test_an_empty_result_fails_with_the_count_of_every_filter(ingested):
+    with pytest.raises(StageFailure, match=r"no train document is left \(records: 2 read, 0 bad, 1 empty, 1 short, .*1 empty files\)"):
+        ingested({"a.jsonl": jsonl({"text": ""}, {"text": "ab"}), "b.jsonl": b""}, source="json", min_chars=3)
+
+
+def test_an_empty_hold_out_fails(ingested):
+    with pytest.raises(StageFailure, match=r"no held_out document is left .*larger share"):
+        ingested({"a.jsonl": texts(1)}, source="json", hold_out={"share": 0.001})
+
+
+def test_the_first_bad_record_stops_the_stage_and_is_kept(ingested, output):
+    with pytest.raises(StageFailure, match=r'a.jsonl, line 1, column 1 .*found the number 1.*on_bad_record = "skip"'):
+        ingested({"a.jsonl": b"1\n2\n"}, source="json")
+    assert [(reject["source"], reject["line"], reject["byte"], reject["begins"]) for reject in rejects(output)] == [("a.jsonl", 1, 0, "1")]
+
+
+def test_skipped_records_are_kept_as_rejects(ingested):
+    result = ingested({"a.jsonl": texts(3) + b"[1]\n"}, source="json", on_bad_record="skip", max_bad_share=0.25)
+    assert result.metadata("records")["bad"] == 1
+    assert result.rejects() == [
+        {
+            "source": "a.jsonl",
+            "record": 4,
+            "line": 4,
+            "column": 1,
+            "byte": 57,
+            "reason": "found a list, want an object of columns",
+            "begins": "[1]",
+        }
+    ]
+
+
+def test_too_many_bad_records_fail_even_when_skipped(ingested, output):
+    with pytest.raises(
+        StageFailure, match=r"2 of 5 records are bad, a share of 0.4; max_bad_share allows 0.25. The first: a.jsonl, line 4"
+    ):
+        ingested({"a.jsonl": texts(3) + b"1\n2\n"}, source="json", on_bad_record="skip", max_bad_share=0.25)
+    assert len(rejects(output)) == 2
+
+
+@pytest.mark.parametrize(
+    ("mapping", "text"),
+    [
+        ("title", "T"),
+        (["title", "paragraphs"], "T\na\nb"),
+        ("{title} by {author}:\n{paragraphs}", "T by A:\na\nb"),
+        ("{{{title}}}", "{T}"),
+    ],
+)
+def test_columns_become_a_text(ingested, mapping, text):
+    record = {"title": "T", "author": "A", "paragraphs": ["a", "b"]}
+    assert ingested({"a.jsonl": jsonl(record)}, source="json", text=mapping).texts() == [text]
+
+
+def test_a_record_carries_its_source_license_and_fields(ingested):
+    result = ingested({"books/a.jsonl": jsonl({"text": "a", "book": "emma"})}, source="json", license="CC0-1.0", fields=["book"])
+    assert (result.documents.path / "train.jsonl").read_text() == (
+        '{"text": "a", "source": "books/a.jsonl", "license": "CC0-1.0", "book": "emma"}\n'
+    )
+    assert result.metadata("licenses") == {"CC0-1.0": {"documents": 1, "bytes": 1}}
+
+
+def test_a_mixture_counts_documents_and_bytes_of_every_source(ingested):
+    mixture = [{"source": "json", "files": ["a.jsonl"], "license": "MIT"}, {"source": "text", "files": ["b.txt"], "license": "CC0-1.0"}]
+    result = ingested({"a.jsonl": jsonl({"text": "唐"}, {"text": "b"}), "b.txt": b"four"}, mixture=mixture)
+    assert result.texts() == ["唐", "b", "four"]
+    assert result.metadata("licenses") == {"CC0-1.0": {"documents": 1, "bytes": 4}, "MIT": {"documents": 2, "bytes": 4}}
+    assert [source["train"]["bytes"] for source in result.metadata("sources")] == [4, 4]
+
+
+def test_a_source_of_weight_two_stands_twice_as_a_whole(ingested):
+    mixture = [{"source": "json", "files": ["a.jsonl"], "weight": 2.0}, {"source": "json", "files": ["b.jsonl"]}]
+    result = ingested({"a.jsonl": jsonl({"text": "a"}, {"text": "b"}), "b.jsonl": jsonl({"text": "c"})}, mixture=mixture)
+    assert result.texts() == ["a", "b", "a", "b", "c"]
+
+
+def test_half_a_weight_takes_about_half_and_more_records_change_none_of_it(ingested):
+    # 1,000 draws at 1/2: a standard deviation of 16, so 400 to 600 is more than six of them
+    mixture = [{"source": "json", "files": ["a.jsonl"], "weight": 0.5}]
+    half = ingested({"a.jsonl": texts(1000)}, mixture=mixture)
+    taken = half.texts()
+    assert 400 < len(taken) < 600
+    assert half.metadata("records")["left_by_weight"] == 1000 - len(taken)
+    assert ingested({"a.jsonl": texts(1500)}, mixture=mixture).texts()[: len(taken)] == taken
+
+
+def test_weights_leave_the_held_out_documents_as_they_are(ingested):
+    def held_out(weight: float) -> list[str]:
+        mixture = [{"source": "json", "files": ["a.jsonl"], "weight": weight}]
+        return ingested({"a.jsonl": texts(100)}, mixture=mixture, hold_out={"share": 0.2}).texts("held_out")
+
+    assert held_out(1.0) == held_out(0.5) == held_out(2.5)
+
+
+def test_a_hold_out_by_record_takes_about_its_share(ingested):
+    # 2,000 draws at 0.1: 200 expected, a standard deviation of 13
+    result = ingested({"a.jsonl": texts(2000)}, source="json", hold_out={"share": 0.1})
+    assert 120 < len(result.texts("held_out")) < 280
+    assert not set(result.texts()) & set(result.texts("held_out"))
+
+
+def test_another_seed_draws_another_hold_out(ingested):
+    draws = [ingested({"a.jsonl": texts(200)}, source="json", hold_out={"share": 0.3}, seed=seed).texts("held_out") for seed in (1, 2)]
+    assert draws[0] != draws[1]
+
+
+@settings(max_examples=40)
+@given(st.sets(st.text(min_size=1), min_size=1, max_size=20), st.sets(st.text(min_size=1), max_size=20))
+def test_more_records_move_no_record_to_the_other_side(tmp_path_factory, some, more):
+    def held_out(contents: set[str]) -> set[str]:
+        folder = tmp_path_factory.mktemp("splits")
+        with Splits(folder, HoldOut(share=0.5), seed=1) as splits, splits.source(WeightedSource()):
+            for text in sorted(contents):
+                splits.add(
+                    Document(
+                        text.encode("utf-8", "replace"), {"text": text}, json.dumps({"text": text}).encode() + b"\n", repr(text).encode()
+                    )
+                )
+        return {json.loads(line)["text"] for line in (folder / "held_out.jsonl").open()}
+
+    assert held_out(some) == held_out(some | more) & some
+
+
+def test_a_hold_out_by_field_keeps_one_value_on_one_side(ingested):
+    records = [{"text": f"{book} {chapter}", "book": book} for book in range(40) for chapter in range(5)]
+    result = ingested({"a.jsonl": jsonl(*records)}, source="json", hold_out={"share": 0.3, "by": "book"})
+    train, held_out = ({text.split()[0] for text in result.texts(split)} for split in ("train", "held_out"))
+    assert train
+    assert held_out
+    assert not train & held_out
+
+
+def test_a_hold_out_by_source_keeps_a_file_on_one_side(ingested):
+    files = {f"{name}.txt": b"one %d\ntwo %d\n" % (name, name) for name in range(20)}
+    result = ingested(files, source="text", unit="line", hold_out={"share": 0.3, "by": "source"})
+    assert 0 < len(result.texts("held_out")) < 40
+    assert len(result.texts("held_out")) % 2 == 0
+
+
+def test_a_hold_out_by_a_field_that_is_missing_names_the_columns(ingested):
+    with pytest.raises(StageFailure, match=r"line 1, .*no column 'book'; there are: text"):
+        ingested({"a.jsonl": texts(1)}, source="json", hold_out={"share": 0.5, "by": "book"})
+
+
+def test_the_last_tenth_of_a_text_file_is_held_out_to_the_byte(ingested):
+    result = ingested({"a.txt": b"0123456789" * 10}, source="text", hold_out={"last": 0.1})
+    assert result.texts() == ["0123456789" * 9]
+    assert result.texts("held_out") == ["0123456789"]
+
+
+def test_the_cut_never_splits_a_character(ingested):
+    # 3 characters of 3 bytes: half of 9 bytes is inside the second, which goes to the held-out side as a whole
+    result = ingested({"a.txt": "唐诗宋".encode()}, source="text", hold_out={"last": 0.5})
+    assert (result.texts(), result.texts("held_out")) == (["唐"], ["诗宋"])
+
+
+def test_the_last_share_of_records_is_whole_records(ingested):
+    # 10 records of 6 bytes: the cut after 45 of 60 bytes is inside the eighth, which stays in training
+    result = ingested({"a.jsonl": texts(10)}, source="json", hold_out={"last": 0.25})
+    assert result.texts("held_out") == ["text 8", "text 9"]
+
+
+def test_every_source_of_a_mixture_gives_its_last_share(ingested):
+    mixture = [{"source": "text", "files": ["a.txt"], "weight": 2.0}, {"source": "text", "files": ["b.txt"]}]
+    result = ingested({"a.txt": b"aaab", "b.txt": b"cccd"}, mixture=mixture, hold_out={"last": 0.25})
+    assert (result.texts(), result.texts("held_out")) == (["aaa", "aaa", "ccc"], ["b", "d"])
+
+
+def test_files_are_read_in_natural_order(data):
+    for number in (10, 9, 1):
+        (data / f"part-{number}.txt").write_text("text")
+    config = IngestConfig(source="text", files=["part-9.txt", "*.txt"])
+    assert [source.name for source in config.sources(data)] == ["part-9.txt", "part-1.txt", "part-10.txt"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("book/*.jsonl", r"nothing matches 'book/\*.jsonl' .* has .*books"),
+        ("books/b.jsonl", r"nothing matches 'books/b.jsonl' .*books has a.jsonl"),
+        ("books", r"'books' is a folder; want files, for instance 'books/\*'"),
+        ("*.tar.gz", "c.tar.gz: an archive of files; unpack it first"),
+        ("*.zst", "zstd isn't read"),
+    ],
+)
+def test_what_is_missing_or_unreadable_is_said_with_the_nearest_names(data, pattern, message):
+    (data / "books").mkdir()
+    for name in ("books/a.jsonl", "c.tar.gz", "d.txt.zst"):
+        (data / name).write_text("")
+    with pytest.raises(ValueError, match=message):
+        IngestConfig(source="json", files=[pattern]).sources(data)
+
+
+def test_all_missing_files_are_named_at_once(data):
+    with pytest.raises(ValueError, match=r"'a.txt'.*'b.txt'"):
+        IngestConfig(source="text", files=["a.txt", "b.txt"]).sources(data)
+
+
+def test_a_file_in_two_sources_of_a_mixture_is_refused(data):
+    (data / "a.txt").write_text("")
+    config = IngestConfig(mixture=[{"source": "text", "files": ["*.txt"]}, {"source": "text", "files": ["a.txt"]}])
+    with pytest.raises(ValueError, match="a.txt is in two sources of the mixture"):
+        config.sources(data)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "want source"),
+        ({"source": "text"}, "want source .* and files"),
+        ({"source": "text", "files": ["a"], "fields": ["book"]}, r"fields = \('book',\) has no effect with source = \"text\""),
+        ({"source": "json", "files": ["a"], "unit": "line"}, "unit = 'line' has no effect"),
+        ({"source": "json", "files": ["a"], "text": "{title.x}"}, "isn't a column's name alone"),
+        ({"source": "json", "files": ["a"], "text": "{title"}, "expected '}'"),
+        ({"source": "json", "files": ["a"], "fields": ["source"]}, "'source' is a key of every record already"),
+        ({"source": "json", "files": ["a"], "hold_out": {}}, "either share or last"),
+        ({"source": "json", "files": ["a"], "hold_out": {"last": 0.1, "by": "book"}}, "has no effect with last"),
+        ({"source": "json", "mixture": [{"source": "json", "files": ["a"]}]}, "source stands beside mixture"),
+        ({"source": "json", "files": ["a"], "dedup": True}, "dedup"),
+    ],
+)
+def test_settings_without_sense_are_refused(keys, message):
+    with pytest.raises(ValidationError, match=message):
+        IngestConfig(**keys)
+
+
+def test_a_resolved_config_reads_back_as_itself():
+    config = IngestConfig(source="text", files=["a.txt"], hold_out={"last": 0.1})
+    assert IngestConfig(**json.loads(config.model_dump_json())) == config
+
+
+def test_progress_ends_at_the_sources_size(ingested):
+    result = ingested({"a.txt": b"text", "b.txt": b"other"}, source="text")
+    assert result.stage.told[-1] == (9, 9, "bytes")
+
+
+def test_nothing_but_the_three_files_is_left_in_the_output(ingested):
+    result = ingested({"a.txt": b"text"}, mixture=[{"source": "text", "files": ["a.txt"], "weight": 3}])
+    assert sorted(path.name for path in result.stage.output.iterdir()) == ["held_out.jsonl", "rejects.jsonl", "train.jsonl"]
