@@ -49,7 +49,7 @@ BATCH = 1000
 """Metrics a call: MLflow's own limit."""
 PARAM_CHARS, TAG_CHARS, NOTE_CHARS, DIGEST_CHARS = 6000, 8000, 7900, 36
 POLL_S = 0.5
-LONGEST_WAIT_S = 30.0
+LONGEST_WAIT_S = 10.0
 CONNECT_S, ANSWER_S = 2.0, 5.0
 MOST_SOURCES = 20
 """More source files than this are shown as one dataset."""
@@ -757,7 +757,7 @@ class Tracker:
                 return None
             ended = self._process.poll() is not None
             if state.error is not None:
-                return None if state.error == self._said else state.error
+                return state.error
             if ended:
                 log = f"{_place(self._run, self._uri)}.log"
                 return f"MLflow {self._uri} does not have all of this run (see {log} in the store); `gptline sync` sends the rest"
