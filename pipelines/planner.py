@@ -79,8 +79,8 @@ class Planner:
                 decisions[stage.name] = self.decide(stage, {name: each.output for name, each in decisions.items() if each.output})
         return list(decisions.values())
 
-    def decide(self, stage: Stage, outputs: dict[str, str]) -> Decision:
-        """One stage, all of whose inputs are made."""
+    def decide(self, stage: Stage, outputs: dict[str, str], *, held: bool = False) -> Decision:
+        """One stage, all of whose inputs are made. `held`: the caller holds its lease, so there is nobody to wait for."""
         if stage.name in self.given:
             digest = self.given[stage.name]
             return Decision(stage.name, "reuse", f"--use names artifact {digest[:12]}", output=digest, expected_s=0.0)
@@ -105,7 +105,7 @@ class Planner:
                 )
         common |= {"series": max(newest_series, last + 1), "forced": rerun_interrupted}
         holder = Watch(self.store, key).taken_by()
-        if holder is not None:
+        if holder is not None and not held:
             return Decision(stage.name, "wait", f"{describe(holder)} is making it", **common)
         if isinstance(stage.config, TrainSettings):
             checkpoint, _ = newest_checkpoint(attempts(self.store.work(key), common["series"]), verify=False)

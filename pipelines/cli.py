@@ -1,0 +1,190 @@
+"""The verbs of `gptline`: parse, call, print; nothing else."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.config import ConfigError, load
+from pipelines.graph import Graph, build
+from pipelines.stage import StageFailure
+from pipelines.store import Store
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A pipeline file, such as configs/quickstart.toml.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="K=V", help="Override one setting: stages.pretrain.lr=3e-4. May be repeated.")
+]
+Use = Annotated[list[str] | None, typer.Option("--use", metavar="STAGE=REF", help="Take this artifact as a stage's output.")]
+Root = Annotated[Path, typer.Option("--store", metavar="DIR", help="The store's folder.")]
+Uri = Annotated[str, typer.Option("--tracking", metavar="URI", help="Where MLflow is: sqlite, or http://...")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    """From raw text to a trained model, as one line of stages: reused exactly, explained in words, traced to its documents."""
+    if debug:
+        os.environ["GPTLINE_DEBUG"] = "1"
+
+
+@app.command()
+def run(
+    config: Config,
+    set_: Set = None,
+    use: Use = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Make this stage and what it needs, no more.")] = None,
+    fresh: Annotated[list[str] | None, typer.Option("--fresh", metavar="STAGE", help="Make this stage anew. May be repeated.")] = None,
+    inline: Annotated[bool, typer.Option("--inline", help="In this process, one rank, plain torch: for a debugger.")] = False,
+) -> None:
+    """Make what is missing, reuse what is there."""
+    _run(config, set_, use, until=until, fresh=fresh or [], inline=inline)
+
+
+@app.command()
+def rerun(config: Config, stage: Annotated[str, typer.Argument(metavar="STAGE")], set_: Set = None) -> None:
+    """Make one stage afresh, and what follows from it as needed. The earlier making is kept."""
+    _run(config, set_, None, until=None, fresh=[stage], inline=False)
+
+
+@app.command()
+def plan(config: Config, set_: Set = None, use: Use = None) -> None:
+    """What would run, why, and about how long. Changes nothing."""
+    from pipelines.planner import Planner
+    from pipelines.progress import plan_lines
+    from pipelines.snapshot import ROOT
+
+    graph = _graph(config, set_)
+    decisions = Planner(graph, _store_of(graph), ROOT, given=_pairs(use)).plan()
+    _print(*plan_lines(decisions))
+
+
+@app.command()
+def sync(store: Root = Path(".gptline"), tracking: Uri = "sqlite") -> None:
+    """Deliver what MLflow missed, and set right the status of runs whose driver is gone."""
+    from pipelines.runner import dead_runs
+    from pipelines.tracking import resolve_uri
+    from pipelines.tracking import sync as deliver
+
+    opened = _store(store)
+    _print(*deliver(opened, resolve_uri(tracking, opened.root), dead_runs(opened)))
+
+
+@app.command()
+def ui(
+    store: Root = Path(".gptline"),
+    tracking: Uri = "sqlite",
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
+) -> None:
+    """The MLflow UI on this store."""
+    from pipelines.runner import dead_runs
+    from pipelines.tracking import resolve_uri, serve_ui
+
+    opened = _store(store)
+    raise typer.Exit(serve_ui(opened, resolve_uri(tracking, opened.root), port, _print, dead_runs(opened)))
+
+
+@app.command()
+def lineage(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="sha256:<digest> or run:<id>/<stage>")],
+    store: Root = Path(".gptline"),
+    mermaid: Annotated[bool, typer.Option("--mermaid", help="As a Mermaid flowchart.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
+) -> None:
+    """Where an artifact came from, down to the documents, and what was made of it."""
+    from pipelines.lineage import as_html, as_mermaid, as_text, trace
+    from pipelines.planner import resolve
+
+    opened = _store(store)
+    traced = trace(opened, resolve(opened, ref))
+    if html:
+        html.write_text(as_html(traced), encoding="utf-8")
+    _print(as_mermaid(traced) if mermaid else as_text(traced))
+
+
+@app.command()
+def sample(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="A model: sha256:<digest> or run:<id>/<stage>")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
+    tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+    store: Root = Path(".gptline"),
+) -> None:
+    """Continue a prompt with a trained model."""
+    from pipelines.planner import resolve
+    from pipelines.sample import continue_prompt
+
+    opened = _store(store)
+    for text in continue_prompt(opened.artifact(resolve(opened, ref)), prompt, tokens=tokens, temperature=temperature, seed=seed):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    _print("")
+
+
+@app.command()
+def doctor(store: Root = Path(".gptline")) -> None:
+    """What is here, and what is wrong: versions, Ray, MLflow, GPUs, authentication, disk."""
+    from pipelines.doctor import examine
+
+    findings = examine(Store(store))
+    _print(*(str(each) for each in findings))
+    if any(each.wrong for each in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """The program: exit codes are 0 done, 1 a stage failed, 2 wrong use or config, 130 and 143 interrupted."""
+    try:
+        app()
+    except (ConfigError, StageFailure, ValueError) as error:
+        if os.environ.get("GPTLINE_DEBUG"):
+            raise
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
+
+
+def _run(config: Path, set_: list[str] | None, use: list[str] | None, *, until: str | None, fresh: list[str], inline: bool) -> None:
+    from pipelines.progress import Progress
+    from pipelines.runner import Options, Run
+
+    graph = _graph(config, set_)
+    command = shlex.join(["gptline", *sys.argv[1:]])
+    with Progress(sys.stdout) as progress:
+        code = Run(graph, _store_of(graph), Options(command, fresh, _pairs(use), until, inline), progress.show).execute()
+    raise typer.Exit(code)
+
+
+def _graph(config: Path, set_: list[str] | None) -> Graph:
+    return build(load(config, set_ or []))
+
+
+def _store_of(graph: Graph) -> Store:
+    return Store(Path(graph.loaded.file.store.root))
+
+
+def _store(root: Path) -> Store:
+    if not root.is_dir():
+        raise StageFailure(f"there is no store in {root}; run a pipeline first, or name its folder with --store")
+    return Store(root)
+
+
+def _pairs(items: list[str] | None) -> dict[str, str]:
+    pairs = {}
+    for item in items or []:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise StageFailure(f"--use {item}: wanted STAGE=REF, for example --use pretrain=sha256:1f0c...")
+        pairs[name] = value
+    return pairs
+
+
+def _print(*lines: str) -> None:
+    for line in lines:
+        sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

@@ -1,0 +1,481 @@
+"""Carries a plan out: each stage a Ray task, independent branches at once, every step of it in the run's journal.
+
+    decide(stage) -> reuse: take the output            \\
+                  -> wait:  look again in a second       >  one loop, which never blocks
+                  -> run:   lease, task, record         /
+
+The driver alone writes action records and the journal. It waits for a task's events and is unblocked by them, by the task's end, by
+a lease that comes free, or by 0.1 s passing. A stage that fails leaves the others running; what reads it is blocked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from gpt.settings import TrainSettings
+from pipelines.config import ConfigError, Fault
+from pipelines.execute import Job, Outcome, execute, stream
+from pipelines.graph import Graph, Stage
+from pipelines.journal import Event, JournalWriter
+from pipelines.lease import Lease, Watch, describe
+from pipelines.planner import Decision, Planner, identity, versions
+from pipelines.snapshot import ROOT, freeze
+from pipelines.stage import Source
+from pipelines.store import Action, Store
+
+LOOK_EVERY_S = 0.1
+LEASE_EVERY_S = 1.0
+TRACKING_DEADLINE_S = 20.0
+
+
+@dataclass
+class Options:
+    """What the command line asks of a run."""
+
+    command: str
+    """As the person typed it: the command that goes on after an interruption."""
+    fresh: Collection[str] = ()
+    use: Mapping[str, str] = field(default_factory=dict)
+    until: str | None = None
+    inline: bool = False
+
+
+@dataclass
+class _Running:
+    """A stage whose task is under way."""
+
+    stage: Stage
+    decision: Decision
+    lease: Lease
+    task: Any
+    started_ms: int
+    started_s: float
+
+
+class Run:
+    """One execution of a pipeline."""
+
+    def __init__(self, graph: Graph, store: Store, options: Options, say: Callable[[Event], None]) -> None:
+        self.graph = graph
+        self.store = store
+        self.options = options
+        self.run = f"{time.strftime('%Y%m%d-%H%M%S')}-{graph.loaded.file.pipeline}-{secrets.token_hex(2)}"
+        self._say = say
+        self._outputs: dict[str, str] = {}
+        self._waiting: dict[str, Stage] = {}
+        self._running: dict[str, _Running] = {}
+        self._watches: dict[str, Watch] = {}
+        self._told: dict[str, str] = {}
+        self._looked_at_s: dict[str, float] = {}
+        self._failed: dict[str, str] = {}
+        self._signal: int | None = None
+
+    def execute(self) -> int:
+        """Run to the end; the exit code: 0 done, 1 a stage failed, 130 or 143 interrupted. ConfigError comes before anything is written."""
+        chosen = self._chosen()
+        planner = self._planner(ROOT)
+        plan = [each for each in planner.plan() if each.stage in chosen]
+        needs_machines = any(each.word in ("run", "resume", "wait") for each in plan) and not self.options.inline
+        if needs_machines:
+            self._check_this_machine(chosen)
+        self.store.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.store.sweep()
+        self._snapshot = freeze(self.graph, self.store)
+        self._planner_of_run = planner if self.options.inline else self._planner(self._snapshot.path)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._signals())
+            if needs_machines:
+                stack.enter_context(self._session())
+            lease = Watch(self.store, f"run-{self.run}").take(run=self.run)
+            assert lease is not None
+            stack.callback(lease.release)
+            self._begin(plan)
+            self._waiting = {name: stage for name, stage in self.graph.stages.items() if name in chosen}
+            try:
+                self._loop()
+            except KeyboardInterrupt:
+                self._signal = self._signal or signal.SIGINT
+                self._abandon()
+            return self._end()
+
+    # ---- before ----
+
+    def _chosen(self) -> set[str]:
+        until = self.options.until
+        if until is None:
+            return set(self.graph.stages)
+        if until not in self.graph.stages:
+            raise ConfigError(
+                self.graph.loaded.path, [Fault(f"--until {until}", f"no such stage; there are {', '.join(self.graph.stages)}")]
+            )
+        return {until} | self.graph.above(until)
+
+    def _planner(self, code_root: Path) -> Planner:
+        options = self.options
+        unknown = [name for name in options.fresh if name not in self.graph.stages]
+        if unknown:
+            raise self._no_such_stage(*(f"--fresh {name}" for name in unknown))
+        return Planner(self.graph, self.store, code_root, fresh=options.fresh, given=options.use, inline=options.inline)
+
+    def _no_such_stage(self, *asked: str) -> ConfigError:
+        there_are = f"no such stage; there are {', '.join(self.graph.stages)}"
+        return ConfigError(self.graph.loaded.path, [Fault(each, there_are) for each in asked])
+
+    def _check_this_machine(self, chosen: Collection[str]) -> None:
+        """What this machine can never hold is said before Ray starts; a cluster is asked once it is joined."""
+        if self.graph.loaded.file.cluster.address != "local":
+            return
+        cpus = len(os.sched_getaffinity(0))
+        faults = []
+        for stage in self.graph.stages.values():
+            resources = stage.resources
+            asked = f"{resources.ranks} ranks of {resources.cpus_per_rank} CPUs" if stage.kind.trains() else f"{resources.cpus} CPUs"
+            held = resources.ranks * resources.cpus_per_rank if stage.kind.trains() else resources.cpus
+            if stage.name in chosen and held > cpus:
+                what = f"asks for {asked}; this machine has {cpus}: ask for fewer, or set cluster.address"
+                faults.append(Fault(f"stages.{stage.name}.resources", what))
+        if faults:
+            raise ConfigError(self.graph.loaded.path, faults)
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[None]:
+        from cluster import ray_session
+
+        address = self.graph.loaded.file.cluster.address
+        self._say({"type": "said", "text": "starting Ray on this machine" if address == "local" else f"joining the Ray cluster {address}"})
+        environment = {"PYTHONDONTWRITEBYTECODE": "1"}  # the snapshot is an artifact: nobody writes into it
+        with ray_session.start(address, code_path=self._snapshot.path, environment=environment):
+            yield
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """First signal: finish the step and checkpoint. Second: stop now."""
+
+        def heard(number: int, frame: FrameType | None) -> None:
+            if self._signal is not None:
+                raise KeyboardInterrupt
+            self._signal = number
+            if self.options.inline and not any(each.stage.kind.trains() for each in self._running.values()):
+                raise KeyboardInterrupt
+
+        before = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _begin(self, plan: list[Decision]) -> None:
+        file = self.graph.loaded.file
+        record = {
+            "run": self.run,
+            "pipeline": file.pipeline,
+            "config": self._resolved(),
+            "config_path": str(self.graph.loaded.path),
+            "command": self.options.command,
+            "tracking": file.tracking.model_dump(),
+            "started_ms": _now_ms(),
+            "user": getpass.getuser(),
+            "host": socket.gethostname(),
+            "snapshot": self._snapshot.artifact.digest,
+            "git": git_state(),
+        }
+        self.store.backend.put_if_absent(f"runs/{self.run}/run.json", json.dumps(record, ensure_ascii=False).encode())
+        self._journal = JournalWriter(self.store, self.run)
+        expected = [each.expected_s for each in plan]
+        forecast_s = None if any(each is None for each in expected) else sum(each for each in expected if each)
+        begun = {name: record[name] for name in ("run", "pipeline", "command", "snapshot", "user", "host")}
+        self._write("run_started", config=record["config_path"], versions=versions(), forecast_s=forecast_s, **begun)
+        for decision in plan:
+            self._write("stage_planned", stage=decision.stage, decision=decision.word, reason=decision.reason)
+        self._tracker = self._start_tracking()
+
+    def _start_tracking(self) -> Any:
+        from pipelines.tracking import resolve_uri, start_tracking
+
+        return start_tracking(self.store, self.run, resolve_uri(self.graph.loaded.file.tracking.uri, self.store.root))
+
+    def _resolved(self) -> dict[str, Any]:
+        """The whole config with every default filled in."""
+        file = self.graph.loaded.file.model_dump(mode="json")
+        file["stages"] = {
+            name: {
+                "uses": stage.kind.uses,
+                "inputs": stage.inputs,
+                **stage.config.model_dump(mode="json"),
+                "resources": stage.resources.model_dump(mode="json"),
+            }
+            for name, stage in self.graph.stages.items()
+        }
+        return file
+
+    # ---- the loop ----
+
+    def _loop(self) -> None:
+        stop_written = False
+        while self._waiting or self._running:
+            if self._signal is not None and not stop_written:
+                stop_written = True
+                self.store.backend.put(f"runs/{self.run}/stop", b"")
+                self._say(
+                    {"type": "said", "text": "stopping: training stages finish their step and save a checkpoint (again: stop at once)"}
+                )
+                self._waiting.clear()
+                self._cancel_plain_stages()
+            for stage in list(self._waiting.values()):
+                self._consider(stage)
+            for running in list(self._running.values()):
+                self._attend(running)
+            if sentence := self._tracker.news():
+                self._say({"type": "said", "text": sentence})
+            if self._waiting or self._running:
+                time.sleep(LOOK_EVERY_S)
+
+    def _consider(self, stage: Stage) -> None:
+        """Start a stage whose inputs are there, take its output, or leave it for later."""
+        broken = [name for name in stage.upstream() if name in self._failed]
+        if broken:
+            reason = f"its input {broken[0]} {self._failed[broken[0]]}"
+            self._finish(stage, "blocked", Decision(stage.name, "blocked", reason))
+            return
+        if any(name not in self._outputs for name in stage.upstream()):
+            return
+        if time.monotonic() - self._looked_at_s.get(stage.name, -LEASE_EVERY_S) < LEASE_EVERY_S:
+            return
+        self._looked_at_s[stage.name] = time.monotonic()
+        decision = self._planner_of_run.decide(stage, self._outputs)
+        if decision.word == "reuse":
+            self._reuse(stage, decision)
+            return
+        if decision.word == "blocked":
+            self._finish(stage, "failed", decision, error=decision.reason)
+            return
+        assert decision.key is not None
+        watch = self._watches.setdefault(decision.key, Watch(self.store, decision.key))
+        holder = watch.taken_by()
+        lease = watch.take(run=self.run, stage=stage.name) if holder is None else None
+        if lease is None:
+            if holder is not None and self._told.get(stage.name) != holder.get("run"):
+                self._told[stage.name] = holder.get("run", "")
+                self._write("note", stage=stage.name, text=f"waits for {describe(holder)}, who is making it")
+            return
+        # while the lease was being taken another run may have finished the work
+        decision = self._planner_of_run.decide(stage, self._outputs, held=True)
+        if decision.word == "reuse":
+            lease.release()
+            self._reuse(stage, decision)
+            return
+        self._start(stage, decision, lease)
+
+    def _start(self, stage: Stage, decision: Decision, lease: Lease) -> None:
+        del self._waiting[stage.name]
+        steps = stage.config.steps if isinstance(stage.config, TrainSettings) else None
+        self._write("stage_started", stage=stage.name, key=decision.key, decision=decision.word, reason=decision.reason, steps=steps)
+        job = self._job(stage, decision)
+        self._running[stage.name] = running = _Running(stage, decision, lease, None, _now_ms(), time.monotonic())
+        if self.options.inline:
+            running.task = _Inline(job, lambda event: self._heard(stage, event), lambda: self._signal is not None)
+            return
+        from cluster.ray_session import submit
+
+        resources = stage.resources
+        running.task = submit(
+            stream,
+            job,
+            name=f"{self.graph.loaded.file.pipeline}:{stage.name}",
+            cpus=0 if stage.kind.trains() else resources.cpus,
+            memory_gib=None if stage.kind.trains() else resources.memory_gib,
+            labels=None if stage.kind.trains() else resources.labels,
+            environment={} if stage.kind.trains() else {"OMP_NUM_THREADS": str(resources.cpus)},
+        )
+
+    def _job(self, stage: Stage, decision: Decision) -> Job:
+        planned = {name.removeprefix("source."): digest for name, digest in decision.leaves.items() if name.startswith("source.")}
+        assert decision.key is not None
+        inline = self.options.inline
+        return Job(
+            run=self.run,
+            stage=stage.name,
+            uses=stage.kind.uses if inline else self._snapshot.uses[stage.name],
+            user_folder=self.graph.user_folder() if inline else self._snapshot.user,
+            config=stage.config.model_dump(mode="json"),
+            inputs=decision.inputs,
+            sources=[Source(source.name, source.path, planned[source.name]) for source in stage.sources],
+            seed=self.graph.loaded.file.seed,
+            store=self.store.root.resolve(),
+            key=decision.key,
+            series=decision.series,
+            resources=stage.resources,
+            identity=identity(stage, inline=inline) if stage.kind.trains() else {},
+            inline=inline,
+        )
+
+    def _attend(self, running: _Running) -> None:
+        """Pass on a task's events, and deal with its end."""
+        for event in running.task.poll():
+            self._heard(running.stage, event)
+        if not running.task.done:
+            return
+        try:
+            outcome = running.task.result()
+        except Exception as error:
+            outcome = Outcome(error=str(error))
+        del self._running[running.stage.name]
+        try:
+            self._record(running, outcome)
+        finally:
+            running.lease.release()
+
+    def _heard(self, stage: Stage, event: Event) -> None:
+        if event["type"] in ("points", "progress"):
+            self._write(**{**event, "stage": stage.name})
+        elif "text" in event:
+            self._write("note", stage=stage.name, text=event["text"])
+
+    def _record(self, running: _Running, outcome: Outcome) -> None:
+        stage, decision = running.stage, running.decision
+        seconds = time.monotonic() - running.started_s
+        if outcome.stopped:
+            self._finish(stage, "stopped", decision, seconds=seconds)
+            return
+        if outcome.output is None or running.lease.lost():
+            error = outcome.error or "its lease was taken over by another run, so its result was not recorded"
+            if outcome.traceback:
+                self.store.backend.put(f"runs/{self.run}/{stage.name}.traceback.txt", outcome.traceback.encode())
+            self._finish(stage, "failed", decision, seconds=seconds, error=error)
+            return
+        assert decision.key is not None
+        assert outcome.output_kind is not None
+        action = self.store.record(
+            Action(
+                key=decision.key,
+                pipeline=self.graph.loaded.file.pipeline,
+                stage=stage.name,
+                kind=stage.kind.uses,
+                run=self.run,
+                leaves=decision.leaves,
+                inputs=decision.inputs,
+                output=outcome.output,
+                output_kind=outcome.output_kind,
+                figures=outcome.figures,
+                curves=outcome.curves,
+                operational=stage.operational() | ({"engine": "torch", "ranks": 1} if self.options.inline and stage.kind.trains() else {}),
+                versions=versions(),
+                restarts=outcome.restarts,
+                resumed_from_step=outcome.resumed_from_step,
+                forced=decision.forced,
+                started_ms=running.started_ms,
+                seconds=round(seconds, 3),
+                host=socket.gethostname(),
+                user=getpass.getuser(),
+                pid=os.getpid(),
+            )
+        )
+        self.store.note_latest(action.pipeline, stage.name, action.key, action.number)
+        shutil.rmtree(self.store.work(action.key), ignore_errors=True)
+        self._outputs[stage.name] = action.output
+        self._finish(stage, "done", decision, number=action.number, output=action.output, seconds=seconds)
+
+    def _reuse(self, stage: Stage, decision: Decision) -> None:
+        assert decision.output is not None
+        self._outputs[stage.name] = decision.output
+        action = decision.action
+        if action is not None:
+            self.store.note_latest(self.graph.loaded.file.pipeline, stage.name, action.key, action.number)
+        for note in decision.notes:
+            self._write("note", stage=stage.name, text=note)
+        self._finish(stage, "reused", decision, number=action.number if action else None, output=decision.output, seconds=0.0)
+
+    def _finish(self, stage: Stage, status: str, decision: Decision, **more: Any) -> None:
+        self._waiting.pop(stage.name, None)
+        if status in ("failed", "blocked", "stopped"):
+            self._failed[stage.name] = {"failed": "failed", "blocked": "can't be made", "stopped": "was stopped"}[status]
+        told = {"decision": decision.word, "reason": decision.reason, "key": decision.key, **more}
+        self._write("stage_ended", stage=stage.name, status=status, **told)
+
+    # ---- after ----
+
+    def _cancel_plain_stages(self) -> None:
+        """Stages that have no checkpoint are simply begun again next time."""
+        for running in list(self._running.values()):
+            if not running.stage.kind.trains() and not self.options.inline:
+                running.task.cancel()
+                del self._running[running.stage.name]
+                running.lease.release()
+                self._finish(running.stage, "stopped", running.decision)
+
+    def _abandon(self) -> None:
+        """Stop at once: what is on disk is what is kept."""
+        for running in list(self._running.values()):
+            if not self.options.inline:
+                running.task.cancel()
+            running.lease.release()
+            self._finish(running.stage, "stopped", running.decision)
+        self._running.clear()
+
+    def _end(self) -> int:
+        failed = [name for name, how in self._failed.items() if how == "failed"]
+        if self._signal is not None:
+            status, code = "KILLED", 128 + self._signal
+            text = f"interrupted; go on with: {self.options.command}"
+        elif failed:
+            status, code = "FAILED", 1
+            text = f"{' and '.join(failed)} failed; the other results are kept. Mend it, then go on with: {self.options.command}"
+        else:
+            status, code, text = "FINISHED", 0, ""
+        self._write("run_ended", status=status, exit_code=code, text=text)
+        from pipelines.page import render
+
+        self.store.backend.put(f"runs/{self.run}/page.html", render(self.store, self.run).encode())
+        if sentence := self._tracker.finish(TRACKING_DEADLINE_S):
+            self._say({"type": "said", "text": sentence})
+        return code
+
+    def _write(self, type: str, **fields: Any) -> None:
+        self._say(self._journal.write(type, **fields))
+
+
+class _Inline:
+    """A stage in this process, with the interface of a Ray task: it runs when it is first polled."""
+
+    def __init__(self, job: Job, emit: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
+        self.done = False
+        self._run = lambda: execute(job, emit, should_stop)
+
+    def poll(self) -> list[Event]:
+        self._outcome = self._run()
+        self.done = True
+        return []
+
+    def result(self) -> Outcome:
+        return self._outcome
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit, branch and whether the tree was changed; None outside a clone."""
+    try:
+        answers = [
+            subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["rev-parse", "--abbrev-ref", "HEAD"], ["status", "--porcelain"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": answers[0], "branch": answers[1], "dirty": bool(answers[2])}
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

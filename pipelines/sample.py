@@ -1,0 +1,34 @@
+"""A prompt continued by a trained model, piece by piece, for `gptline sample`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipelines.artifacts import Artifact, Model
+from pipelines.stage import StageFailure
+
+
+def continue_prompt(model: Artifact, prompt: str, *, tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    """The prompt, then what follows, in whole characters; it ends where the model ends the document."""
+    if not isinstance(model, Model):
+        raise StageFailure(f"artifact {model.digest[:12]} is {model.kind}, wanted a model")
+    from gpt.model import load_model
+    from gpt.random_streams import stream_seed
+    from gpt.sampling import sample_stream
+    from gpt.tokenizer import Tokenizer
+
+    encoder = Tokenizer.load(model.path / "tokenizer.json")
+    end = encoder.special["document"]
+    text = encoder.stream()
+    drawn = sample_stream(
+        load_model(model.path).eval(),
+        [end, *encoder.encode(prompt)],
+        stream=stream_seed(seed, "sample"),
+        max_tokens=tokens,
+        temperature=temperature,
+        stop_ids=(end,),
+    )
+    yield prompt
+    for token in drawn:
+        if token != end:
+            yield text.feed(token)

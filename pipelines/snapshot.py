@@ -1,0 +1,77 @@
+"""The code of a run, frozen: our packages and the user's own files, as an artifact that the workers import from.
+
+    <snapshot>/pipelines, gpt, cluster          our packages
+    <snapshot>/user/...                         the user's files that the stages reach, as they lie beside the TOML
+    <snapshot>/gptline_user_<stem>.py           a shim for each, so that ranks can import what a stage's task hands them by name
+
+An edit during a run changes neither what it does nor what is recorded.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.artifacts import Artifact
+from pipelines.fingerprint import PACKAGES, Code
+from pipelines.graph import Graph
+from pipelines.store import Store
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The folder that holds our packages."""
+
+_SHIM = """import sys
+from pathlib import Path
+
+_file = Path(__file__).parent / "user" / {file!r}
+sys.path.append(str(_file.parent))
+__file__ = str(_file)
+exec(compile(_file.read_bytes(), str(_file), "exec"))
+"""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    artifact: Artifact
+    uses: dict[str, str]
+    """Stage to `uses`, relative to `user`."""
+
+    @property
+    def path(self) -> Path:
+        return self.artifact.path
+
+    @property
+    def user(self) -> Path:
+        return self.path / "user"
+
+
+def freeze(graph: Graph, store: Store) -> Snapshot:
+    """Copy the code into the store; the same code is the same snapshot."""
+    folder = store.new_folder()
+    for package in PACKAGES:
+        _copy(sorted((ROOT / package).rglob("*.py")), ROOT, folder)
+    uses: dict[str, str] = {}
+    places: dict[Path, Path] = {}
+    for stage in graph.stages.values():
+        file = stage.kind.file
+        uses[stage.name] = stage.kind.uses
+        if file is None:
+            continue
+        # a file outside the TOML's folder gets a place of its own, numbered in the order of the stages
+        inside = file.parent.is_relative_to(graph.user_folder())
+        place = places.setdefault(file.parent, file.parent.relative_to(graph.user_folder()) if inside else Path(f"outside-{len(places)}"))
+        reached = [path for path in Code(ROOT, file.parent).files([stage.kind.entry()]) if path.is_relative_to(file.parent)]
+        _copy(reached, file.parent, folder / "user" / place)
+        name = (place / file.name).as_posix()
+        (folder / f"gptline_user_{file.stem}.py").write_text(_SHIM.format(file=name))
+        uses[stage.name] = f"./{name}:{stage.kind.function.__name__}"
+    return Snapshot(store.publish(folder, "code", {}), uses)
+
+
+def _copy(files: Iterable[Path], base: Path, target: Path) -> None:
+    for file in files:
+        place = target / file.relative_to(base)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)

@@ -1,0 +1,47 @@
+"""Tokenizer: learn byte-level BPE merges from the training split, or take bytes as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipelines.artifacts import Documents, Tokenizer
+from pipelines.stage import StageConfig, StageContext
+
+
+class TokenizerConfig(StageConfig):
+    algorithm: Literal["bpe", "bytes"] = "bpe"
+    """"bytes" learns nothing: each byte is a token."""
+    vocab_size: int | None = Field(default=None, ge=1)
+    """Tokens in all, the 256 bytes and the special tokens included. Only for "bpe", which needs it."""
+
+    @model_validator(mode="after")
+    def _size_goes_with_bpe(self) -> TokenizerConfig:
+        if (self.algorithm == "bpe") != (self.vocab_size is not None):
+            wanted = "vocab_size is missing" if self.algorithm == "bpe" else f"vocab_size = {self.vocab_size} has no effect"
+            raise ValueError(f'{wanted} with algorithm = "{self.algorithm}"')
+        return self
+
+
+def tokenizer(config: TokenizerConfig, documents: list[Documents], stage: StageContext) -> Tokenizer:
+    """The held-out split is not read: what it would teach is not there at test time."""
+    from gpt.tokenizer import byte_tokenizer, train_bpe
+
+    total = sum(each.metadata["train"]["documents"] for each in documents)
+
+    def texts() -> Iterator[str]:
+        done = 0
+        for each in documents:
+            for text in each.texts("train"):
+                yield text
+                done += 1
+                stage.progress(done, total, "documents")
+
+    if config.algorithm == "bytes" or config.vocab_size is None:
+        learned = byte_tokenizer()
+    else:
+        learned = train_bpe(texts(), config.vocab_size)
+    learned.save(stage.output / "tokenizer.json")
+    return stage.publish(Tokenizer, algorithm=config.algorithm, vocab_size=learned.vocab_size)
