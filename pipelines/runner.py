@@ -30,7 +30,7 @@ from gpt.settings import TrainSettings
 from pipelines.config import ConfigError, Fault
 from pipelines.execute import Job, Outcome, execute, stream
 from pipelines.graph import Graph, Stage
-from pipelines.journal import Event, JournalWriter
+from pipelines.journal import Event, JournalWriter, read_journal
 from pipelines.lease import Lease, Watch, describe
 from pipelines.planner import Decision, Planner, identity, versions
 from pipelines.snapshot import ROOT, freeze
@@ -479,3 +479,13 @@ def git_state() -> dict[str, Any] | None:
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+def dead_runs(store: Store) -> list[str]:
+    """Runs of this store without a last word whose driver is gone."""
+    dead = []
+    for run in store.runs():
+        events = read_journal(store, run)
+        if events and events[-1]["type"] != "run_ended" and Watch(store, f"run-{run}").taken_by() is None:
+            dead.append(run)
+    return dead

@@ -1,0 +1,35 @@
+# make quickstart   the whole line, from text to a trained model, on this machine
+# make test         everything that is checked
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: install quickstart test unit lint clean
+
+install: .venv/installed
+
+quickstart: install
+	.venv/bin/gptline run configs/quickstart.toml
+
+test: lint
+	.venv/bin/python -m pytest --durations=15
+
+unit: .venv/installed-dev
+	.venv/bin/python -m pytest -m "not slow and not gpu"
+
+lint: .venv/installed-dev
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	@echo "installing into .venv: some minutes, 2.3 GB (7 GB more where pip takes the CUDA build of torch)"
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .gptline
