@@ -339,7 +339,9 @@ class _Start:
 
         spec = self._spec
         # Named after the stage's task: whoever sees that task die can free its room.
-        name = f"{GROUP_PREFIX}-{ray.get_runtime_context().get_task_id()}-{self._attempt.name}"
+        context = ray.get_runtime_context()
+        task_id = context.get_task_id() if context.worker.mode == ray.WORKER_MODE else "driver"
+        name = f"{GROUP_PREFIX}-{task_id}-{self._attempt.name}"
         selectors = [dict(spec.labels)] * spec.ranks if spec.labels else None
         group = placement_group([_bundle(spec)] * spec.ranks, strategy="PACK", name=name, bundle_label_selector=selectors)
         try:
@@ -361,15 +363,16 @@ class _Start:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         spec = self._spec
+        # Ray's annotations know this form of remote() as a decorator without the option.
+        actors = ray.remote(concurrency_groups={_WATCH: 2})(_RankProcess)  # type: ignore[call-overload]
         for index in range(spec.ranks):
-            actor = ray.remote(_RankProcess).options(
+            actor = actors.options(
                 num_cpus=spec.cpus_per_rank,
                 num_gpus=spec.gpus_per_rank,
                 memory=int(spec.memory_gib * 2**30) if spec.memory_gib else None,
                 accelerator_type=spec.accelerator,
                 max_restarts=0,
                 max_task_retries=0,
-                concurrency_groups={_WATCH: 2},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
             )
             self._actors.append(actor.remote(index, str(self._attempt)))
@@ -493,7 +496,7 @@ class _Start:
             return _Loss(index, "connection", sentence, True, outcome.traceback)
         if isinstance(outcome, _Raised):
             return _Loss(
-                index, "exception", f"{self._called(index)} raised {outcome.summary} at step {self._step}", False, outcome.traceback
+                index, "exception", f"{self._called(index)} raised at step {self._step}: {outcome.summary}", False, outcome.traceback
             )
         return _Loss(index, "death", f"{self._called(index)} {self._death(index, outcome)} at step {self._step}", True)
 
