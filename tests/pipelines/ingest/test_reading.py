@@ -40,7 +40,7 @@ def test_replaced_bytes_are_counted(ingested):
 
 
 def test_utf16_is_recognised(ingested):
-    with pytest.raises(StageFailure, match="byte 0.*looks like UTF-16"):
+    with pytest.raises(StageFailure, match=r"byte 0.*looks like UTF-16"):
         ingested({"a.txt": "text".encode("utf-16")}, source="text")
 
 
