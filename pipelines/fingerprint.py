@@ -257,7 +257,7 @@ def canonical_dump(node: Any) -> str:
             if value is None and not (isinstance(node, ast.Constant) and name == "value"):
                 continue
             if isinstance(value, list):
-                value = [each for each in value if not _is_text(each)]
+                value = [each for each in value if not _is_text(each) and not _is_empty_text(each, node)]
                 if not value:
                     continue
             parts.append(f"{name}={canonical_dump(value)}")
@@ -269,6 +269,11 @@ def canonical_dump(node: Any) -> str:
 
 def _is_text(node: Any) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _is_empty_text(node: Any, parent: ast.AST) -> bool:
+    """An empty piece of an f-string: early releases of 3.12 put some in."""
+    return isinstance(parent, ast.JoinedStr) and isinstance(node, ast.Constant) and node.value == ""
 
 
 def _is_protocol(node: ast.stmt) -> bool:

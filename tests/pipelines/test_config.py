@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import ConfigError, load
+from pipelines.graph import Graph, build
+
+DOCUMENTS = """
+pipeline = "test"
+seed = 1
+
+[stages.documents]
+uses = "ingest"
+source = "text"
+files = ["*.txt"]
+"""
+LINE = (
+    DOCUMENTS
+    + """
+[stages.tokenizer]
+algorithm = "bytes"
+inputs = { documents = "documents" }
+
+[stages.tokenize]
+inputs = { documents = ["documents"], tokenizer = "tokenizer" }
+
+[stages.pretrain]
+inputs = { tokens = "tokenize" }
+preset = "gpt2-nano"
+steps = 10
+global_batch_size = 8
+lr = 1e-3
+"""
+)
+
+
+def built(tmp_path: Path, text: str, *overrides: str) -> Graph:
+    (tmp_path / "a.txt").write_text("To be, or not to be.\n")
+    path = tmp_path / "test.toml"
+    path.write_text(text)
+    return build(load(path, overrides))
+
+
+def faults(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        built(tmp_path, text, *overrides)
+    return [str(fault) for fault in caught.value.faults]
+
+
+def test_a_right_file_gives_stages_in_the_order_of_their_inputs(tmp_path: Path):
+    shuffled = LINE.replace("[stages.documents]", "[stages.late]")
+    graph = built(tmp_path, LINE)
+    assert list(graph.stages) == ["documents", "tokenizer", "tokenize", "pretrain"]
+    assert graph.above("tokenize") == {"documents", "tokenizer"}
+    assert graph.below("tokenizer") == {"tokenize", "pretrain"}
+    assert any("no stage 'documents'" in fault for fault in faults(tmp_path, shuffled))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wanted"),
+    [
+        ("seed = 1", "sede = 1", "sede: unknown key; did you mean 'seed'?"),
+        ("steps = 10", "stepps = 10", "stages.pretrain.stepps: unknown key; did you mean 'steps'?"),
+        ("lr = 1e-3", "lr = 'fast'", "stages.pretrain.lr: is 'fast', wanted a number"),
+        ("lr = 1e-3", "", "stages.pretrain.lr: is missing"),
+        ('"ingest"', '"ingets"', "stages.documents.uses: no kind is called 'ingets'; did you mean 'ingest'?"),
+        ('"gpt2-nano"', '"gpt2-nanno"', "did you mean 'gpt2-nano'"),
+        ("tokens = ", "token = ", "stages.pretrain.inputs.token: unknown input; did you mean 'tokens'?"),
+        ('tokens = "tokenize"', 'tokens = "documents"', "'documents' makes documents, wanted tokens"),
+        ('tokens = "tokenize"', 'tokens = "tokenise"', "there is no stage 'tokenise'; did you mean 'tokenize'?"),
+        (
+            '{ tokens = "tokenize" }',
+            "{}",
+            "stages.pretrain.inputs.tokens: is missing; pretrain needs several tokens; tokens = ['tokenize'] would fit",
+        ),
+        ('["*.txt"]', '["*.md"]', "*.md"),
+        ("global_batch_size = 8", "global_batch_size = 8\nmicro_batch_size = 3", "the nearest that fit are 6 and 9"),
+        ('uses = "ingest"', 'uses = "./mine.py:clean"', "there is no Python file"),
+        ("steps = 10", "steps = 10\nprecision = 'fp16'", "needs a GPU"),
+        ('algorithm = "bytes"', 'algorithm = "bpe"', "vocab_size is missing"),
+        ("seed = 1", "seed = 1\n[tracking]\nuri = 'http://me:hush@host'", "tracking.uri: holds a password"),
+        ('"tokenize"', '"sha:12"', "is no reference; wanted a stage's name, sha256:<digest> or run:<id>/<stage>"),
+    ],
+)
+def test_each_fault_says_where_it_is_what_was_found_and_what_was_wanted(tmp_path: Path, old: str, new: str, wanted: str):
+    assert old in LINE
+    assert any(wanted in fault for fault in faults(tmp_path, LINE.replace(old, new, 1))), faults(tmp_path, LINE.replace(old, new, 1))
+
+
+def test_all_faults_are_told_at_once_and_nothing_is_written(tmp_path: Path):
+    text = LINE.replace("steps = 10", "stepps = 10").replace("lr = 1e-3", "lr = -1").replace('"bytes"', '"byte"')
+    found = faults(tmp_path, text)
+    assert len(found) == 4  # steps is missing, too
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.txt", "test.toml"]
+
+
+def test_a_cycle_is_told_with_its_names(tmp_path: Path):
+    text = LINE.replace('inputs = { documents = "documents" }', 'inputs = { documents = "clean" }')
+    (tmp_path / "mine.py").write_text(
+        "from pipelines.artifacts import Documents, Tokens\nfrom pipelines.stage import StageContext\n\n"
+        "def clean(tokens: Tokens, stage: StageContext) -> Documents: ...\n"
+    )
+    text += '\n[stages.clean]\nuses = "./mine.py:clean"\ninputs = { tokens = "tokenize" }\n'
+    assert any("tokenizer reads clean reads tokenize reads tokenizer: a cycle" in fault for fault in faults(tmp_path, text))
+
+
+def test_an_override_sets_one_value_and_a_wrong_one_says_what_there_is(tmp_path: Path):
+    graph = built(tmp_path, LINE, "stages.pretrain.lr=3e-4", "stages.pretrain.preset=llama-nano")
+    assert graph.stages["pretrain"].config.lr == 3e-4  # type: ignore[attr-defined]
+    assert graph.stages["pretrain"].config.preset == "llama-nano"  # type: ignore[attr-defined]
+    assert faults(tmp_path, LINE, "stages.pretrian.lr=1") == [
+        "--set stages.pretrian.lr=1: there is no stage 'pretrian'; did you mean 'pretrain'?"
+    ]
+    assert "wanted NAME=VALUE" in faults(tmp_path, LINE, "lr")[0]
+
+
+def test_ranks_must_share_the_batch(tmp_path: Path):
+    assert any("can't be shared by 3 ranks" in fault for fault in faults(tmp_path, LINE, "stages.pretrain.resources.ranks=3"))
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("def clean(documents, stage: StageContext) -> Documents: ...", "parameter 'documents' of clean is annotated None"),
+        ("def clean(documents: Documents, stage: StageContext): ...", "must say which artifact it returns"),
+        ("def clean(documents: Documents, stage: StageContext) -> str: ...", "must say which artifact it returns"),
+        ("def other(documents: Documents) -> Documents: ...", "has no function 'clean'; it has other"),
+        ("import no_such_module", "can't be imported: ModuleNotFoundError"),
+    ],
+)
+def test_a_users_function_that_is_no_kind_says_why(tmp_path: Path, source: str, wanted: str):
+    (tmp_path / "mine.py").write_text(f"from pipelines.artifacts import Documents\nfrom pipelines.stage import StageContext\n\n{source}\n")
+    text = DOCUMENTS + '\n[stages.clean]\nuses = "./mine.py:clean"\ninputs = { documents = "documents" }\n'
+    assert any(wanted in fault for fault in faults(tmp_path, text))
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path: Path):
+    (tmp_path / "quickstart.toml").touch()
+    with pytest.raises(ConfigError, match=r"there is no such file; did you mean 'quickstart.toml'\?"):
+        load(tmp_path / "quickstrat.toml")
+
+
+def test_operational_settings_are_not_in_the_key_and_the_others_are(tmp_path: Path):
+    stage = built(tmp_path, LINE).stages["pretrain"]
+    semantic, operational = stage.semantic(), stage.operational()
+    assert {"lr", "steps", "global_batch_size", "precision", "preset", "beta2"} <= set(semantic)
+    assert {"micro_batch_size", "zero_stage", "engine", "log_every", "checkpoint_every", "max_restarts", "ranks"} <= set(operational)
+    assert not set(semantic) & set(operational)
