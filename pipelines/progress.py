@@ -5,10 +5,24 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pipelines.journal import Event, read_journal
 from pipelines.store import Store
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+EVERY_S = 10.0
+"""A running stage speaks in a pipe when so long has passed ..."""
+EVERY_SHARE = 0.1
+"""... or so much of it was done, whichever comes later."""
+LIVE_PER_S = 4
 
 Point = tuple[int, float, int]
 """Step, value, time in ms since 1970."""
@@ -38,6 +52,12 @@ class StageView:
     notes: list[str] = field(default_factory=list)
     curves: dict[str, list[Point]] = field(default_factory=dict)
     """What the journal has; a reused stage's curves stand in its action record."""
+
+    @property
+    def step(self) -> int | None:
+        """Steps done, as far as points or progress tell."""
+        steps = [points[-1][0] for points in self.curves.values() if points]
+        return max(steps, default=None)
 
     def newest(self, metric: str) -> float | None:
         points = self.curves.get(metric)
@@ -85,7 +105,7 @@ class RunView:
                 stage = self.stage(event["stage"])
                 for metric, step, value, time_ms in event["points"]:
                     stage.curves.setdefault(metric, []).append((step, value, time_ms))
-            case "note":
+            case "note" if event.get("stage"):
                 self.stage(event["stage"]).notes.append(event["text"])
             case "stage_ended":
                 stage = self.stage(event["stage"])
@@ -104,3 +124,185 @@ def run_view(store: Store, run: str) -> RunView:
     for event in read_journal(store, run):
         view.add(event)
     return view
+
+
+def share_done(stage: StageView) -> float | None:
+    if stage.total:
+        return min(1.0, stage.done / stage.total)
+    if stage.steps and stage.step is not None:
+        return min(1.0, stage.step / stage.steps)
+    return None
+
+
+def seconds_left(stage: StageView, now_ms: int) -> float | None:
+    """From the pace between the first point and the newest: what came before (a gang's start) says nothing about steps."""
+    if not stage.steps or stage.step is None:
+        share = share_done(stage)
+        if not share or share >= 1 or stage.started_ms is None:
+            return None
+        return (now_ms - stage.started_ms) / 1000 * (1 - share) / share
+    times = [(points[0], points[-1]) for points in stage.curves.values() if len(points) > 1]
+    if not times:
+        return None
+    first = min((one for one, _ in times), key=lambda point: point[0])
+    last = max((other for _, other in times), key=lambda point: point[0])
+    if last[0] <= first[0]:
+        return None
+    since_s = (now_ms - last[2]) / 1000
+    return max(0.0, (last[2] - first[2]) / 1000 / (last[0] - first[0]) * (stage.steps - last[0]) - since_s)
+
+
+class Progress:
+    """Shows a run while it happens: `show` every event that the journal gets, `close` at the end.
+
+    On a terminal each stage has a row that changes in place; elsewhere lines are only added, without control characters.
+    """
+
+    def __init__(self, out: TextIO | None = None, live: bool | None = None, clock: Callable[[], float] = time.time) -> None:
+        self._out = sys.stdout if out is None else out
+        self._clock = clock
+        self.view = RunView("")
+        self._said: dict[str, tuple[float, float]] = {}
+        self._live = self._start_live() if (self._out.isatty() if live is None else live) else None
+
+    def show(self, event: Event) -> None:
+        self.view.add(event)
+        if event["type"] == "note":
+            self.say(f"{event.get('stage') or ''}  {event['text']}".strip())
+        elif self._live is None:
+            self._add_line(event)
+
+    def say(self, text: str) -> None:
+        """A sentence of its own, above the rows."""
+        if self._live is None:
+            self._line(text)
+        else:
+            from rich.text import Text
+
+            self._live.console.print(Text(_printable(text)))
+
+    def close(self) -> None:
+        """Leave the terminal as it was found; the last rows stay."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _start_live(self) -> Live:
+        from rich.console import Console
+        from rich.live import Live
+
+        live = Live(console=Console(file=self._out), get_renderable=self._rows, refresh_per_second=LIVE_PER_S, transient=False)
+        live.start()
+        return live
+
+    def _rows(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2))
+        colours = {
+            "reuse": "blue",
+            "run": "green",
+            "resume": "green",
+            "wait": "yellow",
+            "blocked": "yellow",
+            "failed": "red",
+            "stopped": "yellow",
+        }
+        for stage in list(self.view.stages.values()):  # rich draws from a thread of its own
+            word = _word(stage)
+            style = "dim" if stage.status == "planned" else colours.get(word, "")
+            what = _running(stage, self._now_ms()) if stage.status == "running" else _outcome(stage)
+            table.add_row(Text(stage.name, "bold" if stage.status == "running" else ""), Text(word, style), Text(_printable(what)))
+        return table
+
+    def _add_line(self, event: Event) -> None:
+        if event["type"] == "stage_started":
+            stage = self.view.stage(event["stage"])
+            self._said[stage.name] = (self._clock(), 0.0)
+            self._stage_line(stage, f"{_word(stage)}: {stage.reason}" if stage.reason else _word(stage))
+        elif event["type"] in ("points", "progress"):
+            stage = self.view.stage(event["stage"])
+            said_s, said_share = self._said.setdefault(stage.name, (self._clock(), 0.0))
+            share = share_done(stage)
+            if self._clock() - said_s >= EVERY_S and (
+                share is None or share - said_share >= EVERY_SHARE or self._clock() - said_s >= 6 * EVERY_S
+            ):
+                self._said[stage.name] = (self._clock(), share or 0.0)
+                self._stage_line(stage, _running(stage, self._now_ms()))
+        elif event["type"] == "stage_ended":
+            stage = self.view.stage(event["stage"])
+            self._stage_line(stage, f"{_word(stage)}: {_outcome(stage)}")
+
+    def _stage_line(self, stage: StageView, text: str) -> None:
+        width = max(10, *(len(name) for name in self.view.stages))
+        self._line(f"{stage.name:<{width}}  {text}")
+
+    def _line(self, text: str) -> None:
+        self._out.write(_printable(text) + "\n")
+        self._out.flush()
+
+    def _now_ms(self) -> int:
+        return round(1000 * self._clock())
+
+
+def summary(view: RunView) -> str:
+    """The table after a run: what was reused or made, how long it took, what came out."""
+    rows = [("stage", "", "seconds", "output", "why")]
+    for stage in view.stages.values():
+        seconds = "" if stage.seconds is None or stage.status == "reused" else f"{stage.seconds:.1f}"
+        rows.append((stage.name, _word(stage), seconds, stage.output[:12], _printable(stage.error or stage.reason)))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        f"{name:<{widths[0]}}  {word:<{widths[1]}}  {seconds:>{widths[2]}}  {output:<{widths[3]}}  {why}".rstrip()
+        for name, word, seconds, output, why in rows
+    ]
+    tally: dict[str, int] = {}
+    for stage in view.stages.values():
+        word = {"done": "made"}.get(stage.status, stage.status)
+        tally[word] = tally.get(word, 0) + 1
+    took = "" if view.started_ms is None or view.ended_ms is None else f" in {_clock_time((view.ended_ms - view.started_ms) / 1000)}"
+    return "\n".join([*lines, "", ", ".join(f"{count} {word}" for word, count in tally.items()) + took])
+
+
+def _word(stage: StageView) -> str:
+    """The decision, until something else became of the stage."""
+    return stage.status if stage.status in ("failed", "stopped", "blocked") else stage.decision or stage.status
+
+
+def _running(stage: StageView, now_ms: int) -> str:
+    parts = []
+    if stage.step is not None:
+        parts.append(f"step {stage.step:,}/{stage.steps:,}" if stage.steps else f"step {stage.step:,}")
+    elif stage.total:
+        parts.append(f"{stage.done:,.0f}/{stage.total:,.0f} {stage.unit}".rstrip())
+    for label, metric, form in (("loss", "train/loss", ".3f"), ("val", "val/loss", ".3f"), ("tokens/s", "train/tokens_per_s", ",.0f")):
+        value = stage.newest(metric)
+        if value is not None:
+            parts.append(f"{label} {value:{form}}" if math.isfinite(value) else f"{label} {value}")
+    left = seconds_left(stage, now_ms)
+    if left is not None:
+        parts.append(f"left {_clock_time(left)}")
+    elif not parts and stage.started_ms is not None:
+        parts.append(_clock_time((now_ms - stage.started_ms) / 1000))
+    return "  ".join(parts)
+
+
+def _outcome(stage: StageView) -> str:
+    if stage.error:
+        return stage.error
+    if stage.status == "done":
+        seconds = "" if stage.seconds is None else f"{stage.seconds:.1f} s  "
+        return f"{seconds}{stage.output[:12]}"
+    return "  ".join(part for part in (stage.output[:12] if stage.status == "reused" else "", stage.reason) if part)
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _printable(text: str) -> str:
+    """Data may hold escape sequences; a terminal must not obey them."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)

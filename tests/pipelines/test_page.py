@@ -1,0 +1,175 @@
+"""A run's page is one file that a browser opens without a network, and nothing from data is markup in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.commit import canonical_json
+from pipelines.journal import JournalWriter
+from pipelines.page import _stretches, _ticks, render
+from pipelines.store import Action, Store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def finish(store: Store, writer: JournalWriter, stage: str, kind: str, files: dict[str, str], **more: Any) -> Action:
+    folder = store.new_folder()
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    output = store.publish(folder, kind, {}).digest
+    action = store.record(
+        Action(
+            **({"inputs": {}} | more), key=f"key-{stage}", pipeline="line", stage=stage, kind=stage, run=writer.run, leaves={},
+            output=output, output_kind=kind, started_ms=0, seconds=61.0, host="h", user="u", pid=1, versions={"torch": "2.13.0"},
+        )
+    )  # fmt: skip
+    writer.write(
+        "stage_ended", stage=stage, status="done", decision="run", reason="new", key=action.key, number=action.number, output=output,
+        seconds=61.0, error=None,
+    )  # fmt: skip
+    return action
+
+
+def begin(store: Store, run: str = "r1", **fields: str) -> JournalWriter:
+    store.backend.put(f"runs/{run}/run.json", canonical_json({"run": run, "pipeline": "line", "config": {"seed": 1}, "snapshot": "c" * 64}))
+    writer = JournalWriter(store, run)
+    writer.write(
+        "run_started", **({"pipeline": "line", "run": run, "command": "gptline run line.toml", "user": "ada", "host": "h"} | fields)
+    )
+    return writer
+
+
+class Tags(HTMLParser):
+    """Which elements opened and never closed, and which addresses the page names."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.links: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        self.links += [value or "" for name, value in attrs if name in ("href", "src")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_a_page_stands_alone_and_every_element_is_closed(store: Store) -> None:
+    writer = begin(store)
+    tokens = finish(store, writer, "tokenize", "tokens", {"train.bin": "x"})
+    curve = [(step, 5.0 - step / 100, step) for step in range(0, 101, 10)]
+    model = finish(
+        store,
+        writer,
+        "pretrain",
+        "model",
+        {"model": "x"},
+        inputs={"tokens": [tokens.output]},
+        curves={"train/loss": curve, "train/lr": curve},
+    )
+    report = {"samples": [{"prompt": "Once", "text": "Once upon a time"}]}
+    figures = {"eval/bits_per_byte": 1.75, "eval/xz_bits_per_byte": 2.58, "eval/ppmd_bits_per_byte": 1.5}
+    finish(store, writer, "evaluate", "report", {"report.json": json.dumps(report)}, inputs={"model": [model.output]}, figures=figures)
+    writer.write("run_ended", status="FINISHED", exit_code=0, text="")
+    page = render(store, "r1")
+    tags = Tags(page)
+    assert tags.open == []
+    assert tags.links == []
+    assert not tags.seen & {"script", "link", "img", "iframe"}
+    assert "url(" not in page
+    assert "@import" not in page
+    for found in (
+        "1 min 01 s",
+        "tokenize",
+        tokens.output[:12],
+        "1.750",
+        "xz -9e",
+        "2.580",
+        "PPMd",
+        "torch",
+        "2.13.0",
+        "ada on h",
+        "c" * 64,
+    ):
+        assert found in page
+    assert "<b>Once</b> upon a time" in page
+    assert page.index("PPMd") < page.index("this model") < page.index("xz -9e")  # the shortest bar first
+    assert len(re.findall("<polyline", page)) == 2
+
+
+def test_markup_in_data_is_shown_and_not_obeyed(store: Store) -> None:
+    evil = "<script>alert(1)</script>"
+    writer = begin(store, command=evil, user=evil)
+    writer.write("note", stage="evaluate", text=evil)
+    report = {"samples": [{"prompt": evil, "text": f"{evil}</blockquote>"}]}
+    finish(store, writer, "evaluate", "report", {"report.json": json.dumps(report)}, figures={"eval/bits_per_byte": 1.0})
+    writer.write(
+        "stage_ended", stage=f"odd{evil}", status="failed", decision="run", reason=evil, error=evil, key="", number=None, output=None
+    )
+    writer.write("run_ended", status="FAILED", exit_code=1, text=evil)
+    page = render(store, "r1")
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert Tags(page).open == []
+
+
+def test_a_reused_stage_shows_the_curve_of_the_action_it_reuses(store: Store) -> None:
+    first = begin(store)
+    made = finish(store, first, "pretrain", "model", {"model": "x"}, curves={"train/loss": [(0, 5.0, 0), (10, 4.0, 1)]})
+    second = begin(store, "r2")
+    second.write(
+        "stage_ended", stage="pretrain", status="reused", decision="reuse", reason="nothing changed", key=made.key, number=1,
+        output=made.output, seconds=0.0, error=None,
+    )  # fmt: skip
+    page = render(store, "r2")
+    assert "pretrain: loss over steps" in page
+    assert "made by run r1" in page
+    assert "running" in page
+
+
+def test_a_run_that_died_before_its_first_stage_has_a_page_too(store: Store) -> None:
+    begin(store)
+    assert Tags(render(store, "r1")).open == []
+
+
+def test_a_value_that_is_no_number_leaves_a_gap() -> None:
+    points = [(0, 1.0, 0), (1, 2.0, 0), (2, math.nan, 0), (3, math.inf, 0), (4, 3.0, 0)]
+    assert _stretches(points) == [[(0, 1.0), (1, 2.0)], [(4, 3.0)]]
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_lowest_and_highest_point() -> None:
+    points = [(step, float(step % 97), 0) for step in range(100_000)] + [(100_000, 500.0, 0), (100_001, -7.0, 0)]
+    [thin] = _stretches(points)
+    assert len(thin) <= 600
+    assert {500.0, -7.0} <= {value for _, value in thin}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "about", "ticks"),
+    [(0, 800, 7, [0, 200, 400, 600, 800]), (2.56, 8.4, 5, [2, 4, 6, 8, 10]), (0.0, 0.003, 3, [0, 0.001, 0.002, 0.003])],
+)
+def test_ticks_are_round_and_enclose_the_values(low: float, high: float, about: int, ticks: list[float]) -> None:
+    assert _ticks(low, high, about) == pytest.approx(ticks)
+
+
+def test_one_lone_value_still_has_an_axis() -> None:
+    ticks = _ticks(3.0, 3.0, 3)
+    assert ticks[0] < 3.0 < ticks[-1]

@@ -1,0 +1,126 @@
+"""Progress adds up the journal's events: plain lines in a pipe, rows on a terminal, a table in the end."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from typing import Any
+
+from pipelines.progress import Progress, RunView, StageView, seconds_left, summary
+
+
+def event(type: str, time_ms: int = 0, **fields: Any) -> dict[str, Any]:
+    return {"type": type, "time_ms": time_ms, **fields}
+
+
+def started(stage: str, time_ms: int = 0, **fields: Any) -> dict[str, Any]:
+    return event(
+        "stage_started", time_ms, **({"stage": stage, "key": "k", "decision": "run", "reason": "lr: 0.1 -> 0.2", "steps": None} | fields)
+    )
+
+
+def ended(stage: str, **fields: Any) -> dict[str, Any]:
+    given = {
+        "stage": stage,
+        "status": "done",
+        "decision": "run",
+        "reason": "",
+        "key": "k",
+        "number": 1,
+        "output": "ab" * 32,
+        "seconds": 2.5,
+    }
+    return event("stage_ended", 5000, **(given | fields))
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_pipe_gets_a_line_at_the_start_and_one_at_the_end_of_a_stage() -> None:
+    out = io.StringIO()
+    progress = Progress(out, clock=Clock())
+    progress.show(event("stage_planned", stage="documents", decision="run", reason="new"))
+    progress.show(started("documents"))
+    progress.show(ended("documents"))
+    progress.show(ended("tokenizer", status="reused", decision="reuse", reason="nothing changed", seconds=0))
+    progress.close()
+    assert out.getvalue().splitlines() == [
+        "documents   run: lr: 0.1 -> 0.2",
+        "documents   run: 2.5 s  abababababab",
+        "tokenizer   reuse: abababababab  nothing changed",
+    ]
+
+
+def test_training_speaks_at_most_every_ten_seconds() -> None:
+    out, clock = io.StringIO(), Clock()
+    progress = Progress(out, clock=clock)
+    progress.show(started("pretrain", steps=800))
+    for step in range(1, 801):  # ten steps a second: 80 s, a tenth of it every 8 s
+        clock.now_s = step / 10
+        row = [["train/loss", step, 8.0 - step / 200, step * 100], ["train/tokens_per_s", step, 41_200.0, step * 100]]
+        progress.show(event("points", stage="pretrain", points=row))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 1 + 8
+    assert lines[2] == "pretrain    step 200/800  loss 7.000  tokens/s 41,200  left 1:00"
+
+
+def test_a_slow_stage_speaks_once_a_minute_even_before_a_tenth_is_done() -> None:
+    out, clock = io.StringIO(), Clock()
+    progress = Progress(out, clock=clock)
+    progress.show(started("pretrain", steps=100_000))
+    for step in range(1, 121):
+        clock.now_s = float(step)
+        progress.show(event("points", stage="pretrain", points=[["train/loss", step, 1.0, step * 1000]]))
+    assert len(out.getvalue().splitlines()) == 1 + 2
+
+
+def test_time_left_is_read_off_the_steps_and_not_off_the_gangs_start() -> None:
+    stage = StageView("pretrain", steps=100, started_ms=0, curves={"train/loss": [(10, 1.0, 50_000), (20, 1.0, 60_000)]})
+    assert seconds_left(stage, now_ms=60_000) == 80.0  # one second a step, 80 to go
+
+
+def test_no_control_character_of_a_message_reaches_a_pipe_or_a_terminal() -> None:
+    for live in (False, True):
+        out = io.StringIO()
+        progress = Progress(out, live=live)
+        progress.show(event("note", stage="pretrain", text="rank 1 \x1b[2J died\r\n"))
+        progress.close()
+        assert "rank 1  [2J died" in out.getvalue()
+        assert "\x1b[2J" not in out.getvalue()
+
+
+def test_a_terminal_has_a_row_for_each_stage() -> None:
+    out = io.StringIO()
+    progress = Progress(out, live=True, clock=Clock())
+    progress.show(event("stage_planned", stage="pretrain", decision="run", reason="new"))
+    progress.show(started("evaluate"))
+    progress.close()
+    assert "pretrain  run  new" in out.getvalue()
+    assert "evaluate  run  0:00" in out.getvalue()
+
+
+def test_the_table_in_the_end_tells_what_was_made_and_what_was_reused() -> None:
+    view = RunView("r1")
+    view.add(event("run_started", 0, pipeline="line"))
+    view.add(ended("documents", status="reused", decision="reuse", reason="nothing changed", seconds=0.1))
+    view.add(ended("pretrain", reason="lr: 0.1 -> 0.2", seconds=93.4))
+    view.add(ended("evaluate", status="blocked", decision="blocked", reason="pretrain", output=None, number=None, seconds=None))
+    view.add(event("run_ended", 95_000, status="FINISHED"))
+    assert summary(view).splitlines() == [
+        "stage               seconds  output        why",
+        "documents  reuse             abababababab  nothing changed",
+        "pretrain   run         93.4  abababababab  lr: 0.1 -> 0.2",
+        "evaluate   blocked                         pretrain",
+        "",
+        "1 reused, 1 made, 1 blocked in 1:35",
+    ]
+
+
+def test_rich_is_imported_only_for_a_terminal() -> None:
+    code = "import io, sys; from pipelines.progress import Progress; Progress(io.StringIO()); assert 'rich' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
