@@ -138,12 +138,14 @@ def _glob_as_regex(pattern: str) -> str:
 
 
 def _nothing_found(data: Path, pattern: str) -> str:
+    if not data.is_dir() and not os.path.isabs(pattern):
+        return f"files: the data folder {data} doesn't exist; set `data` to the folder that has {pattern!r}"
     folder = data / pattern
     if folder.is_dir():
         return f"files: {pattern!r} is a folder; want files, for instance {pattern.rstrip('/') + '/*'!r}"
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
-    there = sorted(entry.name for entry in folder.iterdir())
+    there = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     nearest = difflib.get_close_matches(Path(pattern).name, there, n=3, cutoff=0.3) or there[:3]
     return f"files: nothing matches {pattern!r} in {data}; {folder} has {', '.join(nearest) or 'no files'}"
 

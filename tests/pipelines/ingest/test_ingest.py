@@ -233,6 +233,11 @@ def test_what_is_missing_or_unreadable_is_said_with_the_nearest_names(data, patt
         IngestConfig(source="json", files=[pattern]).sources(data)
 
 
+def test_a_missing_data_folder_is_said_as_such(data):
+    with pytest.raises(ValueError, match=r"the data folder .*/elsewhere doesn't exist; set `data` to the folder that has 'a.txt'"):
+        IngestConfig(source="text", files=["a.txt"]).sources(data / "elsewhere")
+
+
 def test_all_missing_files_are_named_at_once(data):
     with pytest.raises(ValueError, match=r"'a.txt'.*'b.txt'"):
         IngestConfig(source="text", files=["a.txt", "b.txt"]).sources(data)
