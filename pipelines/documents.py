@@ -81,9 +81,7 @@ def to_document(row: Row, source: SourceSettings, hold_out: HoldOut | None, max_
         if source.license is not None:
             record["license"] = source.license
         record |= {name: _column(row.columns, name) for name in source.fields}
-        by = hold_out.by if hold_out else "record"
-        group = text if by == "record" else row.place.source if by == "source" else _column(row.columns, by)
-        document = _document(record, group)
+        document = _document(record, _group(row, text, hold_out.by if hold_out else "record"))
         if len(document.raw) > max_record_bytes:
             raise ValueError(f"a text of {len(document.raw):,} bytes is longer than max_record_bytes = {max_record_bytes:,}")
         if "\0" in text:
@@ -96,9 +94,19 @@ def to_document(row: Row, source: SourceSettings, hold_out: HoldOut | None, max_
     return Reject(row.place, reason, json.dumps(row.columns, ensure_ascii=False, default=str)[:BEGINS_CHARS])
 
 
-def _document(record: dict[str, Any], group: Any) -> Document:
+def _document(record: dict[str, Any], group: bytes = b"") -> Document:
     line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    return Document(record["text"].encode(), record, line, json.dumps(group, sort_keys=True).encode())
+    return Document(record["text"].encode(), record, line, group)
+
+
+def _group(row: Row, text: str, by: str) -> bytes:
+    match by:
+        case "record":
+            return text.encode()
+        case "source":
+            return row.place.source.encode()
+        case column:
+            return json.dumps(_column(row.columns, column), sort_keys=True).encode()
 
 
 def _text(columns: dict[str, Any], mapping: str | tuple[str, ...]) -> str:
@@ -262,7 +270,7 @@ class Splits:
         self._whole.seek(0)
         begin = 0
         for line in self._whole:
-            document = _document(json.loads(line), None)
+            document = _document(json.loads(line))
             end = begin + len(document.raw)
             if begin >= cut:
                 self._write("held_out", self._files["held_out"], document)
@@ -301,4 +309,4 @@ def _cut_text(document: Document, at: int) -> tuple[Document, Document]:
     raw = document.raw
     while raw[at] & 0xC0 == 0x80:
         at -= 1
-    return tuple(_document(document.record | {"text": piece.decode()}, None) for piece in (raw[:at], raw[at:]))  # type: ignore[return-value]
+    return tuple(_document(document.record | {"text": piece.decode()}) for piece in (raw[:at], raw[at:]))  # type: ignore[return-value]

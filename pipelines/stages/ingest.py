@@ -49,7 +49,7 @@ class IngestConfig(StageConfig, ReadSettings, SourceSettings):
 
     def sources(self, data: Path) -> list[Source]:
         """The files of all parts, in reading order; ValueError for what is missing, unreadable or in two parts."""
-        names: list[str] = []
+        names: dict[str, None] = {}
         faults = []
         for part in self.parts():
             try:
@@ -58,7 +58,7 @@ class IngestConfig(StageConfig, ReadSettings, SourceSettings):
                 faults.append(str(error))
                 continue
             faults += [f"{name} is in two sources of the mixture; leave it in one, with a higher weight" for name in found if name in names]
-            names += found
+            names |= dict.fromkeys(found)
         if faults:
             raise ValueError("; ".join(faults))
         return [Source(name, Path(os.path.abspath(data / name))) for name in names]
