@@ -6,10 +6,12 @@ Leaves out pipelines, tensor parallelism and a change of world size between savi
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,6 @@ class DeepSpeedEngine:
         self._device = device
         self._world_size = world_size
         self._max_grad_norm = settings.max_grad_norm
-        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
         self._norm = 0.0
         optimizer = torch.optim.AdamW(
             [dict(group) for group in parameter_groups],
@@ -48,7 +49,8 @@ class DeepSpeedEngine:
             betas=(settings.beta1, settings.beta2),
             eps=settings.eps,
         )
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=_config(settings))
+        with _quietly():
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=_config(settings))
         self.module: nn.Module = self._engine.module
         # ZeRO 0 in fp32 clips without telling the norm.
         self._engine.clip_fp32_gradients = self._clip
@@ -84,15 +86,21 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         self._files.errors.clear()
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        # The scaler of unsharded fp16 is the one piece of state that DeepSpeed leaves out of its files.
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        client_state = {"grad_scaler": scaler.state_dict()} if scaler is not None else {}
+        self._engine.save_checkpoint(str(folder), tag=_TAG, client_state=client_state, save_latest=False)
         if self._files.errors:
             raise self._files.errors[0]
 
     def load(self, folder: Path) -> None:
         """Into a fresh engine of the same world size and ZeRO stage. DeepSpeed unpickles: the caller has verified the files."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=True)
+        with _quietly():
+            path, client_state = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=True)
         if path is None:
             raise ValueError(f"{folder} holds no state that DeepSpeed can load; it was made by another engine, or not wholly written")
+        if self._engine.torch_autocast_z0_gradscaler is not None:
+            self._engine.torch_autocast_z0_gradscaler.load_state_dict(client_state["grad_scaler"])
 
     def _clip(self) -> None:
         parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
@@ -112,10 +120,12 @@ def _config(settings: Any) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         # Overlapping would reduce in an order that depends on timing, and unmanaged accumulation allows it in part only.
         "zero_optimization": {"stage": stage, "overlap_comm": False},
-        "bf16": {"enabled": settings.precision == "bf16"},
-        "fp16": {"enabled": settings.precision == "fp16"},
     }
-    if settings.precision != "fp32" and stage > 0:
+    if settings.precision != "fp32" and stage == 0:
+        # Unsharded bf16 would accumulate gradients in bf16 and keep its masters to itself: autocast has fp32 for both.
+        config["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[settings.precision]}
+    elif settings.precision != "fp32":
+        config[settings.precision] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if settings.offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
@@ -135,6 +145,13 @@ def _import_deepspeed(device: torch.device) -> Any:
     # It calls collectives by names that torch 2.13 announces to rename, at every step.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     return deepspeed
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Parts of DeepSpeed print their memory use, whatever the level of its logger."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def _stand_alone(device: torch.device, world_size: int) -> None:

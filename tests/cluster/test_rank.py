@@ -1,0 +1,231 @@
+"""One rank inline: exact resume, checkpoints under trouble, metrics, stopping."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_functions
+import torch
+
+from cluster import checkpoint
+from cluster.gang import GangFailure, GangResult, GangSpec, run_inline
+from cluster.rank import ProcessRank
+from gpt.torch_engine import TorchEngine
+
+Weights = dict[str, torch.Tensor]
+
+
+class Run:
+    """A stage's folder in which `train` is run inline, again and again."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder = folder
+        self.events: list[dict[str, Any]] = []
+        self.spec = GangSpec(name="pretrain", make_engine=TorchEngine, work=folder / "work", identity={"engine": "torch"})
+
+    def start(self, should_stop: Callable[[], bool] = lambda: False, **changes: Any) -> GangResult:
+        arguments = (rank_functions.settings(**changes), str(self.folder))
+        return run_inline(rank_functions.train, arguments, spec=self.spec, on_event=self.events.append, should_stop=should_stop)
+
+    def weights(self) -> Weights:
+        return torch.load(self.folder / "weights.pt", weights_only=True)
+
+    def texts(self, kind: str) -> list[str]:
+        return [event["text"] for event in self.events if event["type"] == kind]
+
+
+def equal(a: Weights, b: Weights) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stop_after(steps: int) -> Callable[[], bool]:
+    """`train` asks once a step."""
+    asked = iter(range(1, 1000))
+    return lambda: next(asked) >= steps
+
+
+def curve(result: GangResult) -> list[tuple[str, int, float]]:
+    return [(name, step, value) for name, step, value, _ in result.history]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, GangResult]:
+    run = Run(tmp_path_factory.mktemp("undisturbed"))
+    result = run.start()
+    return run.weights(), result
+
+
+@pytest.mark.parametrize("steps", range(1, 10))
+def test_stopped_after_any_step_it_goes_on_to_the_same_bits_and_curve(
+    tmp_path: Path, steps: int, undisturbed: tuple[Weights, GangResult]
+) -> None:
+    run = Run(tmp_path)
+    stopped = run.start(stop_after(steps))
+    assert (stopped.stopped, stopped.value) == (True, None)
+    torch.manual_seed(999)
+    resumed = run.start()
+    assert (resumed.resumed_from_step, resumed.stopped) == (steps, False)
+    assert equal(run.weights(), undisturbed[0])
+    assert curve(resumed) == curve(undisturbed[1])
+    assert resumed.history[: len(stopped.history)] == stopped.history
+
+
+def test_without_the_generators_state_the_bits_would_differ(
+    tmp_path: Path, undisturbed: tuple[Weights, GangResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path)
+    run.start(stop_after(5))
+    monkeypatch.setattr("cluster.rank.set_random_states", lambda states: None)
+    run.start()
+    assert not equal(run.weights(), undisturbed[0])
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint_costs_steps_but_not_the_result(
+    tmp_path: Path, undisturbed: tuple[Weights, GangResult]
+) -> None:
+    run = Run(tmp_path)
+    run.start(stop_after(7))
+    newest = run.spec.work / "1.1" / "step-00000007" / "policy" / "torch_engine.pt"
+    data = bytearray(newest.read_bytes())
+    data[1000] ^= 1
+    newest.write_bytes(data)
+    assert run.start().resumed_from_step == 6
+    assert "policy/torch_engine.pt has sha256" in run.texts("warning")[0]
+    assert equal(run.weights(), undisturbed[0])
+
+
+def test_when_every_checkpoint_is_damaged_nothing_starts_silently_from_scratch(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start(stop_after(3))
+    for file in run.spec.work.rglob("history.json"):
+        file.unlink()
+    with pytest.raises(GangFailure, match=r"no checkpoint can be read .*history.json is missing.*--fresh"):
+        run.start()
+
+
+def test_damage_after_the_choice_is_seen_before_anything_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path)
+    run.start(stop_after(3))
+    found, _ = checkpoint.newest_checkpoint([run.spec.work / "1.1"])
+    assert found is not None
+    (found.folder / "policy" / "torch_engine.pt").write_bytes(b"\x80\x04 not what was saved")
+    monkeypatch.setattr("cluster.checkpoint.newest_checkpoint", lambda folders: (found, []))
+    monkeypatch.setattr(TorchEngine, "load", lambda self, folder: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match=r"is damaged and was not loaded: policy/torch_engine\.pt has"):
+        run.start()
+
+
+def test_a_checkpoint_of_another_gang_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start(stop_after(3))
+    run.spec = GangSpec(name="pretrain", make_engine=TorchEngine, work=run.spec.work, identity={"engine": "deepspeed"})
+    with pytest.raises(GangFailure, match="made with engine = torch and this run asks for engine = deepspeed"):
+        run.start()
+
+
+def test_a_forced_series_never_reads_another_ones_checkpoints(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start(stop_after(3))
+    run.spec = GangSpec(name="pretrain", make_engine=TorchEngine, work=run.spec.work, series=2, identity={"engine": "torch"})
+    assert run.start().resumed_from_step == 0
+
+
+def test_a_full_disk_costs_one_checkpoint_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: tuple[Weights, GangResult]
+) -> None:
+    full_at(monkeypatch, {4})
+    run = Run(tmp_path)
+    run.start()
+    (text,) = run.texts("warning")
+    assert text.startswith("checkpoint at step 4 not written: rank 0: OSError: [Errno 28] No space left on device")
+    assert "the last good one is of step 2; training goes on" in text
+    assert sorted(path.name for path in (run.spec.work / "1.1").iterdir()) == ["step-00000008", "step-00000010"]
+    assert equal(run.weights(), undisturbed[0])
+
+
+def test_the_third_checkpoint_missed_in_a_row_stops_the_training_and_the_last_good_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_at(monkeypatch, {4, 6, 8})
+    run = Run(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        run.start()
+    assert "training stops after 3 misses in a row" in run.texts("warning")[-1]
+    assert [path.name for path in (run.spec.work / "1.1").iterdir()] == ["step-00000002"]
+
+
+def full_at(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    save = TorchEngine.save
+
+    def failing(self: TorchEngine, folder: Path) -> None:
+        (folder / "partial").write_bytes(b"half")
+        if int(folder.parent.name.partition(".")[0].removeprefix("step-")) in steps:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        (folder / "partial").unlink()
+        save(self, folder)
+
+    monkeypatch.setattr(TorchEngine, "save", failing)
+
+
+def lone_rank(tmp_path: Path, **changes: Any) -> ProcessRank:
+    options: dict[str, Any] = dict(
+        rank=0,
+        world_size=1,
+        device=torch.device("cpu"),
+        make_engine=TorchEngine,
+        checkpoints=tmp_path,
+        on_event=lambda event: None,
+        stop_requested=lambda: False,
+        identity={},
+    )
+    return ProcessRank(**{**options, **changes})
+
+
+@pytest.mark.parametrize("name", ["loss", "train/Loss", "memory/peak_gib", "train/tokens(tps)", "eval/pass@k"])
+def test_a_metric_has_an_area_and_a_plain_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="want area/name_unit in lower case"):
+        lone_rank(tmp_path).log(1, values={name: 1.0})
+
+
+def test_the_heartbeat_tells_the_section_nearest_to_its_deadline(tmp_path: Path) -> None:
+    rank = lone_rank(tmp_path)
+    assert not rank.heartbeat().begun
+    with rank.section("evaluate", 60), rank.section("batch", 600):
+        assert (rank.heartbeat().section, rank.heartbeat().deadline_s) == ("evaluate", 60)
+    assert rank.heartbeat().section is None
+    assert rank.heartbeat().begun
+    with pytest.raises(KeyError), rank.section("step", 60):
+        raise KeyError
+    assert rank.heartbeat().section is None
+
+
+def test_the_sum_over_one_rank_is_a_copy(tmp_path: Path) -> None:
+    tensor = torch.tensor([1.0, 2.0])
+    total = lone_rank(tmp_path).all_sum(tensor)
+    total += 1
+    assert tensor.tolist() == [1.0, 2.0]
+
+
+def interrupted(rank: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def nothing(rank: Any) -> None:
+    return None
+
+
+def test_ctrl_c_comes_through_inline(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_inline(interrupted, (), spec=run.spec, on_event=run.events.append, should_stop=lambda: False)
+
+
+def test_a_function_that_returns_nothing_unasked_has_failed(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(GangFailure, match="returned None on rank 0 though nobody asked it to stop"):
+        run_inline(nothing, (), spec=run.spec, on_event=run.events.append, should_stop=lambda: False)
