@@ -84,7 +84,11 @@ def _header(view: RunView, info: dict[str, Any]) -> str:
         ("Run", view.run),
         ("Command", view.command or info.get("command") or ""),
     ]
-    rows = "".join(f"<div><dt>{name}</dt><dd>{_esc(value)}</dd></div>" for name, value in facts if value)
+    rows = "".join(
+        f"<div{' class=wide' if name in ('Run', 'Command') else ''}><dt>{name}</dt><dd>{_esc(value)}</dd></div>"
+        for name, value in facts
+        if value
+    )
     text = f'<p class="lead">{_esc(view.text)}</p>' if view.text else ""
     return (
         f'<header><p class="eyebrow">gptline run</p><h1>{_esc(view.pipeline or info.get("pipeline") or view.run)} '
@@ -404,7 +408,8 @@ section { margin-top: 2.9rem; }
 header .lead { margin: 0 0 1rem; }
 code, pre, blockquote { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 code { font-size: 0.86em; }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 0.7rem 1.6rem; margin: 1.1rem 0 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 0.7rem 1.6rem; margin: 1.1rem 0 0; }
+.facts .wide { grid-column: span 2; }
 .facts dt { color: var(--soft); font-size: 0.8rem; }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
 .pill { display: inline-block; padding: 0.1rem 0.6rem; border-radius: 1rem; font-size: 0.8rem; font-weight: 600; letter-spacing: 0;
@@ -456,5 +461,6 @@ pre { background: var(--card); border-radius: 8px; padding: 0.9rem 1.1rem; overf
 .graph path { fill: none; stroke: var(--soft); stroke-opacity: 0.55; stroke-width: 1.4; }
 .graph .name { fill: var(--ink); font-size: 13.5px; font-weight: 600; }
 footer { margin-top: 3.5rem; padding-top: 0.9rem; border-top: 1px solid var(--line); color: var(--soft); font-size: 0.82rem; }
+@media (max-width: 32rem) { .facts .wide { grid-column: auto; } }
 @media print { main { max-width: none; padding: 0; } details:not([open]) { display: none; } section { break-inside: avoid; } }
 """

@@ -448,6 +448,7 @@ class Sender:
         if parent is not None and stage not in self._ids:
             known = self.view.stage(stage)
             tags = {"mlflow.parentRunId": parent, "gptline.run": self.run, "gptline.stage": stage, "mlflow.user": self.view.user}
+            tags |= {"mlflow.source.name": self.view.command, "mlflow.source.type": "LOCAL"}
             self._ids[stage] = self._create(stage, known.started_ms or known.ended_ms, tags)
         return self._ids.get(stage) if parent is not None else None
 
@@ -477,10 +478,10 @@ class Sender:
         tags = self._stage_tags(event)
         tags["gptline.error"] = event.get("error")
         tags["gptline.status"] = event["status"]
-        tags["mlflow.note.content"] = _child_note(self.view.stage(stage))
         action = self._action(event)
         if action is not None:
             tags |= self._action_tags(action)
+        tags["mlflow.note.content"] = self._child_note(self.view.stage(stage), action, tags.get("gptline.made_by_mlflow_run"))
         self._opened.log(run_id, tags=tags)
         if action is not None:
             self._log_action(run_id, stage, action)
@@ -639,6 +640,16 @@ class Sender:
                 break
         return note
 
+    def _child_note(self, stage: StageView, action: Action | None, maker: str | None) -> str:
+        parts = [f"**{stage.decision}**: {stage.reason}" if stage.reason else f"**{stage.decision}**", stage.error]
+        if action is not None and action.run != self.run:
+            link = (
+                f"#/experiments/{self._opened.experiment(action.pipeline)[0]}/runs/{maker}?workflowType=machine_learning" if maker else ""
+            )
+            parts.append(f"made by [{action.run}]({link})" if link else f"made by {action.run}")
+        parts += [f"- {note}" for note in stage.notes]
+        return "\n\n".join(part for part in parts if part)[:NOTE_CHARS]
+
     def _sentence(self, error: Exception) -> str:
         why = unreachable(resolve_uri(self.uri, self._store.root))
         if why is not None:
@@ -685,12 +696,6 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _child_note(stage: StageView) -> str:
-    parts = [f"**{stage.decision}**: {stage.reason}" if stage.reason else f"**{stage.decision}**", stage.error]
-    parts += [f"- {note}" for note in stage.notes]
-    return "\n\n".join(part for part in parts if part)[:NOTE_CHARS]
 
 
 def sync(store: Store, uri: str, dead: Iterable[str] = (), again: bool = False) -> list[str]:
