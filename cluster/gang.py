@@ -338,10 +338,8 @@ class _Start:
         from cluster.ray_session import GROUP_PREFIX
 
         spec = self._spec
-        # Named after the stage's task: whoever sees that task die can free its room.
-        context = ray.get_runtime_context()
-        task_id = context.get_task_id() if context.worker.mode == ray.WORKER_MODE else "driver"
-        name = f"{GROUP_PREFIX}-{task_id}-{self._attempt.name}"
+        # Named after this process: whoever sees it die can free its room.
+        name = f"{GROUP_PREFIX}-{ray.get_runtime_context().get_worker_id()}-{self._attempt.name}"
         selectors = [dict(spec.labels)] * spec.ranks if spec.labels else None
         group = placement_group([_bundle(spec)] * spec.ranks, strategy="PACK", name=name, bundle_label_selector=selectors)
         try:

@@ -124,7 +124,8 @@ class Task:
         self.name = name
         self.done = False
         self._stream = stream
-        self._task_id: str = stream.completed().task_id().hex()
+        self._worker_id: str | None = None
+        self._cancelled = False
         self._value: Any = None
         self._error: BaseException | None = None
 
@@ -144,7 +145,9 @@ class Task:
             except Exception as error:
                 self._finish(_translated(self.name, error))
             else:
-                if isinstance(item, _Finished):
+                if isinstance(item, _Started):
+                    self._worker_id = item.worker_id
+                elif isinstance(item, _Finished):
                     self._value = item.value
                     self.done = True
                 else:
@@ -159,18 +162,25 @@ class Task:
         return self._value
 
     def cancel(self) -> None:
-        """End the task's process, and with it what the task started; the events and the result are lost."""
+        """End the task's process, and with it what the task started; `poll` until `done` follows."""
         import ray
 
         if not self.done:
+            self._cancelled = True
             ray.cancel(self._stream, force=True)
-            self._finish(TaskDied(f"{self.name}: cancelled"))
 
     def _finish(self, error: BaseException) -> None:
+        if isinstance(error, TaskDied):
+            error = TaskDied(f"{self.name}: cancelled") if self._cancelled else error
+            if self._worker_id is not None:
+                remove_groups_of(self._worker_id)
         self._error = error
         self.done = True
-        if isinstance(error, TaskDied):
-            remove_groups_of(self._task_id)
+
+
+@dataclass(frozen=True)
+class _Started:
+    worker_id: str
 
 
 @dataclass(frozen=True)
@@ -211,7 +221,10 @@ def submit(
     return Task(name, ray.remote(_stream).options(**chosen).remote(function, payload))
 
 
-def _stream(function: Callable[[Any], Generator[Event, None, Any]], payload: Any) -> Iterator[Event | _Finished]:
+def _stream(function: Callable[[Any], Generator[Event, None, Any]], payload: Any) -> Iterator[Event | _Started | _Finished]:
+    import ray
+
+    yield _Started(ray.get_runtime_context().get_worker_id())
     value = yield from function(payload)
     yield _Finished(value)
 
@@ -276,11 +289,11 @@ def _first_line(error: Exception) -> str:
 GROUP_PREFIX = "gptline-gang"
 
 
-def remove_groups_of(task_id: str) -> None:
-    """Free what a dead task's gang held: Ray removes a placement group with its job, not with the task that made it."""
+def remove_groups_of(worker_id: str) -> None:
+    """Free what a dead process's gang held: Ray removes a placement group with its job, not with the task that made it."""
     import ray
     from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
     for group_id, group in placement_group_table().items():
-        if group["name"].startswith(f"{GROUP_PREFIX}-{task_id}-") and group["state"] != "REMOVED":
+        if group["name"].startswith(f"{GROUP_PREFIX}-{worker_id}-") and group["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))

@@ -1,0 +1,147 @@
+"""Gangs on a real Ray session: they agree, survive deaths and hangs, give up on errors, and leave nothing behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_functions
+import torch
+
+from cluster import checkpoint
+from cluster.deepspeed_engine import DeepSpeedEngine
+from cluster.gang import GangFailure, GangResult, GangSpec, run_gang
+from gpt.torch_engine import TorchEngine
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+ENGINES = {"torch": TorchEngine, "deepspeed": DeepSpeedEngine}
+
+
+class Gang:
+    def __init__(self, folder: Path, *, ranks: int = 2, engine: str = "torch", **spec: Any) -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder = folder
+        self.events: list[dict[str, Any]] = []
+        self.spec = GangSpec(
+            name="pretrain", ranks=ranks, make_engine=ENGINES[engine], work=folder / "work", identity={"engine": engine}, **spec
+        )
+
+    def run(self, function: Callable[..., Any], *arguments: Any, should_stop: Callable[[], bool] = lambda: False) -> GangResult:
+        return run_gang(function, arguments, spec=self.spec, on_event=self.events.append, should_stop=should_stop)
+
+    def train(self, fault: str = "", should_stop: Callable[[], bool] = lambda: False, **changes: Any) -> GangResult:
+        return self.run(rank_functions.train, rank_functions.settings(**changes), str(self.folder), fault, should_stop=should_stop)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return torch.load(self.folder / "weights.pt", weights_only=True)
+
+    def texts(self, kind: str) -> list[str]:
+        return [event["text"] for event in self.events if event["type"] == kind]
+
+
+def all_room_is_free() -> bool:
+    import ray
+
+    until_s = time.monotonic() + 10
+    while time.monotonic() < until_s:
+        if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_two_ranks_see_each_other_with_the_threads_that_were_asked_for(tmp_path: Path) -> None:
+    gang = Gang(tmp_path)
+    result = gang.run(rank_functions.add_ranks)
+    assert result.value["total"] == [3.0, 20.0]
+    assert (result.value["threads"], result.value["omp"]) == (1, "1")
+    assert [(name, step, value) for name, step, value, _ in result.history] == [("eval/ranks", 1, 2.0), ("eval/first", 1, 7.0)]
+    assert [event["points"] for event in gang.events if event["type"] == "points"] == [result.history]
+    assert all_room_is_free()
+
+
+def test_more_ranks_than_the_cluster_holds_are_refused_at_once(tmp_path: Path) -> None:
+    started_at_s = time.monotonic()
+    with pytest.raises(GangFailure) as failure:
+        Gang(tmp_path, ranks=4).run(rank_functions.add_ranks)
+    assert time.monotonic() - started_at_s < 1
+    assert str(failure.value).startswith("pretrain asks for 4 ranks of 1 CPU: the cluster has room for 2 of them (2 CPUs, 0 GPUs")
+    assert failure.value.cause == "resources"
+    assert not (tmp_path / "work").exists()
+
+
+def test_labels_and_gpus_that_no_node_has_are_refused_too(tmp_path: Path) -> None:
+    with pytest.raises(GangFailure, match=r"1 rank of 1 CPU and 1 GPU and labels \{'tier': 'a100'\}: .* 0 of them with these labels"):
+        Gang(tmp_path, ranks=1, gpus_per_rank=1, labels={"tier": "a100"}).run(rank_functions.add_ranks)
+
+
+@pytest.mark.parametrize(("ranks", "engine"), [(1, "deepspeed"), (2, "deepspeed"), (2, "torch")])
+def test_a_rank_killed_in_mid_step_costs_no_bit_of_the_result(tmp_path: Path, ranks: int, engine: str) -> None:
+    undisturbed = Gang(tmp_path / "undisturbed", ranks=ranks, engine=engine)
+    whole = undisturbed.train()
+    killed = Gang(tmp_path / "killed", ranks=ranks, engine=engine)
+    result = killed.train(f"kill:{ranks - 1}:5")
+    assert (result.restarts, result.resumed_from_step) == (1, 4)
+    for name, weight in undisturbed.weights().items():
+        assert torch.equal(weight, killed.weights()[name]), name
+    assert [point[:3] for point in result.history] == [point[:3] for point in whole.history]
+    (text,) = killed.texts("restart")
+    assert text.startswith(f"pretrain: rank {ranks - 1} (pid ")
+    assert text.endswith("killed by SIGKILL at step 5; start 2 of 3 resumes at step 4")
+    assert {path.name for path in (tmp_path / "killed" / "work").iterdir()} == {"1.1", "1.2"}
+
+
+def test_an_exception_names_its_rank_and_is_not_tried_again(tmp_path: Path) -> None:
+    gang = Gang(tmp_path)
+    with pytest.raises(GangFailure) as failure:
+        gang.train("raise:1:5")
+    assert "rank 1 (pid " in str(failure.value)
+    assert "raised at step 5: ValueError: the data of step 5 has no end ask for less" in str(failure.value)
+    assert (failure.value.rank, failure.value.cause) == (1, "exception")
+    assert "in _strike" in failure.value.traceback
+    assert gang.texts("restart") == []
+    assert all_room_is_free()
+
+
+def test_a_crash_in_native_code_is_told_from_a_kill(tmp_path: Path) -> None:
+    gang = Gang(tmp_path, max_restarts=0)
+    with pytest.raises(GangFailure, match=r"crashed \(Fatal Python error: Segmentation fault\) at step 1; that was start 1 of 1"):
+        gang.train("crash:0:1")
+
+
+def test_a_hung_rank_is_found_by_its_deadline_and_its_stack_is_told(tmp_path: Path) -> None:
+    gang = Gang(tmp_path)
+    started_at_s = time.monotonic()
+    result = gang.train("sleep:1:5", step_deadline_s=3)
+    assert time.monotonic() - started_at_s < 60
+    assert (result.restarts, result.resumed_from_step) == (1, 4)
+    (text,) = gang.texts("restart")
+    assert "rank 1 (pid " in text
+    assert "rank 0" not in text
+    assert "did not finish section 'step' within its 3 s at step 5; start 2 of 3 resumes at step 4" in text
+    waiting, sleeping = gang.texts("stacks")
+    assert "in all_reduce" in waiting
+    assert "in _strike" in sleeping
+
+
+def test_asked_to_stop_it_saves_and_goes_on_later(tmp_path: Path) -> None:
+    gang = Gang(tmp_path)
+    stopped = gang.train(should_stop=lambda: any(event["type"] == "points" for event in gang.events), steps=100_000)
+    assert (stopped.stopped, stopped.value) == (True, None)
+    found, _ = checkpoint.newest_checkpoint(checkpoint.attempts(gang.spec.work, 1))
+    assert found is not None
+    assert found.step == stopped.history[-1][1]
+    resumed = gang.train(steps=found.step + 2)
+    assert (resumed.resumed_from_step, resumed.value) == (found.step, {"steps": found.step + 2})
+
+
+def test_a_checkpoint_of_two_ranks_is_refused_by_one_before_it_starts(tmp_path: Path) -> None:
+    Gang(tmp_path).train(steps=2)
+    gang = Gang(tmp_path, ranks=1)
+    with pytest.raises(GangFailure, match="made with ranks = 2 and this run asks for ranks = 1"):
+        gang.train(steps=4)
+    assert gang.events == []

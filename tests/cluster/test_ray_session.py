@@ -1,0 +1,112 @@
+"""Tasks and their events, where workers take code from, and what is left when a stage's task is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import session_functions
+
+from cluster import ray_session
+from cluster.ray_session import Session, Task, TaskDied, submit
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("snapshot")
+    for package in ("cluster", "gpt"):
+        shutil.copytree(HERE.parents[1] / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "cluster" / "marker.py").write_text('VALUE = "from the snapshot"\n')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session(snapshot: Path) -> Iterator[Session]:
+    with ray_session.start(code_path=snapshot, cpus=2, environment={"PYTHONPATH": str(HERE)}) as session:
+        yield session
+
+
+def finished(task: Task, limit_s: float = 60) -> list[dict[str, Any]]:
+    events = []
+    until_s = time.monotonic() + limit_s
+    while not task.done:
+        assert time.monotonic() < until_s, "the task did not end"
+        events += task.poll()
+        time.sleep(0.02)
+    return events
+
+
+def test_a_local_session_listens_on_the_loopback_interface_alone(session: Session) -> None:
+    listening = [
+        connection.laddr.ip.removeprefix("::ffff:")
+        for process in psutil.Process().children(recursive=True)
+        for connection in process.net_connections()
+        if connection.status == "LISTEN"
+    ]
+    assert listening
+    assert set(listening) <= {"127.0.0.1", "::1"}
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_events_stream_and_the_return_value_is_the_result(session: Session) -> None:
+    task = submit(session_functions.count, 3, name="count")
+    assert finished(task) == [{"number": 0}, {"number": 1}, {"number": 2}]
+    assert task.result() == "counted to 3"
+
+
+def test_tasks_and_their_gangs_import_the_snapshot(session: Session, snapshot: Path, tmp_path: Path) -> None:
+    task = submit(session_functions.where_code_comes_from, str(tmp_path / "work"), name="where", cpus=0)
+    events = finished(task)
+    expected = {"marker": "from the snapshot", "gpt": str(snapshot / "gpt" / "settings.py")}
+    assert events[0] == {"task": expected}
+    assert task.result() == expected
+
+
+def test_an_exception_of_the_function_comes_back_as_itself(session: Session) -> None:
+    task = submit(session_functions.fail, "no such record", name="ingest")
+    assert finished(task) == [{"before": "the end"}]
+    with pytest.raises(ValueError, match=r"^no such record$"):
+        task.result()
+
+
+def test_a_killed_task_is_told_in_words(session: Session) -> None:
+    task = submit(session_functions.die, "", name="tokenize")
+    finished(task)
+    with pytest.raises(TaskDied, match=r"^tokenize: its process died without a word: SIGKILL"):
+        task.result()
+
+
+@pytest.mark.parametrize("end", ["kill", "cancel"])
+def test_when_a_stages_task_ends_so_do_its_gang_and_its_room(session: Session, tmp_path: Path, end: str) -> None:
+    import ray
+
+    task = submit(session_functions.stage_with_a_gang, str(tmp_path / "work"), name="pretrain", cpus=0)
+    events: list[dict[str, Any]] = []
+    until_s = time.monotonic() + 60
+    while not any(event.get("type") == "gang" for event in events):
+        assert time.monotonic() < until_s, "the gang did not start"
+        events += task.poll()
+        time.sleep(0.05)
+    pids = next(event["pids"] for event in events if event.get("type") == "gang")
+    if end == "kill":
+        os.kill(events[0]["pid"], signal.SIGKILL)
+    else:
+        task.cancel()
+    finished(task)
+    until_s = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in pids) or ray.available_resources().get("CPU") != 2:
+        assert time.monotonic() < until_s, (pids, ray.available_resources())
+        time.sleep(0.1)
+    with pytest.raises(TaskDied, match="pretrain: cancelled" if end == "cancel" else "SIGKILL"):
+        task.result()
