@@ -165,9 +165,18 @@ class Progress:
         self._said: dict[str, tuple[float, float]] = {}
         self._live = self._start_live() if (self._out.isatty() if live is None else live) else None
 
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def show(self, event: Event) -> None:
+        """An event of the journal, or {"type": "said", "text"}: a sentence for people that no journal keeps."""
         self.view.add(event)
-        if event["type"] == "note":
+        if event["type"] == "said":
+            self.say(event["text"])
+        elif event["type"] == "note":
             self.say(f"{event.get('stage') or ''}  {event['text']}".strip())
         elif self._live is None:
             self._add_line(event)

@@ -69,6 +69,11 @@ def resolve_uri(uri: str, store_root: Path) -> str:
     return f"sqlite:///{store_root.resolve()}/mlflow.db" if uri == "sqlite" else uri
 
 
+def _known_as(uri: str, store: Store) -> str:
+    """The store's own database has one name, so that a cursor stays valid when the store is moved."""
+    return "sqlite" if uri == resolve_uri("sqlite", store.root) else uri
+
+
 def unreachable(uri: str) -> str | None:
     """Why a server can't be spoken to now, within seconds; None when it answers, or is a database."""
     address = urlsplit(uri)
@@ -284,7 +289,7 @@ class Sender:
     def __init__(self, store: Store, run: str, uri: str, door: _Door | None = None) -> None:
         self._store = store
         self.run = run
-        self.uri = uri
+        self.uri = uri = _known_as(uri, store)
         self.view = RunView(run)
         self._reader = JournalReader(store, run)
         self._waiting: list[tuple[int, Event]] = []
@@ -689,7 +694,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
             flat |= _flat(value, f"{path}.")
         elif isinstance(value, list | tuple):
             flat |= _flat({str(at): each for at, each in enumerate(value)}, f"{path}.")
-        else:
+        elif value is not None:
             flat[_name(path).strip("/. ")] = (value if isinstance(value, str) else json.dumps(value))[:PARAM_CHARS]
     return flat
 
@@ -703,6 +708,7 @@ def sync(store: Store, uri: str, dead: Iterable[str] = (), again: bool = False) 
 
     `dead` names runs whose driver is gone without a last word: they are ended as KILLED first. `again` sends everything anew.
     """
+    uri = _known_as(uri, store)
     lines = []
     for run in dead:
         with suppress(Superseded):
@@ -773,6 +779,7 @@ class Tracker:
 
 def start_tracking(store: Store, run: str, uri: str) -> Tracker:
     """Start the process that sends a run while it happens. It ends by itself: with the run, or with this process."""
+    uri = _known_as(uri, store)
     environment = {**_ENVIRONMENT, **os.environ}
     home = str(Path(__file__).resolve().parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(path for path in (home, environment.get("PYTHONPATH")) if path)

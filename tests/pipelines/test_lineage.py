@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.lineage import as_html, as_mermaid, as_text, code_digest, trace, trace_all
 from pipelines.store import Action, Store
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path)
 
 
 def made(store: Store, stage: str, kind: str, inputs: dict[str, list[str]], run: str = "r1", started_ms: int = 0, **more: Any) -> Action:

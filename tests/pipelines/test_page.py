@@ -6,7 +6,6 @@ import json
 import math
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +14,6 @@ from cluster.commit import canonical_json
 from pipelines.journal import JournalWriter
 from pipelines.page import _stretches, _ticks, render
 from pipelines.store import Action, Store
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path)
 
 
 def finish(store: Store, writer: JournalWriter, stage: str, kind: str, files: dict[str, str], **more: Any) -> Action:

@@ -94,6 +94,13 @@ def test_no_control_character_of_a_message_reaches_a_pipe_or_a_terminal() -> Non
         assert "\x1b[2J" not in out.getvalue()
 
 
+def test_a_sentence_for_people_is_a_line_of_its_own() -> None:
+    out = io.StringIO()
+    with Progress(out) as progress:
+        progress.show({"type": "said", "text": "MLflow not reachable"})
+    assert out.getvalue() == "MLflow not reachable\n"
+
+
 def test_a_terminal_has_a_row_for_each_stage() -> None:
     out = io.StringIO()
     progress = Progress(out, live=True, clock=Clock())

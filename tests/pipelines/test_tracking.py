@@ -23,12 +23,6 @@ from pipelines.tracking import Sender, resolve_uri, start_tracking, sync, ui_com
 START_MS = 1_790_000_000_000
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    (tmp_path / "store").mkdir()
-    return Store(tmp_path / "store")
-
-
 def artifact(store: Store, kind: str, text: str, **metadata: Any) -> str:
     folder = store.new_folder()
     (folder / "file").write_text(text)
@@ -122,6 +116,7 @@ def test_sqlite_is_a_file_inside_the_store(tmp_path: Path) -> None:
     assert resolve_uri("http://mlflow.example:5000", tmp_path) == "http://mlflow.example:5000"
 
 
+@pytest.mark.slow  # it needs this machine's sockets
 def test_a_dead_server_costs_one_sentence_and_no_time(store: Store) -> None:
     a_pretraining(store, "r1")
     uri = f"http://127.0.0.1:{free_port()}"
@@ -135,6 +130,7 @@ def test_a_dead_server_costs_one_sentence_and_no_time(store: Store) -> None:
     )
 
 
+@pytest.mark.slow  # it needs this machine's sockets
 def test_a_server_that_takes_connections_and_never_answers_is_given_up_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.tracking.ANSWER_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
