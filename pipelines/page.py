@@ -34,7 +34,7 @@ def render(store: Store, run: str) -> str:
     view = run_view(store, run)
     actions = {name: action for name, stage in view.stages.items() if (action := _action(store, stage)) is not None}
     info = json.loads(store.backend.get(f"runs/{run}/run.json") or b"{}")
-    lineage = trace_all(store, [action.output for action in actions.values()], downstream=False)
+    lineage = trace_all(store, [stage.output for stage in view.stages.values() if stage.output], downstream=False)
     title = f"{view.pipeline or info.get('pipeline', '')} {view.status.lower()}"
     sections = [
         _header(view, info),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -17,6 +17,8 @@ from pipelines.store import Store
 
 if TYPE_CHECKING:
     from rich.live import Live
+
+    from pipelines.planner import Decision
 
 EVERY_S = 10.0
 """A running stage speaks in a pipe when so long has passed ..."""
@@ -191,10 +193,14 @@ class Progress:
             self._live.console.print(Text(_printable(text)))
 
     def close(self) -> None:
-        """Leave the terminal as it was found; the last rows stay."""
+        """Leave the terminal as it was found, the rows in their last state, and say what became of the run."""
         if self._live is not None:
             self._live.stop()
             self._live = None
+        if self.view.status != "RUNNING":
+            for line in (tally(self.view), self.view.text):
+                if line:
+                    self._line(line)
 
     def _start_live(self) -> Live:
         from rich.console import Console
@@ -266,12 +272,36 @@ def summary(view: RunView) -> str:
         f"{name:<{widths[0]}}  {word:<{widths[1]}}  {seconds:>{widths[2]}}  {output:<{widths[3]}}  {why}".rstrip()
         for name, word, seconds, output, why in rows
     ]
-    tally: dict[str, int] = {}
+    return "\n".join([*lines, "", tally(view)])
+
+
+def tally(view: RunView) -> str:
+    """`4 reused, 2 made in 1:35`"""
+    counts: dict[str, int] = {}
     for stage in view.stages.values():
         word = {"done": "made"}.get(stage.status, stage.status)
-        tally[word] = tally.get(word, 0) + 1
+        counts[word] = counts.get(word, 0) + 1
     took = "" if view.started_ms is None or view.ended_ms is None else f" in {_clock_time((view.ended_ms - view.started_ms) / 1000)}"
-    return "\n".join([*lines, "", ", ".join(f"{count} {word}" for word, count in tally.items()) + took])
+    return ", ".join(f"{count} {word}" for word, count in counts.items()) + took
+
+
+def plan_lines(decisions: Sequence[Decision]) -> list[str]:
+    """A line for each stage, what goes with it below, and what it all comes to."""
+    widths = [
+        max((len(each) for each in column), default=0) for column in zip(*((each.stage, each.word) for each in decisions), strict=True)
+    ]
+    lines = []
+    for each in decisions:
+        lines.append(f"{each.stage:<{widths[0]}}  {each.word:<{widths[1]}}  {_printable(each.reason)}".rstrip())
+        lines += [f"{'':<{sum(widths) + 4}}{_printable(note)}" for note in each.notes]
+    working = [each for each in decisions if each.word != "reuse"]
+    if not working:
+        return [*lines, "", "nothing to do: every stage is reused"]
+    known = [each.expected_s for each in working if each.expected_s is not None]
+    unknown = len(working) - len(known)
+    about = f", about {_clock_time(sum(known))}" if known else ""
+    about += f" and {unknown} of unknown length" if known and unknown else ", how long nobody knows yet" if unknown else ""
+    return [*lines, "", f"{len(working)} of {len(decisions)} stages to do{about}"]
 
 
 def _word(stage: StageView) -> str:

@@ -497,6 +497,8 @@ class Sender:
         if event.get("key") and event.get("number") is not None:
             with suppress(KeyError):
                 return self._store.action(event["key"], event["number"])
+        if event.get("status") == "reused" and event.get("output"):  # an artifact that the command line named
+            return self._maker(event["output"])
         return None
 
     def _action_tags(self, action: Action) -> dict[str, Any]:
@@ -603,9 +605,10 @@ class Sender:
         figures: dict[str, list[float]] = {}
         digests = []
         for stage in self.view.stages.values():
-            action = self._action({"key": stage.key, "number": stage.number})
+            if stage.output:
+                digests.append(stage.output)
+            action = self._action({"key": stage.key, "number": stage.number, "status": stage.status, "output": stage.output})
             if action is not None:
-                digests.append(action.output)
                 for name, value in action.figures.items():
                     if name.startswith("eval/"):
                         figures.setdefault(name, []).append(value)

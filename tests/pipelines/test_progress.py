@@ -7,7 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
-from pipelines.progress import Progress, RunView, StageView, seconds_left, summary
+from pipelines.planner import Decision
+from pipelines.progress import Progress, RunView, StageView, plan_lines, seconds_left, summary
 
 
 def event(type: str, time_ms: int = 0, **fields: Any) -> dict[str, Any]:
@@ -126,6 +127,30 @@ def test_the_table_in_the_end_tells_what_was_made_and_what_was_reused() -> None:
         "",
         "1 reused, 1 made, 1 blocked in 1:35",
     ]
+
+
+def test_a_plan_is_a_line_for_each_stage_and_what_it_comes_to() -> None:
+    reused = Decision("documents", "reuse", "nothing changed", expected_s=0.0)
+    changed = Decision("pretrain", "run", "lr: 0.1 -> 0.2", expected_s=90.0, notes=("made with 2 ranks, you ask for 8",))
+    assert plan_lines([reused, changed, Decision("evaluate", "run", "its input pretrain runs", expected_s=5.0)]) == [
+        "documents  reuse  nothing changed",
+        "pretrain   run    lr: 0.1 -> 0.2",
+        "                  made with 2 ranks, you ask for 8",
+        "evaluate   run    its input pretrain runs",
+        "",
+        "2 of 3 stages to do, about 1:35",
+    ]
+    assert plan_lines([reused])[-1] == "nothing to do: every stage is reused"
+    assert plan_lines([reused, Decision("pretrain", "run", "new")])[-1] == "1 of 2 stages to do, how long nobody knows yet"
+
+
+def test_the_last_words_of_a_run_are_said_when_the_progress_closes() -> None:
+    out = io.StringIO()
+    with Progress(out) as progress:
+        progress.show(event("run_started", 0, pipeline="line"))
+        progress.show(ended("documents"))
+        progress.show(event("run_ended", 2000, status="FAILED", text="pretrain failed"))
+    assert out.getvalue().splitlines()[-2:] == ["1 made in 0:02", "pretrain failed"]
 
 
 def test_rich_is_imported_only_for_a_terminal() -> None:
