@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt.model import GPT
+from gpt.model import GPT, load_model
 from gpt.settings import GPTConfig
 from gpt.tokenizer import Tokenizer, special_text
 
@@ -25,6 +25,11 @@ _BLOCK = {
     "feed_forward.up": ("mlp.c_fc", True),
     "feed_forward.down": ("mlp.c_proj", True),
 }
+
+
+def write_checkpoint(model_folder: Path, folder: Path) -> None:
+    """`export_gpt2` of a model artifact's folder."""
+    export_gpt2(load_model(model_folder), Tokenizer.load(model_folder / "tokenizer.json"), folder)
 
 
 def export_gpt2(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
@@ -86,22 +91,23 @@ def _weights(model: GPT) -> dict[str, Tensor]:
     theirs = {
         "transformer.wte.weight": ours["token_embedding.weight"],
         "transformer.wpe.weight": ours["position_embedding.weight"],
-        "transformer.ln_f.weight": ours["final_norm.weight"],
-        "transformer.ln_f.bias": ours["final_norm.bias"],
     }
     if not model.config.tied:
         theirs["lm_head.weight"] = ours["output.weight"]
-    for layer in range(model.config.n_layer):
+    layers = {"final_norm": ("transformer.ln_f", False)}
+    for number in range(model.config.n_layer):
         for name, (their_name, transposed) in _BLOCK.items():
-            weight = ours[f"blocks.{layer}.{name}.weight"]
-            theirs[f"transformer.h.{layer}.{their_name}.weight"] = weight.T if transposed else weight
-            theirs[f"transformer.h.{layer}.{their_name}.bias"] = ours[f"blocks.{layer}.{name}.bias"]
-    assert sum(weight.numel() for weight in theirs.values()) == sum(weight.numel() for weight in ours.values())
+            layers[f"blocks.{number}.{name}"] = (f"transformer.h.{number}.{their_name}", transposed)
+    for name, (their_name, transposed) in layers.items():
+        weight = ours[f"{name}.weight"]
+        theirs[f"{their_name}.weight"] = weight.T if transposed else weight
+        # Theirs always has biases: a model without them has zeros there.
+        theirs[f"{their_name}.bias"] = ours.get(f"{name}.bias", torch.zeros(len(weight)))
     return {name: weight.to(torch.float32).contiguous() for name, weight in theirs.items()}
 
 
 def _refuse_what_gpt2_is_not(config: GPTConfig) -> None:
-    wanted = {"positions": "learned", "norm": "layernorm", "norm_first": True, "activation": "gelu", "bias": True}
+    wanted = {"positions": "learned", "norm": "layernorm", "norm_first": True, "activation": "gelu"}
     found = {name: getattr(config, name) for name in wanted}
     differing = [f"{name} = {found[name]!r} (GPT-2: {wanted[name]!r})" for name in wanted if found[name] != wanted[name]]
     if config.kv_heads() != config.n_head:

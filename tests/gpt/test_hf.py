@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpt.hf import export_gpt2
-from gpt.model import GPT
+from gpt.hf import export_gpt2, write_checkpoint
+from gpt.model import GPT, save_model
 from gpt.settings import PRESETS, GPTConfig
 from gpt.tokenizer import SPECIAL_NAMES, byte_tokenizer, special_text, train_bpe
 
@@ -25,13 +25,15 @@ def gpt2(tokenizer, **changes) -> GPT:
     return model
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_transformers_computes_the_same_logits(tied, tmp_path):
+@pytest.mark.parametrize(("tied", "bias"), [(True, True), (False, True), (True, False)])
+def test_transformers_computes_the_same_logits(tied, bias, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    model = gpt2(BPE, tied=tied, n_hidden=40, dropout=0.1)
-    export_gpt2(model, BPE, tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = gpt2(BPE, tied=tied, bias=bias, n_hidden=40, dropout=0.1)
+    save_model(tmp_path / "model", model.config, dict(model.named_parameters()))
+    BPE.save(tmp_path / "model" / "tokenizer.json")
+    write_checkpoint(tmp_path / "model", tmp_path / "export")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert type(theirs).__name__ == "GPT2LMHeadModel"
     token_ids = torch.randint(BPE.vocab_size, (2, 32), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():

@@ -64,6 +64,17 @@ def test_a_run_stopped_after_any_step_ends_in_the_same_bits_and_the_same_curve(m
             assert {**first.curve(metric), **second.curve(metric)} == whole.curve(metric), (stop_after, metric)
 
 
+def test_a_run_restored_after_its_last_step_takes_no_more_and_writes_the_same_model(make_rank, make_tokens, tmp_path):
+    tokens = make_tokens(sequence(100), sequence(40, seed=1))
+    ranks = [make_rank(), make_rank()]
+    for number, rank in enumerate(ranks):
+        train(rank, settings(steps=6), [tokens], "uint16", VOCAB, None, 1, tmp_path / str(number))
+    assert "step" not in ranks[1].sections
+    assert ranks[1].curve("val/loss") == {6: ranks[0].curve("val/loss")[6]}
+    one, two = (final_weights(tmp_path / name) for name in ("0", "1"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_another_seed_ends_in_other_weights(make_rank, make_tokens, tmp_path):
     tokens = make_tokens(sequence(100))
     for seed in (1, 2):
