@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -165,6 +166,7 @@ class Progress:
         self._clock = clock
         self.view = RunView("")
         self._said: dict[str, tuple[float, float]] = {}
+        self._lock = threading.Lock()  # rich draws from a thread of its own
         self._live = self._start_live() if (self._out.isatty() if live is None else live) else None
 
     def __enter__(self) -> Progress:
@@ -175,11 +177,12 @@ class Progress:
 
     def show(self, event: Event) -> None:
         """An event of the journal, or {"type": "said", "text"}: a sentence for people that no journal keeps."""
-        self.view.add(event)
+        with self._lock:
+            self.view.add(event)
         if event["type"] == "said":
             self.say(event["text"])
         elif event["type"] == "note":
-            self.say(f"{event.get('stage') or ''}  {event['text']}".strip())
+            self.say(self._aligned(event.get("stage") or "", event["text"]))
         elif self._live is None:
             self._add_line(event)
 
@@ -224,11 +227,12 @@ class Progress:
             "failed": "red",
             "stopped": "yellow",
         }
-        for stage in list(self.view.stages.values()):  # rich draws from a thread of its own
-            word = _word(stage)
-            style = "dim" if stage.status == "planned" else colours.get(word, "")
-            what = _running(stage, self._now_ms()) if stage.status == "running" else _outcome(stage)
-            table.add_row(Text(stage.name, "bold" if stage.status == "running" else ""), Text(word, style), Text(_printable(what)))
+        with self._lock:
+            for stage in self.view.stages.values():
+                word = _word(stage)
+                style = "dim" if stage.status == "planned" else colours.get(word, "")
+                what = _running(stage, self._now_ms()) if stage.status == "running" else _outcome(stage)
+                table.add_row(Text(stage.name, "bold" if stage.status == "running" else ""), Text(word, style), Text(_printable(what)))
         return table
 
     def _add_line(self, event: Event) -> None:
@@ -247,11 +251,15 @@ class Progress:
                 self._stage_line(stage, _running(stage, self._now_ms()))
         elif event["type"] == "stage_ended":
             stage = self.view.stage(event["stage"])
-            self._stage_line(stage, f"{_word(stage)}: {_outcome(stage)}")
+            word = "made" if stage.status == "done" else _word(stage)
+            self._stage_line(stage, f"{word}: {_outcome(stage)}")
 
     def _stage_line(self, stage: StageView, text: str) -> None:
-        width = max(10, *(len(name) for name in self.view.stages))
-        self._line(f"{stage.name:<{width}}  {text}")
+        self._line(self._aligned(stage.name, text))
+
+    def _aligned(self, stage: str, text: str) -> str:
+        width = max([10, *(len(name) for name in self.view.stages)])
+        return f"{stage:<{width}}  {text}" if stage else text
 
     def _line(self, text: str) -> None:
         self._out.write(_printable(text) + "\n")

@@ -52,7 +52,7 @@ def test_a_pipe_gets_a_line_at_the_start_and_one_at_the_end_of_a_stage() -> None
     progress.close()
     assert out.getvalue().splitlines() == [
         "documents   run: lr: 0.1 -> 0.2",
-        "documents   run: 2.5 s  abababababab",
+        "documents   made: 2.5 s  abababababab",
         "tokenizer   reuse: abababababab  nothing changed",
     ]
 
