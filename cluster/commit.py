@@ -184,5 +184,5 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
         found += [Path(parent, name) for name in [*names, *linked]]
     for path in sorted(found, key=lambda path: path.relative_to(folder).as_posix()):
         relative = path.relative_to(folder).as_posix()
-        if relative != MANIFEST:
+        if relative != MANIFEST and not is_temporary(path):  # what an interrupted writer left is no part of the folder
             yield relative, path

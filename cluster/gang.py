@@ -471,6 +471,11 @@ class _Start:
             self._due_s[index] = time.monotonic() + heartbeat.deadline_s - heartbeat.elapsed_s
             self._sections[index] = (heartbeat.section, heartbeat.deadline_s)
 
+    def _reached(self) -> int:
+        """The last step that is known of; a rank that was killed may have done a few more."""
+        committed, _ = checkpoints.newest_checkpoint([self._attempt], verify=False)
+        return max(self._step, committed.step if committed else 0)
+
     def _called(self, index: int) -> str:
         if index >= len(self._where):
             return f"rank {index}"
@@ -490,13 +495,13 @@ class _Start:
                     theirs = self._outcome(ref)
                     if isinstance(theirs, Exception) or (isinstance(theirs, _Raised) and not theirs.connection):
                         return self._blame(other, theirs, {})
-            sentence = f"{self._called(index)} lost its connection to the others at step {self._step}: {outcome.summary}"
+            sentence = f"{self._called(index)} lost its connection to the others at step {self._reached()}: {outcome.summary}"
             return _Loss(index, "connection", sentence, True, outcome.traceback)
         if isinstance(outcome, _Raised):
             return _Loss(
-                index, "exception", f"{self._called(index)} raised at step {self._step}: {outcome.summary}", False, outcome.traceback
+                index, "exception", f"{self._called(index)} raised at step {self._reached()}: {outcome.summary}", False, outcome.traceback
             )
-        return _Loss(index, "death", f"{self._called(index)} {self._death(index, outcome)} at step {self._step}", True)
+        return _Loss(index, "death", f"{self._called(index)} {self._death(index, outcome)} at step {self._reached()}", True)
 
     def _death(self, index: int, error: Exception) -> str:
         from ray import exceptions as rays
@@ -521,7 +526,7 @@ class _Start:
         stuck = [index for index in late if "distributed_c10d" not in stacks[index]] or late
         section, deadline_s = self._sections[stuck[0]]
         who = " and ".join(self._called(index) for index in stuck)
-        sentence = f"{who} did not finish section {section!r} within its {deadline_s:g} s at step {self._step}"
+        sentence = f"{who} did not finish section {section!r} within its {deadline_s:g} s at step {self._reached()}"
         return _Loss(stuck[0], "deadline", sentence, True, "\n".join(f"rank {index}:\n{text}" for index, text in stacks.items()))
 
     def _stacks(self) -> dict[int, str]:

@@ -67,24 +67,19 @@ def start(
 
     if ray.is_initialized():
         raise RuntimeError("this process has a Ray session already: close it before starting another")
-    options: dict[str, Any] = {
-        "address": address,
-        "log_to_driver": log_to_driver,
-        "logging_level": logging.WARNING,
-        "configure_logging": False,
-        # Our packages come first in sys.path by the working folder (below); PYTHONPATH serves the processes that workers start.
-        "runtime_env": {"env_vars": _worker_environment(code_path, environment or {})},
-    }
+    options: dict[str, Any] = {"address": address, "log_to_driver": log_to_driver, "logging_level": logging.WARNING}
+    workers = _worker_environment(code_path, environment or {})
     if address == "local":
+        # Its workers inherit this process's environment: one of Ray's making would keep them from being started ahead (1 s each).
         options |= {"num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    before = Path.cwd()
-    # Ray puts the driver's working folder at init first on every worker's sys.path, ahead of PYTHONPATH and of an editable install.
-    os.chdir(code_path)
+        inherited = workers
+    else:
+        options["runtime_env"] = {"env_vars": workers}
+        inherited = {}
     try:
-        try:
-            ray.init(**options)
-        finally:
-            os.chdir(before)
+        # Ray puts the driver's working folder at init first on every worker's sys.path, ahead of PYTHONPATH and of an editable install.
+        with contextlib.chdir(code_path), _environment(inherited):
+            ray.init(configure_logging=False, **options)
         session = Session(address=ray.get_runtime_context().gcs_address, local=address == "local")
         if session.local and not session.address.startswith(("127.", "[::1]", "localhost")):
             raise RuntimeError(f"the local Ray session would listen on {session.address}: import cluster.ray_session's start before ray")
@@ -96,6 +91,20 @@ def start(
 def _worker_environment(code_path: Path, environment: Mapping[str, str]) -> dict[str, str]:
     path = os.pathsep.join(part for part in (str(code_path), environment.get("PYTHONPATH")) if part)
     return {**environment, "PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _secret_for_this_process() -> None:
