@@ -36,16 +36,16 @@ def evaluate(config: EvaluateConfig, model: Model, documents: list[Documents], s
     encoder = Tokenizer.load(model.path / "tokenizer.json")
     end = encoder.special["document"]
     texts = [text for each in documents for text in each.texts("held_out")]
-    held_out = "\n".join(texts).encode()
+    held_out = "".join(texts).encode()
     token_ids = np.array([token for ids in encoder.encode_batch(texts) for token in (*ids, end)], dtype=np.int64)
     network = load_model(model.path).eval()
     nats, count = held_out_nats(network, token_ids, document_id=end, stride=config.stride)
     figures = {
         "eval/loss": nats / count,
-        "eval/bits_per_byte": bits_per_byte(nats, sum(len(text.encode()) for text in texts)),
+        "eval/bits_per_byte": bits_per_byte(nats, len(held_out)),
     }
     if config.compressors:
-        train = "\n".join(text for each in documents for text in each.texts("train")).encode()
+        train = "".join(text for each in documents for text in each.texts("train")).encode()
         figures["eval/xz_bits_per_byte"] = xz_bits_per_byte(held_out)
         figures["eval/ppmd_bits_per_byte"] = ppmd_bits_per_byte(train, held_out)
     responses = sample(
@@ -57,7 +57,7 @@ def evaluate(config: EvaluateConfig, model: Model, documents: list[Documents], s
         stop_ids=(end,),
     )
     samples = [
-        {"prompt": prompt, "text": encoder.decode(token for token in response.token_ids if token != end)}
+        {"prompt": prompt, "text": encoder.stream().feed(*(token for token in response.token_ids if token != end))}
         for prompt, response in zip(config.prompts, responses, strict=True)
     ]
     for name, value in figures.items():
