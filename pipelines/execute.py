@@ -195,10 +195,11 @@ class Context:
         return cast(dict[str, Any], result.value)
 
     def publish(self, kind: type[A], **metadata: Any) -> A:
-        folder, self._output = self.output, None
-        if not any(folder.iterdir()):
+        if not any(self.output.iterdir()):
             raise StageFailure(f"{self._job.uses} publishes {kind.kind}, but wrote nothing into stage.output")
-        return cast(A, self._store.publish(folder, kind.kind, metadata))
+        published = self._store.publish(self.output, kind.kind, metadata)
+        self._output = None
+        return cast(A, published)
 
     def discard(self) -> None:
         """Drop what was written and never published."""
@@ -252,4 +253,6 @@ def _in_words(error: Exception, job: Job) -> str:
 def _of_type(value: Any) -> str:
     if value is None:
         return "nothing"
-    return f"an unpublished {type(value).__name__}" if isinstance(value, Artifact) else f"a {type(value).__name__}"
+    if isinstance(value, Artifact):
+        return f"a {type(value).__name__}" if value.digest else f"an unpublished {type(value).__name__}"
+    return f"a {type(value).__name__}"

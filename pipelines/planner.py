@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -250,6 +251,7 @@ def identity(stage: Stage, *, inline: bool = False) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Of the interpreter and of the libraries that decide results."""
     found = {"python": platform.python_version()}

@@ -83,6 +83,7 @@ class Run:
         self._looked_at_s: dict[str, float] = {}
         self._failed: dict[str, str] = {}
         self._signal: int | None = None
+        self._made = False
 
     def execute(self) -> int:
         """Run to the end; the exit code: 0 done, 1 a stage failed, 130 or 143 interrupted. ConfigError comes before anything is written."""
@@ -283,6 +284,7 @@ class Run:
 
     def _start(self, stage: Stage, decision: Decision, lease: Lease) -> None:
         del self._waiting[stage.name]
+        self._made = True
         steps = stage.config.steps if isinstance(stage.config, TrainSettings) else None
         self._write("stage_started", stage=stage.name, key=decision.key, decision=decision.word, reason=decision.reason, steps=steps)
         job = self._job(stage, decision)
@@ -441,7 +443,8 @@ class Run:
         from pipelines.page import render
 
         self.store.backend.put(f"runs/{self.run}/page.html", render(self.store, self.run).encode())
-        if sentence := self._tracker.finish(TRACKING_DEADLINE_S):
+        # a run that only reused ends at once: what delivers it is a process of its own
+        if self._made and (sentence := self._tracker.finish(TRACKING_DEADLINE_S)):
             self._say({"type": "said", "text": sentence})
         return code
 

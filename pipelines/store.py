@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from cluster.commit import FileEntry, canonical_json, check, describe, fsync_folder, sha256_file, write_file
 from gpt.settings import Settings
@@ -97,6 +97,8 @@ class FolderBackend:
 
 class Action(Settings):
     """One making of an artifact: what went in, what came out, who, where, how. Lineage is the graph of these."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # a loss that is no number is recorded as it was
 
     key: str
     number: int = 0

@@ -1,0 +1,317 @@
+"""Runs of small pipelines in this process: what is reused, what runs, and why."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.config import ConfigError, load
+from pipelines.graph import Graph, build
+from pipelines.journal import read_journal
+from pipelines.planner import Planner, resolve
+from pipelines.runner import Options, Run, dead_runs
+from pipelines.snapshot import ROOT
+from pipelines.store import Store
+
+KINDS = '''
+from pipelines.artifacts import Documents, Report
+from pipelines.stage import Source, StageConfig, StageContext, StageFailure
+from words import shorten
+
+
+class WordsConfig(StageConfig):
+    file: str = "words.txt"
+
+    def sources(self, data):
+        return [Source(self.file, data / self.file)]
+
+
+class CutConfig(StageConfig):
+    letters: int = 3
+
+
+def words(config: WordsConfig, stage: StageContext) -> Documents:
+    """All words."""
+    with stage.open(stage.sources[0]) as file:
+        (stage.output / "train.jsonl").write_bytes(file.read())
+    return stage.publish(Documents)
+
+
+def cut(config: CutConfig, documents: Documents, stage: StageContext) -> Documents:
+    text = (documents.path / "train.jsonl").read_text()
+    (stage.output / "train.jsonl").write_text(shorten(text, config.letters))
+    stage.figure("eval/letters", config.letters)
+    stage.log(1, {"eval/letters": config.letters})
+    return stage.publish(Documents)
+
+
+def report(documents: list[Documents], stage: StageContext) -> Report:
+    (stage.output / "report.json").write_text(str([each.digest for each in documents]))
+    return stage.publish(Report)
+
+
+def broken(documents: Documents, stage: StageContext) -> Report:
+    raise KeyError("no such word")
+
+
+def careful(documents: Documents, stage: StageContext) -> Report:
+    raise StageFailure("the words are all the same; bring others")
+
+
+def wrong(documents: Documents, stage: StageContext) -> Report:
+    return documents
+
+
+def empty(documents: Documents, stage: StageContext) -> Report:
+    return stage.publish(Report)
+
+
+def interrupted(documents: Documents, stage: StageContext) -> Report:
+    import os, signal, time
+
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+'''
+WORDS = "def shorten(text, letters):\n    return text[:letters]\n"
+TOML = """
+pipeline = "small"
+seed = 1
+
+[stages.words]
+uses = "./kinds.py:words"
+
+[stages.cut]
+uses = "./kinds.py:cut"
+inputs = { documents = "words" }
+
+[stages.report]
+uses = "./kinds.py:report"
+inputs = { documents = ["words", "cut"] }
+"""
+
+
+class Small:
+    """A pipeline in a folder of its own, run in this process without MLflow."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = Store(folder / "store")
+        self.write("kinds.py", KINDS)
+        self.write("words.py", WORDS)
+        self.write("words.txt", "abcdef")
+        self.write("small.toml", TOML)
+
+    def write(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+
+    def graph(self, *overrides: str) -> Graph:
+        import sys
+
+        for name in ("gptline_user_kinds", "words"):
+            sys.modules.pop(name, None)
+        sys.path[:] = [each for each in sys.path if not each.startswith("/tmp/pytest")]
+        return build(load(self.folder / "small.toml", overrides))
+
+    def run(self, *overrides: str, **options: Any) -> tuple[int, dict[str, str]]:
+        """Exit code, and what was done about each stage."""
+        run = Run(self.graph(*overrides), self.store, Options("gptline run small.toml", inline=True, **options), lambda event: None)
+        code = run.execute()
+        self.events = read_journal(self.store, run.run)
+        return code, {event["stage"]: event["status"] for event in self.events if event["type"] == "stage_ended"}
+
+    def plan(self, *overrides: str, **options: Any) -> dict[str, tuple[str, str]]:
+        return {each.stage: (each.word, each.reason) for each in Planner(self.graph(*overrides), self.store, ROOT, **options).plan()}
+
+    def error(self) -> str:
+        return next(event["error"] for event in self.events if event["type"] == "stage_ended" and event["status"] == "failed")
+
+
+class _NoTracker:
+    def news(self) -> None: ...
+
+    def finish(self, deadline_s: float) -> None: ...
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
+    monkeypatch.setattr(Run, "_start_tracking", lambda self: _NoTracker())
+    return Small(tmp_path)
+
+
+def test_a_second_run_reuses_all_and_a_plan_says_by_whom(small: Small):
+    assert small.run() == (0, {"words": "done", "cut": "done", "report": "done"})
+    first = small.store.runs()[0]
+    assert small.plan() == {name: ("reuse", f"made by run {first}") for name in ("words", "cut", "report")}
+    assert small.run() == (0, {"words": "reused", "cut": "reused", "report": "reused"})
+
+
+def test_a_plan_of_a_new_store_writes_nothing(small: Small):
+    assert [word for word, _ in small.plan().values()] == ["run", "run", "run"]
+    assert not small.store.root.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        (
+            lambda s: s.write("small.toml", TOML.replace("[stages.report]", "letters = 2\n\n[stages.report]")),
+            ("", "letters: 3 -> 2", "its input cut is made anew"),
+        ),
+        (
+            lambda s: s.write("words.py", WORDS.replace("[:letters]", "[letters:]")),
+            ("", "code of words:shorten changed", "its input cut is made anew"),
+        ),
+        (
+            lambda s: s.write("words.txt", "abcdeg"),
+            ("source words.txt changed", "its input words is made anew", "its input words is made anew"),
+        ),
+        (lambda s: s.write("kinds.py", KINDS.replace("All words.", "Every word.  ")), ("", "", "")),
+        (lambda s: s.write("words.py", "# short\n" + WORDS), ("", "", "")),
+        (
+            lambda s: s.write("small.toml", TOML.replace("seed = 1", "seed = 2")),
+            ("seed: 1 -> 2", "its input words is made anew", "its input words is made anew"),
+        ),
+    ],
+)
+def test_what_was_changed_is_the_reason(small: Small, change: Callable[[Small], None], reasons: tuple[str, str, str]):
+    small.run()
+    made_by = f"made by run {small.store.runs()[0]}"
+    change(small)
+    assert tuple(reason for _, reason in small.plan().values()) == tuple(reason or made_by for reason in reasons)
+
+
+def test_an_upstream_stage_that_comes_to_the_same_bytes_stops_the_change_there(small: Small):
+    small.run()
+    small.write("kinds.py", KINDS.replace("file.read()", "file.read() + b''"))
+    assert small.plan()["report"] == ("run", "its input words is made anew")  # nobody can know yet
+    assert small.run() == (0, {"words": "done", "cut": "reused", "report": "reused"})
+
+
+def test_rerun_makes_one_stage_afresh_and_keeps_the_old_making(small: Small):
+    small.run()
+    assert small.run(fresh=["cut"]) == (0, {"words": "reused", "cut": "done", "report": "reused"})
+    key = next(event["key"] for event in small.events if event["type"] == "stage_ended" and event["stage"] == "cut")
+    assert [(each.number, each.forced) for each in small.store.actions(key)] == [(1, False), (2, True)]
+    assert small.run()[1]["cut"] == "reused"
+
+
+def test_until_makes_a_stage_and_what_it_needs_and_no_more(small: Small):
+    assert small.run(until="cut") == (0, {"words": "done", "cut": "done"})
+    with pytest.raises(ConfigError, match="no such stage; there are words, cut, report"):
+        small.run(until="cutt")
+
+
+def test_use_takes_an_artifact_as_a_stages_output(small: Small):
+    small.run()
+    cut = resolve(small.store, f"run:{small.store.runs()[0]}/cut")
+    small.write("words.txt", "uvwxyz")
+    assert small.run(use={"cut": f"sha256:{cut[:12]}"}) == (0, {"words": "done", "cut": "reused", "report": "done"})
+    with pytest.raises(ConfigError, match="is report, but cut makes documents"):
+        small.run(use={"cut": f"run:{small.store.runs()[0]}/report"})
+
+
+def test_an_artifact_of_another_run_is_an_input(small: Small):
+    small.run()
+    run = small.store.runs()[0]
+    small.write("small.toml", TOML.replace('inputs = { documents = "words" }', f'inputs = {{ documents = "run:{run}/words" }}'))
+    assert small.run() == (0, {"words": "reused", "cut": "reused", "report": "reused"})
+    small.write("small.toml", TOML.replace('inputs = { documents = "words" }', f'inputs = {{ documents = "run:{run}/report" }}'))
+    with pytest.raises(ConfigError, match="is report, wanted documents"):
+        small.run()
+    small.write("small.toml", TOML.replace('inputs = { documents = "words" }', 'inputs = { documents = "run:20200101-gone/words" }'))
+    with pytest.raises(ConfigError, match="there is no run '20200101-gone'; the newest are"):
+        small.run()
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        ("broken", "KeyError: 'no such word' (kinds.py, line "),
+        ("careful", "the words are all the same; bring others"),
+        ("wrong", "./kinds.py:wrong returned a Documents, its signature says Report: end it with `return stage.publish(Report, ...)`"),
+        ("empty", "./kinds.py:empty publishes report, but wrote nothing into stage.output"),
+    ],
+)
+def test_a_failed_stage_leaves_the_others_results_and_says_how_to_go_on(small: Small, function: str, error: str):
+    small.write("small.toml", TOML + f'\n[stages.last]\nuses = "./kinds.py:{function}"\ninputs = {{ documents = "words" }}\n')
+    assert small.run() == (1, {"words": "done", "cut": "done", "report": "done", "last": "failed"})
+    assert small.error().startswith(error)
+    assert not list((small.store.root / "tmp").iterdir())
+    assert small.events[-1]["text"] == "last failed; the other results are kept. Mend it, then go on with: gptline run small.toml"
+    assert small.run()[1] == {"words": "reused", "cut": "reused", "report": "reused", "last": "failed"}
+
+
+def test_what_reads_a_failed_stage_is_blocked_and_says_so(small: Small):
+    small.write("kinds.py", KINDS.replace("    text = (documents.path", "    raise StageFailure('no')\n    text = (documents.path"))
+    code, status = small.run()
+    assert (code, status) == (1, {"words": "done", "cut": "failed", "report": "blocked"})
+    assert next(event["reason"] for event in small.events if event.get("status") == "blocked") == "its input cut failed"
+
+
+def test_a_source_that_changes_between_plan_and_reading_is_refused(small: Small):
+    small.write("kinds.py", KINDS.replace("    with stage.open", "    stage.sources[0].path.write_text('other!')\n    with stage.open"))
+    code, status = small.run()
+    assert (code, status["words"]) == (1, "failed")
+    assert small.error() == "words.txt was changed after this run was planned; run again to read it as it is now"
+
+
+def test_ctrl_c_in_a_stage_ends_the_run_with_130_and_the_command_that_goes_on(small: Small):
+    small.write("small.toml", TOML.replace("./kinds.py:cut", "./kinds.py:interrupted").replace('["words", "cut"]', '["words"]'))
+    before = signal.getsignal(signal.SIGINT)
+    code, status = small.run()
+    assert code == 130
+    assert status["cut"] == "stopped"
+    assert small.events[-1]["status"] == "KILLED"
+    assert small.events[-1]["text"] == "interrupted; go on with: gptline run small.toml"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_damaged_artifact_is_made_again(small: Small):
+    small.run()
+    digest = resolve(small.store, f"run:{small.store.runs()[0]}/cut")
+    (small.store.artifact(digest).path / "train.jsonl").unlink()
+    word, reason = small.plan()["cut"]
+    assert word == "run"
+    assert reason == f"its artifact {digest[:12]} is damaged: train.jsonl is gone"
+    assert small.run() == (0, {"words": "reused", "cut": "done", "report": "reused"})
+
+
+def test_a_held_lease_makes_others_wait_and_says_for_whom(small: Small):
+    from pipelines.lease import Watch
+
+    key = next(each.key for each in Planner(small.graph(), small.store, ROOT).plan() if each.stage == "words")
+    assert key is not None
+    lease = Watch(small.store, key).take(run="another")
+    assert lease is not None
+    word, reason = small.plan()["words"]
+    assert word == "wait"
+    assert reason.endswith("run another is making it")
+    lease.release()
+    assert small.plan()["words"][0] == "run"
+
+
+def test_strict_environment_puts_versions_into_the_key(small: Small):
+    small.run()
+    small.write("small.toml", TOML.replace("seed = 1", "seed = 1\nstrict_environment = true"))
+    word, reason = small.plan()["words"]
+    assert word == "run"
+    assert "deepspeed: none -> 0.19.8" in reason
+
+
+def test_a_loss_that_is_no_number_is_recorded_and_read_again(small: Small):
+    small.write("kinds.py", KINDS.replace("config.letters})", "float('nan')})"))
+    small.run()
+    (action,) = [each for each in small.store.all_actions() if each.stage == "cut"]
+    assert str(action.curves["eval/letters"][0][1]) == "nan"
+
+
+def test_a_run_whose_driver_is_gone_is_known_as_dead(small: Small):
+    small.run()
+    assert dead_runs(small.store) == []
+    last = small.store.backend.list(f"runs/{small.store.runs()[0]}/journal")[-1]
+    small.store.backend.delete(last)
+    assert dead_runs(small.store) == [small.store.runs()[0]]
