@@ -95,8 +95,11 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path) -> None:
         """Into a fresh engine of the same world size and ZeRO stage. DeepSpeed unpickles: the caller has verified the files."""
-        with _quietly():
-            path, client_state = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=True)
+        path, client_state = None, {}
+        # DeepSpeed itself fails by a bare assert, or by a pair of Nones and a warning.
+        if (folder / _TAG).is_dir():
+            with _quietly():
+                path, client_state = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=True)
         if path is None:
             raise ValueError(f"{folder} holds no state that DeepSpeed can load; it was made by another engine, or not wholly written")
         if self._engine.torch_autocast_z0_gradscaler is not None:
@@ -140,8 +143,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Otherwise it is compiled with g++ at the first use; gloo serves without it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Found compatible, this op is compiled with g++ at the first use; gloo serves without it. Set whole, since the first look at
+    # the table makes DeepSpeed link test programs to fill it in.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     # It calls collectives by names that torch 2.13 announces to rename, at every step.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     return deepspeed
