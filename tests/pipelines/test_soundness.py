@@ -1,0 +1,197 @@
+"""The key is sound: every project function that ran for a stage is in that stage's key.
+
+Each kind runs tiny and in this process while a profiler notes which functions ran. What lies behind `StageContext` and `Rank`
+is left out by design: it decides how work is carried out, not what comes out.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+
+from pipelines import execute as executing
+from pipelines.config import load
+from pipelines.execute import Job
+from pipelines.graph import build
+from pipelines.planner import Planner
+from pipelines.runner import Options, Run
+from pipelines.snapshot import ROOT
+from pipelines.store import Store
+
+BEHIND_THE_SEAM = (
+    "pipelines/execute.py",  # StageContext
+    "pipelines/store.py",
+    "pipelines/graph.py",
+    "pipelines/lease.py",
+    "pipelines/journal.py",
+    "pipelines/runner.py",
+    "pipelines/progress.py",
+    "cluster/commit.py",
+    "cluster/checkpoint.py",
+    "cluster/gang.py",
+    "cluster/rank.py",  # Rank
+    "gpt/engine.py",  # the two protocols: their class bodies run, and say nothing
+)
+
+TOML = """
+pipeline = "sound"
+
+[stages.lines]
+uses = "ingest"
+source = "text"
+unit = "line"
+files = ["*.txt"]
+hold_out = { share = 0.3, by = "record" }
+
+[stages.records]
+uses = "ingest"
+source = "json"
+files = ["*.jsonl"]
+text = "{title}\\n{text}"
+fields = ["title"]
+hold_out = { share = 0.5, by = "title" }
+
+[stages.tokenizer]
+algorithm = "bpe"
+vocab_size = 280
+inputs = { documents = ["lines", "records"] }
+
+[stages.bytes]
+uses = "tokenizer"
+algorithm = "bytes"
+inputs = { documents = ["lines"] }
+
+[stages.tokenize]
+inputs = { documents = ["lines", "records"], tokenizer = "tokenizer" }
+"""
+PRETRAIN = """
+[stages.{preset}]
+uses = "pretrain"
+inputs = {{ tokens = "tokenize" }}
+preset = "{preset}"
+seq_len = 16
+dropout = 0.1
+steps = 4
+global_batch_size = 4
+lr = 1e-3
+checkpoint_every = 2
+eval_every = 2
+"""
+AFTER = """
+[stages.further]
+uses = "pretrain"
+inputs = { tokens = "tokenize", model = "gpt2-nano" }
+preset = "gpt2-nano"
+seq_len = 16
+steps = 2
+global_batch_size = 4
+lr = 1e-3
+activation_checkpointing = true
+
+[stages.evaluate]
+inputs = { model = "gpt2-nano", documents = ["lines", "records"] }
+sample_tokens = 20
+
+[stages.export]
+inputs = { model = "gpt2-nano" }
+"""
+
+
+class Profiler:
+    """Notes the project's functions that run, by file and name, in all threads."""
+
+    def __init__(self) -> None:
+        self.ran: set[CodeType] = set()
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            self.ran.add(frame.f_code)
+
+    def __enter__(self) -> Profiler:
+        threading.setprofile(self)
+        sys.setprofile(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+    def functions(self) -> Iterator[tuple[str, str]]:
+        """(module, top-level name) of what ran."""
+        for code in self.ran:
+            path = Path(code.co_filename)
+            if not path.is_relative_to(ROOT) or "site-packages" in path.parts or ".venv" in path.parts:
+                continue
+            place = path.relative_to(ROOT).as_posix()
+            name = code.co_qualname.split(".")[0]
+            if place.split("/")[0] in ("pipelines", "gpt", "cluster") and place not in BEHIND_THE_SEAM and not name.startswith("<"):
+                yield place.removesuffix(".py").replace("/", "."), name
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[set[tuple[str, str]], set[str]]]:
+    """Stage to what ran and what its key holds."""
+    folder = tmp_path_factory.mktemp("sound")
+    (folder / "a.txt").write_text("".join(f"line {n} of some text that repeats itself\n" for n in range(80)))
+    (folder / "b.jsonl").write_text("".join(f'{{"title": "t{n % 7}", "text": "record {n} has a text"}}\n' for n in range(60)))
+    text = TOML + "".join(PRETRAIN.format(preset=preset) for preset in ("gpt2-nano", "llama-nano", "transformer-nano")) + AFTER
+    (folder / "sound.toml").write_text(text)
+    graph = build(load(folder / "sound.toml"))
+    store = Store(folder / "store")
+    found: dict[str, tuple[set[tuple[str, str]], set[str]]] = {}
+    real = executing.execute
+
+    def profiled(job: Job, *arguments: Any) -> Any:
+        with Profiler() as profiler:
+            outcome = real(job, *arguments)
+        assert outcome.error is None, outcome.traceback
+        code = Planner(graph, store, ROOT)._code_of(graph.stages[job.stage]).leaves(graph.stages[job.stage].kind.entries())
+        found[job.stage] = (set(profiler.functions()), set(code))
+        return outcome
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.runner.execute", profiled)
+        patch.setattr(Run, "_start_tracking", lambda self: _NoTracker())
+        assert Run(graph, store, Options("test", inline=True), lambda event: None).execute() == 0
+    return found
+
+
+class _NoTracker:
+    def news(self) -> None: ...
+
+    def finish(self, deadline_s: float) -> None: ...
+
+
+STAGES = [
+    "lines",
+    "records",
+    "tokenizer",
+    "bytes",
+    "tokenize",
+    "gpt2-nano",
+    "llama-nano",
+    "transformer-nano",
+    "further",
+    "evaluate",
+    "export",
+]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_function_that_ran_is_in_the_stages_key(ran: dict[str, tuple[set[tuple[str, str]], set[str]]], stage: str):
+    functions, key = ran[stage]
+    assert len(functions) > 3, "the profiler saw next to nothing"
+    missing = sorted(f"{module}:{name}" for module, name in functions if f"{module}:{name}" not in key)
+    assert missing == []
+
+
+def test_the_profiler_would_notice_a_function_outside_the_key(ran: dict[str, tuple[set[tuple[str, str]], set[str]]]):
+    functions, _ = ran["gpt2-nano"]
+    _, key = ran["tokenizer"]
+    assert any(f"{module}:{name}" not in key for module, name in functions)

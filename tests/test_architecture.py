@@ -1,0 +1,85 @@
+"""The three rules that whole designs die of breaking, and a few that keep the house as it is."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = [path for package in ("pipelines", "gpt", "cluster") for path in sorted((ROOT / package).rglob("*.py"))]
+
+LAYERS = {"pipelines": {"pipelines", "gpt", "cluster"}, "gpt": {"gpt"}, "cluster": {"cluster"}}
+DOORS = {
+    "mlflow": ["pipelines/tracking.py"],
+    "deepspeed": ["cluster/deepspeed_engine.py"],
+    "ray": ["cluster/gang.py", "cluster/ray_session.py"],
+    "datasets": ["pipelines/reading.py"],
+    "typer": ["pipelines/cli.py"],
+    "rich": ["pipelines/progress.py"],
+    "tokenizers": ["gpt/tokenizer.py"],
+    "pyppmd": ["gpt/evaluation.py"],
+    "transformers": [],
+}
+FOR_STAGES = {"pipelines.artifacts", "pipelines.stage", "pipelines.reading", "pipelines.documents"}
+"""What a stage's file may import of `pipelines`: the line itself reaches it as an argument."""
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted targets of all imports in a file, `from a import b` as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_file_imports_its_own_layer_and_those_below(path: Path):
+    layer = path.relative_to(ROOT).parts[0]
+    for name in imports(path):
+        top = name.split(".")[0]
+        assert top not in LAYERS or top in LAYERS[layer], f"{path} imports {name}"
+        if top in DOORS:
+            assert path.relative_to(ROOT).as_posix() in DOORS[top], f"{path} imports {name}, whose door is {DOORS[top]}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines" / "stages").glob("*.py")), ids=lambda path: path.stem)
+def test_a_stage_knows_neither_other_stages_nor_the_line(path: Path):
+    ours = {name.rsplit(".", 1)[0] for name in imports(path) if name.startswith("pipelines.")}
+    assert ours <= FOR_STAGES
+
+
+def test_packages_are_empty_but_for_their_modules():
+    for package in ("pipelines", "pipelines/stages", "gpt", "cluster"):
+        assert (ROOT / package / "__init__.py").read_text() == ""
+
+
+@pytest.mark.parametrize("module", ["pipelines.cli", "pipelines.planner", "pipelines.runner", "pipelines.tracking", "gpt.settings"])
+def test_what_a_plan_imports_is_light(module: str):
+    heavy = ("torch", "ray", "deepspeed", "mlflow", "datasets", "transformers", "numpy")
+    script = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_plan_of_every_kind_is_light(tmp_path: Path):
+    script = (
+        "import sys; from pathlib import Path; from pipelines.graph import load_kind;"
+        "[load_kind(path.stem, Path('.')) for path in Path('pipelines/stages').glob('*.py') if path.stem != '__init__'];"
+        "print([name for name in ('torch', 'ray', 'deepspeed', 'mlflow', 'datasets', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_deepspeeds_own_keys_stand_in_one_file():
+    keys = ("train_micro_batch_size_per_gpu", "zero_optimization", "gradient_clipping")
+    found = {path.relative_to(ROOT).as_posix() for path in FILES if any(key in path.read_text() for key in keys)}
+    assert found == {"cluster/deepspeed_engine.py"}
