@@ -50,11 +50,8 @@ _WATCH = "watch"
 
 
 @dataclass(frozen=True, kw_only=True)
-class GangSpec:
-    """What a gang needs of the machines, and where its checkpoints lie.
-
-    `GangSpec(name="pretrain", ranks=2, make_engine=DeepSpeedEngine, work=Path("store/work/ab12"), series=1, identity={})`
-    """
+class Room:
+    """What a gang holds of the machines while it runs: `Room(name="pretrain", ranks=2, cpus_per_rank=8, gpus_per_rank=1)`."""
 
     name: str
     """The stage, as messages call it."""
@@ -67,6 +64,15 @@ class GangSpec:
     """Node labels that every rank's node must have, e.g. {"tier": "a100"}."""
     accelerator: str | None = None
     """Ray's accelerator type, e.g. "A100"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GangSpec(Room):
+    """A gang's room, and what its ranks are given.
+
+    `GangSpec(name="pretrain", ranks=2, make_engine=DeepSpeedEngine, work=Path("store/work/ab12"), series=1, identity={})`
+    """
+
     make_engine: Callable[..., Any]
     """Module-level: `make_engine(model, parameter_groups, settings, *, device, world_size)`."""
     work: Path
@@ -199,7 +205,7 @@ def run_gang(
     raise GangFailure(f"{spec.name}: {loss.sentence}{used_up}", loss.rank, loss.cause, loss.traceback)
 
 
-def shortfall(spec: GangSpec) -> str | None:
+def shortfall(spec: Room) -> str | None:
     """What the whole cluster lacks for this gang, as a sentence; None when its room exists, in use or not."""
     import ray
 
@@ -669,7 +675,7 @@ def _stacks_file(attempt: Path, rank: int) -> Path:
     return attempt / f"rank-{rank:04d}.stacks"
 
 
-def _bundle(spec: GangSpec) -> dict[str, float]:
+def _bundle(spec: Room) -> dict[str, float]:
     bundle: dict[str, float] = {"CPU": spec.cpus_per_rank}
     if spec.gpus_per_rank:
         bundle["GPU"] = spec.gpus_per_rank
@@ -685,7 +691,7 @@ def _ranks_that_fit(resources: Mapping[str, float], bundle: Mapping[str, float])
     return min(int(resources.get(name, 0) // amount) for name, amount in bundle.items())
 
 
-def _ask(spec: GangSpec) -> str:
+def _ask(spec: Room) -> str:
     """ "2 ranks of 1 CPU and 8 GiB"."""
     parts = [f"{spec.cpus_per_rank} CPU" + "s" * (spec.cpus_per_rank != 1)]
     parts += [f"{spec.gpus_per_rank} GPU" + "s" * (spec.gpus_per_rank != 1)] if spec.gpus_per_rank else []

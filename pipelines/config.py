@@ -72,6 +72,7 @@ class Resources(Settings):
 
     cpus: Operational[int] = Field(default=1, ge=1)
     """Of a stage that computes by itself."""
+    gpus: Operational[int] = Field(default=0, ge=0, le=1)
     ranks: Operational[int] = Field(default=1, ge=1)
     """Processes of a training stage's gang."""
     cpus_per_rank: Operational[int] = Field(default=1, ge=1)

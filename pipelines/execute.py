@@ -133,6 +133,7 @@ class Context:
 
     def __init__(self, job: Job, store: Store, emit: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
         self.seed = job.seed
+        self.device = "cuda" if job.resources.gpus else "cpu"
         self.sources = job.sources
         self.outcome = Outcome()
         self._job = job

@@ -100,7 +100,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._signals())
             if needs_machines:
-                stack.enter_context(self._session())
+                stack.enter_context(self._session(chosen))
             lease = Watch(self.store, f"run-{self.run}").take(run=self.run)
             assert lease is not None
             stack.callback(lease.release)
@@ -143,23 +143,27 @@ class Run:
         cpus = len(os.sched_getaffinity(0))
         faults = []
         for stage in self.graph.stages.values():
-            resources = stage.resources
-            asked = f"{resources.ranks} ranks of {resources.cpus_per_rank} CPUs" if stage.kind.trains() else f"{resources.cpus} CPUs"
-            held = resources.ranks * resources.cpus_per_rank if stage.kind.trains() else resources.cpus
-            if stage.name in chosen and held > cpus:
+            room = room_of(stage)
+            if stage.name in chosen and room["ranks"] * room["cpus_per_rank"] > cpus:
+                asked = f"{room['ranks']} ranks of {room['cpus_per_rank']} CPUs" if stage.kind.trains() else f"{room['cpus_per_rank']} CPUs"
                 what = f"asks for {asked}; this machine has {cpus}: ask for fewer, or set cluster.address"
                 faults.append(Fault(f"stages.{stage.name}.resources", what))
         if faults:
             raise ConfigError(self.graph.loaded.path, faults)
 
     @contextlib.contextmanager
-    def _session(self) -> Iterator[None]:
+    def _session(self, chosen: Collection[str]) -> Iterator[None]:
         from cluster import ray_session
+        from cluster.gang import Room, shortfall
 
         address = self.graph.loaded.file.cluster.address
         self._say({"type": "said", "text": "starting Ray on this machine" if address == "local" else f"joining the Ray cluster {address}"})
         environment = {"PYTHONDONTWRITEBYTECODE": "1"}  # the snapshot is an artifact: nobody writes into it
         with ray_session.start(address, code_path=self._snapshot.path, environment=environment):
+            rooms = [Room(**room_of(self.graph.stages[name])) for name in chosen]
+            faults = [Fault(f"stages.{room.name}.resources", sentence) for room in rooms if (sentence := shortfall(room))]
+            if faults:
+                raise ConfigError(self.graph.loaded.path, faults)
             yield
 
     @contextlib.contextmanager
@@ -294,15 +298,18 @@ class Run:
             return
         from cluster.ray_session import submit
 
-        resources = stage.resources
+        # a stage that trains holds nothing itself: a task that held what its gang waits for would never end
+        room = {} if stage.kind.trains() else room_of(stage)
         running.task = submit(
             stream,
             job,
             name=f"{self.graph.loaded.file.pipeline}:{stage.name}",
-            cpus=0 if stage.kind.trains() else resources.cpus,
-            memory_gib=None if stage.kind.trains() else resources.memory_gib,
-            labels=None if stage.kind.trains() else resources.labels,
-            environment={} if stage.kind.trains() else {"OMP_NUM_THREADS": str(resources.cpus)},
+            cpus=room.get("cpus_per_rank", 0),
+            gpus=room.get("gpus_per_rank", 0),
+            memory_gib=room.get("memory_gib"),
+            labels=room.get("labels"),
+            accelerator=room.get("accelerator"),
+            environment={"OMP_NUM_THREADS": str(room.get("cpus_per_rank", 1))},
         )
 
     def _job(self, stage: Stage, decision: Decision) -> Job:
@@ -313,7 +320,7 @@ class Run:
             run=self.run,
             stage=stage.name,
             uses=stage.kind.uses if inline else self._snapshot.uses[stage.name],
-            user_folder=self.graph.user_folder() if inline else self._snapshot.user,
+            user_folder=self.graph.user_folder() if inline else self._snapshot.user.resolve(),  # a worker has another working folder
             config=stage.config.model_dump(mode="json"),
             inputs=decision.inputs,
             sources=[Source(source.name, source.path, planned[source.name]) for source in stage.sources],
@@ -466,6 +473,17 @@ class _Inline:
 
     def result(self) -> Outcome:
         return self._outcome
+
+
+def room_of(stage: Stage) -> dict[str, Any]:
+    """What a stage holds of the machines: a gang's ranks, or one process."""
+    given = stage.resources
+    where: dict[str, Any] = {"memory_gib": given.memory_gib, "labels": given.labels, "accelerator": given.accelerator}
+    if stage.kind.trains():
+        shape = {"ranks": given.ranks, "cpus_per_rank": given.cpus_per_rank, "gpus_per_rank": given.gpus_per_rank}
+    else:
+        shape = {"ranks": 1, "cpus_per_rank": given.cpus, "gpus_per_rank": given.gpus}
+    return {"name": stage.name, **shape, **where}
 
 
 def git_state() -> dict[str, Any] | None:

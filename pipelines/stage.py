@@ -44,6 +44,8 @@ class StageContext(Protocol):
     seed: int
     output: Path
     """An empty folder; `publish` makes an artifact of what is in it."""
+    device: str
+    """"cuda" for a stage that holds a GPU, else "cpu"; a gang's ranks have their own."""
     sources: list[Source]
     """What `config.sources` named, with the content's sha256 that the key holds."""
 

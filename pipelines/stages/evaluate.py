@@ -38,7 +38,7 @@ def evaluate(config: EvaluateConfig, model: Model, documents: list[Documents], s
     texts = [text for each in documents for text in each.texts("held_out")]
     held_out = "".join(texts).encode()
     token_ids = np.array([token for ids in encoder.encode_batch(texts) for token in (*ids, end)], dtype=np.int64)
-    network = load_model(model.path).eval()
+    network = load_model(model.path).to(stage.device).eval()
     nats, count = held_out_nats(network, token_ids, document_id=end, stride=config.stride)
     figures = {
         "eval/loss": nats / count,
