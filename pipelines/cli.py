@@ -91,7 +91,7 @@ def ui(
 
 @app.command()
 def lineage(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="sha256:<digest> or run:<id>/<stage>")],
+    ref: Annotated[str, typer.Argument(metavar="REF", help="sha256:<digest>, run:<id>/<stage> or model:<pipeline>@newest")],
     store: Root = Path(".gptline"),
     mermaid: Annotated[bool, typer.Option("--mermaid", help="As a Mermaid flowchart.")] = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
@@ -109,7 +109,7 @@ def lineage(
 
 @app.command()
 def sample(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="A model: sha256:<digest> or run:<id>/<stage>")],
+    ref: Annotated[str, typer.Argument(metavar="REF", help="model:<pipeline>@newest, run:<id>/<stage> or sha256:<digest>")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
     tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,

@@ -221,7 +221,7 @@ class _Planned(io.RawIOBase):
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._file = open(source.path, "rb", buffering=0)   # noqa: SIM115  (closed in close)
+        self._file = open(source.path, "rb", buffering=0)  # noqa: SIM115  (closed in close)
         self._hash = hashlib.sha256()
 
     def readable(self) -> bool:

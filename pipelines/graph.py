@@ -29,6 +29,8 @@ from pipelines.stage import Source, StageConfig, StageContext
 
 DIGEST = re.compile(r"sha256:([0-9a-f]{8,64})")
 RUN_STAGE = re.compile(r"run:([A-Za-z0-9_.-]+)/([A-Za-z0-9_-]+)")
+MODEL_ALIAS = re.compile(r"model:([A-Za-z0-9_-]+)@([A-Za-z0-9_-]+)")
+REFERENCES = "a stage's name, sha256:<digest>, run:<id>/<stage> or model:<pipeline>@newest"
 ENGINES = {"torch": "gpt.torch_engine:TorchEngine", "deepspeed": "cluster.deepspeed_engine:DeepSpeedEngine"}
 """The engines that a training stage may run on: by name for the gang, and all of them in the key of every training stage."""
 
@@ -86,7 +88,7 @@ class Stage:
     kind: Kind
     config: Settings
     inputs: dict[str, list[str]]
-    """Parameter name to references: a stage's name, sha256:..., run:<id>/<stage>."""
+    """Parameter name to references: a stage's name, sha256:..., run:<id>/<stage>, model:<pipeline>@newest."""
     resources: Resources
     sources: list[Source] = field(default_factory=list)
 
@@ -318,9 +320,9 @@ def _check_inputs(stage: Stage, stages: dict[str, Stage], tables: dict[str, Any]
 
 def _check_reference(reference: str, wanted: Input, stages: dict[str, Stage], tables: dict[str, Any]) -> str | None:
     if ":" in reference:
-        if DIGEST.fullmatch(reference) or RUN_STAGE.fullmatch(reference):
+        if any(form.fullmatch(reference) for form in (DIGEST, RUN_STAGE, MODEL_ALIAS)):
             return None  # which artifact it is, the store tells
-        return f"{reference!r} is no reference; wanted a stage's name, sha256:<digest> or run:<id>/<stage>"
+        return f"{reference!r} is no reference; wanted {REFERENCES}"
     if reference not in tables:
         near = difflib.get_close_matches(reference, tables)
         return f"there is no stage {reference!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(tables)}")

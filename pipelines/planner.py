@@ -16,7 +16,7 @@ from cluster.checkpoint import attempts, newest_checkpoint
 from gpt.settings import TrainSettings
 from pipelines.config import ConfigError, Fault
 from pipelines.fingerprint import Code, differences, flat, key_of
-from pipelines.graph import DIGEST, RUN_STAGE, Graph, Stage
+from pipelines.graph import DIGEST, MODEL_ALIAS, REFERENCES, RUN_STAGE, Graph, Stage
 from pipelines.journal import read_journal
 from pipelines.lease import Watch, describe
 from pipelines.store import Action, Store
@@ -235,7 +235,13 @@ def resolve(store: Store, reference: str) -> str:
         if run not in store.runs():
             raise ValueError(f"{reference!r}: there is no run {run!r}; the newest are {', '.join(store.runs()[-3:]) or 'none'}")
         raise ValueError(f"{reference!r}: that run made no {stage!r}; it has {', '.join(each['stage'] for each in ended) or 'nothing'}")
-    raise ValueError(f"{reference!r} is no reference; wanted sha256:<digest> or run:<id>/<stage>")
+    if match := MODEL_ALIAS.fullmatch(reference):
+        name, alias = match.groups()
+        if digest := store.pointed(name, alias):
+            return digest
+        known = sorted(each.removeprefix("aliases/").removesuffix(".json").replace("/", "@") for each in store.backend.list("aliases"))
+        raise ValueError(f"{reference!r}: no model is called so; there are {', '.join(f'model:{each}' for each in known) or 'none yet'}")
+    raise ValueError(f"{reference!r} is no reference; wanted {REFERENCES}")
 
 
 def identity(stage: Stage, *, inline: bool = False) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from types import FrameType
 from typing import Any
 
 from gpt.settings import TrainSettings
+from pipelines.artifacts import Model
 from pipelines.config import ConfigError, Fault
 from pipelines.execute import Job, Outcome, execute, stream
 from pipelines.graph import Graph, Stage
@@ -396,18 +397,24 @@ class Run:
         )
         self.store.note_latest(action.pipeline, stage.name, action.key, action.number)
         shutil.rmtree(self.store.work(action.key), ignore_errors=True)
-        self._outputs[stage.name] = action.output
+        self._has(stage, action.output)
         self._finish(stage, "done", decision, number=action.number, output=action.output, seconds=seconds)
 
     def _reuse(self, stage: Stage, decision: Decision) -> None:
         assert decision.output is not None
-        self._outputs[stage.name] = decision.output
+        self._has(stage, decision.output)
         action = decision.action
         if action is not None:
             self.store.note_latest(self.graph.loaded.file.pipeline, stage.name, action.key, action.number)
         for note in decision.notes:
             self._write("note", stage=stage.name, text=note)
         self._finish(stage, "reused", decision, number=action.number if action else None, output=decision.output, seconds=0.0)
+
+    def _has(self, stage: Stage, digest: str) -> None:
+        """A stage's output is there, for what reads it and under the pipeline's name."""
+        self._outputs[stage.name] = digest
+        if issubclass(stage.kind.output, Model):
+            self.store.point(self.graph.loaded.file.pipeline, "newest", digest)
 
     def _finish(self, stage: Stage, status: str, decision: Decision, **more: Any) -> None:
         self._waiting.pop(stage.name, None)

@@ -3,6 +3,7 @@
     artifacts/<digest>/<file>, manifest.json      what was made          (the manifest comes last: without it nothing exists)
     actions/<key>/<number>.json                   how it was made        (the newest is reused, the older ones stay for lineage)
     latest/<pipeline>/<stage>.json                which action a stage used last: what `plan` compares with
+    aliases/<name>/<alias>.json                   what model:<name>@<alias> means: the newest model of a pipeline
     leases/<name>/<generation>.json               who works on a key or drives a run
     runs/<run>/...                                frozen config, journal, page
     work/<key>/...                                checkpoints of unfinished training: plain files, not through the backend
@@ -238,6 +239,14 @@ class Store:
             return self.action(pointer["key"], pointer["number"])
         except KeyError:
             return None
+
+    def point(self, name: str, alias: str, digest: str) -> None:
+        """Let `model:<name>@<alias>` mean this artifact from now on."""
+        self.backend.put(f"aliases/{name}/{alias}.json", canonical_json({"digest": digest}))
+
+    def pointed(self, name: str, alias: str) -> str | None:
+        data = self.backend.get(f"aliases/{name}/{alias}.json")
+        return None if data is None else str(json.loads(data)["digest"])
 
     # ---- runs and the rest ----
 
