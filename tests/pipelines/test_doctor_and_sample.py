@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpt.model import GPT, save_model
+from gpt.settings import PRESETS, GPTConfig
+from gpt.tokenizer import byte_tokenizer
+from pipelines.doctor import Finding, examine
+from pipelines.sample import continue_prompt
+from pipelines.stage import StageFailure
+from pipelines.store import Store
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_this_installation_sound(store: Store):
+    findings = examine(store)
+    assert [str(each) for each in findings if each.wrong] == []
+    assert {"python", "packages", "gpu", "deepspeed", "ray", "mlflow", "disk"} <= {each.about for each in findings}
+
+
+def test_a_fault_comes_with_what_to_do():
+    assert str(Finding("disk", "1 GiB free", "make room")) == "!!  disk        1 GiB free\n                make room"
+
+
+def test_a_sample_begins_with_its_prompt_and_breaks_no_character(store: Store):
+    folder = store.new_folder()
+    tokenizer = byte_tokenizer()
+    config = GPTConfig(**PRESETS["gpt2-nano"].model_dump(), vocab_size=tokenizer.vocab_size)
+    save_model(folder, config, GPT(config).state_dict())
+    tokenizer.save(folder / "tokenizer.json")
+    model = store.publish(folder, "model", {"role": "policy", "tokenizer": "0"})
+    pieces = list(continue_prompt(model, "春眠不覺曉", tokens=40, temperature=1.0, seed=1))
+    assert pieces[0] == "春眠不覺曉"
+    assert pieces == list(continue_prompt(model, "春眠不覺曉", tokens=40, temperature=1.0, seed=1))
+    assert pieces != list(continue_prompt(model, "春眠不覺曉", tokens=40, temperature=1.0, seed=2))
+
+
+def test_what_is_no_model_cannot_be_sampled(store: Store, tmp_path: Path):
+    folder = store.new_folder()
+    (folder / "train.jsonl").write_text("{}")
+    with pytest.raises(StageFailure, match="is documents, wanted a model"):
+        list(continue_prompt(store.publish(folder, "documents", {}), "", tokens=1, temperature=1.0, seed=1))
