@@ -23,6 +23,11 @@ def run(module: str, *arguments: str, out: Path) -> dict[str, dict]:
     return {row["row"]: row for row in rows}
 
 
+def test_the_readme_shows_the_kept_results() -> None:
+    checked = subprocess.run([sys.executable, "-m", "benchmarks.table", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_both_engines_in_bf16_have_the_losses_of_fp32(tmp_path: Path) -> None:
