@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines.store import Store
+from pipelines.store import Store, born
 
 RENEW_EVERY_S = 5.0
 DEAD_AFTER_S = 30.0
@@ -92,7 +92,7 @@ class Watch:
 def me() -> dict[str, Any]:
     """This process, so that another one of the same machine can tell whether it lives."""
     pid = os.getpid()
-    return {"user": getpass.getuser(), "host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "born": _born(pid)}
+    return {"user": getpass.getuser(), "host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "born": born(pid)}
 
 
 def describe(holder: dict[str, Any]) -> str:
@@ -104,16 +104,7 @@ def describe(holder: dict[str, Any]) -> str:
 def _known_dead(holder: dict[str, Any]) -> bool:
     if holder["boot"] != _boot_id() or holder["host"] != socket.gethostname():
         return False
-    return _born(holder["pid"]) != holder["born"]
-
-
-def _born(pid: int) -> str | None:
-    """When a process of this machine started, in ticks since boot; None when there is none or it is a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in ("Z", "X") else fields[19]
+    return born(holder["pid"]) != holder["born"]
 
 
 def _boot_id() -> str:

@@ -262,7 +262,7 @@ class Store:
     def sweep(self) -> None:
         """Remove what killed processes of this machine left half-written."""
         for folder in (self.root / "tmp").glob(f"{socket.gethostname()}-*-*"):
-            if not Path(f"/proc/{folder.name.split('-')[-2]}").exists():
+            if born(int(folder.name.split("-")[-2])) is None:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def content_sha256(self, paths: list[Path]) -> list[str]:
@@ -283,3 +283,12 @@ class Store:
         if changed and self.root.is_dir():
             self.backend.put(cache_name, json.dumps(known, sort_keys=True).encode())
         return digests
+
+
+def born(pid: int) -> str | None:
+    """When a process of this machine started, in ticks since boot; None when there is none or it is a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in ("Z", "X") else fields[19]

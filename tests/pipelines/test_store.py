@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -131,6 +133,16 @@ def test_killed_at_any_write_of_a_publish_an_artifact_is_absent_or_whole(tmp_pat
     assert child.returncode == 0
     assert len(outcomes) > 6  # it was killed at that many places
     assert outcomes[0] == 0
+
+
+def test_what_a_dead_process_left_is_swept_even_before_its_parent_has_asked_after_it(store: Store):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, and a zombie until it is waited for
+    (store.root / "tmp" / f"{socket.gethostname()}-{child.pid}-0123").mkdir(parents=True)
+    ours = store.new_folder()
+    store.sweep()
+    assert list((store.root / "tmp").iterdir()) == [ours]
+    child.wait()
 
 
 def test_a_source_is_read_again_only_when_its_stat_changed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
