@@ -1,0 +1,228 @@
+"""The program as people run it: `gptline` in a process of its own, in a folder of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.journal import read_journal
+from pipelines.store import Action, Store
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROGRAM = Path(sys.executable).with_name("gptline")
+LONGEST_S = 300
+"""Of one command: several times what it needs on a quiet machine of two cores."""
+
+
+class Program:
+    """`gptline` in a folder with a store in it: `program.run("run", "small.toml")`."""
+
+    def __init__(self, folder: Path, code: Path | None = None) -> None:
+        """`code`: a copy of the packages to run instead of those that are installed."""
+        self.folder = folder
+        self.store = Store(folder / ".gptline")
+        self._code = code
+        self._started: list[subprocess.Popen[str]] = []
+
+    def run(self, *words: str, code: int = 0) -> str:
+        """What it printed, on both channels; it must end with `code`."""
+        return self.finish(self.start(*words), code)
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """As a session of its own, so that a signal to its group reaches what it started and nobody else."""
+        command = [str(PROGRAM), *words] if self._code is None else [sys.executable, "-c", _MAIN, *words]
+        process = subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._started.append(process)
+        return process
+
+    def finish(self, process: subprocess.Popen[str], code: int = 0) -> str:
+        said, _ = process.communicate(timeout=LONGEST_S)
+        assert process.returncode == code, f"ended with {process.returncode}, wanted {code}:\n{said}"
+        return said
+
+    def last_run(self) -> str:
+        return self.store.runs()[-1]
+
+    def events(self, run: str | None = None) -> list[dict[str, Any]]:
+        return read_journal(self.store, run or self.last_run())
+
+    def ended(self, run: str | None = None) -> dict[str, dict[str, Any]]:
+        """The last word about each stage of a run, the newest unless another is named."""
+        return {event["stage"]: event for event in self.events(run) if event["type"] == "stage_ended"}
+
+    def status(self, run: str | None = None) -> dict[str, str]:
+        return {stage: event["status"] for stage, event in self.ended(run).items()}
+
+    def outputs(self, run: str | None = None) -> dict[str, str]:
+        return {stage: event["output"] for stage, event in self.ended(run).items() if event.get("output")}
+
+    def action(self, stage: str, run: str | None = None) -> Action:
+        """How what a stage of a run ended with was made."""
+        event = self.ended(run)[stage]
+        return self.store.action(event["key"], event["number"])
+
+    def plan(self, *words: str) -> dict[str, tuple[str, str]]:
+        """Stage to decision and reason; notes are added to the reason."""
+        said = self.run("plan", *words).partition("\n\n")[0]
+        plan: dict[str, tuple[str, str]] = {}
+        for line in said.splitlines():
+            if line.startswith(" "):
+                stage = list(plan)[-1]
+                plan[stage] = (plan[stage][0], f"{plan[stage][1]}; {line.strip()}")
+            else:
+                stage, word, reason = line.split(maxsplit=2)
+                plan[stage] = (word, reason)
+        return plan
+
+    def end_all(self) -> None:
+        for process in self._started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+    def _environment(self) -> dict[str, str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("GPTLINE_", "MLFLOW_"))}
+        environment |= {"PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+        if self._code is not None:
+            environment["PYTHONPATH"] = str(self._code)
+        return environment
+
+
+_MAIN = "import pipelines.cli as c, os, sys; assert c.__file__.startswith(os.environ['PYTHONPATH']); sys.argv[0] = 'gptline'; c.main()"
+
+
+@pytest.fixture(scope="module")
+def new_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Program]]:
+    """Makes a program in a fresh folder; whatever it leaves running is ended after the module's tests."""
+    made: list[Program] = []
+
+    def make(code: Path | None = None, like: Program | None = None) -> Program:
+        """`like`: begin with what lies in that program's folder."""
+        folder = tmp_path_factory.mktemp("line")
+        if like is not None:
+            shutil.copytree(like.folder, folder, dirs_exist_ok=True)
+        program = Program(folder, code)
+        made.append(program)
+        return program
+
+    yield make
+    for program in made:
+        program.end_all()
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The data sets in full where there are any, else a few lines of each."""
+    given = os.environ.get("GPTLINE_DATA")
+    return Path(given) if given else REPOSITORY / "tests" / "fixtures" / "data"
+
+
+@pytest.fixture(scope="session")
+def configs() -> Path:
+    return REPOSITORY / "configs"
+
+
+@pytest.fixture(scope="module")
+def copied_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the packages, to be edited."""
+    folder = tmp_path_factory.mktemp("code")
+    for package in ("pipelines", "gpt", "cluster"):
+        shutil.copytree(REPOSITORY / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wait_for() -> Callable[..., None]:
+    def wait(condition: Callable[[], object], what: str, process: subprocess.Popen[str] | None = None) -> None:
+        """Until `condition()` holds; a process that ends first has failed."""
+        until_s = time.monotonic() + LONGEST_S
+        while not condition():
+            if process is not None and process.poll() is not None:
+                pytest.fail(f"ended with {process.returncode} before {what}:\n{process.communicate()[0]}")
+            if time.monotonic() > until_s:
+                pytest.fail(f"{what}: not within {LONGEST_S} s")
+            time.sleep(0.05)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def gone() -> Callable[[int], bool]:
+    def is_gone(pid: int) -> bool:
+        """True when there is no such process any more, or only its zombie."""
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+        except OSError:
+            return True
+
+    return is_gone
+
+
+SMALL = """
+pipeline = "small"
+seed = 3
+
+[stages.documents]
+uses = "ingest"
+source = "text"
+unit = "line"
+files = ["lines.txt"]
+hold_out = { share = 0.2, by = "record" }
+
+[stages.tokenizer]
+inputs = { documents = "documents" }
+algorithm = "bytes"
+
+[stages.tokenize]
+inputs = { documents = "documents", tokenizer = "tokenizer" }
+
+[stages.pretrain]
+uses = "./faulty.py:pretrain"
+inputs = { tokens = "tokenize" }
+preset = "gpt2-nano"
+dropout = 0.1
+steps = 30
+global_batch_size = 4
+lr = 1e-3
+warmup_steps = 5
+log_every = 1
+eval_every = 10
+checkpoint_every = 5
+"""
+
+
+@pytest.fixture(scope="module")
+def small(new_program: Callable[..., Program]) -> Program:
+    """A tiny line up to its tokens, whose `pretrain` fails on demand (`faulty.py`): `small.toml` in the program's folder."""
+    program = new_program()
+    (program.folder / "small.toml").write_text(SMALL)
+    shutil.copyfile(Path(__file__).with_name("faulty.py"), program.folder / "faulty.py")
+    lines = [f"{number} times {number} is {number * number}, and {number} more is {number * (number + 1)}" for number in range(300)]
+    (program.folder / "lines.txt").write_text("\n".join(lines) + "\n")
+    program.run("run", "small.toml", "--inline", "--until", "tokenize")
+    return program
+
+
+@pytest.fixture(scope="session")
+def read_json() -> Callable[[Path], Any]:
+    return lambda path: json.loads(path.read_text(encoding="utf-8"))

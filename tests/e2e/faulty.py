@@ -1,0 +1,102 @@
+"""A `pretrain` that fails where a test says: gptline's own loop on a rank that is wrapped. Lies beside a test's TOML.
+
+    fault = "rank 1: die at 12"      kills itself in the middle of its 13th step, with twelve done
+    fault = "rank 0: wait at 12"     waits there until it is killed or the file `go` appears
+    fault = "rank 0: pause at 12"    waits there for three seconds
+    fault = "rank 1: raise at 12"    raises there
+
+Each fault happens once: it leaves a mark in `marks`, a folder outside the store. Several are separated by semicolons.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from gpt.settings import Operational, PretrainSettings
+from pipelines.artifacts import Model, Tokens
+from pipelines.stage import StageConfig, StageContext
+
+
+class FaultyConfig(StageConfig, PretrainSettings):
+    fault: Operational[str] = ""
+    marks: Operational[str] = "."
+
+
+def pretrain(config: FaultyConfig, tokens: list[Tokens], stage: StageContext) -> Model:
+    (first,) = tokens
+    dtype, vocab_size = first.metadata["dtype"], first.metadata["vocab_size"]
+    metadata = stage.gang(train, config, [first.path], dtype, vocab_size, None, stage.seed, stage.output)
+    return stage.publish(Model, tokenizer=first.metadata["tokenizer"], **metadata)
+
+
+def train(rank: Any, config: FaultyConfig, *arguments: Any) -> dict[str, Any] | None:
+    from gpt import pretrain
+
+    return pretrain.train(FaultyRank(rank, config), config, *arguments)
+
+
+class FaultyRank:
+    """A rank whose engine fails between the backward pass and the optimizer."""
+
+    def __init__(self, rank: Any, config: FaultyConfig) -> None:
+        self._inner = rank
+        self._config = config
+        self.finished = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def engine(self, *arguments: Any) -> FaultyEngine:
+        return FaultyEngine(self._inner.engine(*arguments), self)
+
+    def restore(self) -> int:
+        self.finished = self._inner.restore()
+        return self.finished
+
+    def fail(self) -> None:
+        for rank, deed, step in re.findall(r"rank (\d+): (\w+) at (\d+)", self._config.fault):
+            if (int(rank), int(step)) == (self._inner.rank, self.finished) and self._first_time(f"{deed}-{rank}-{step}"):
+                getattr(self, f"_{deed}")()
+
+    def _first_time(self, mark: str) -> bool:
+        try:
+            Path(self._config.marks, mark).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def _die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _wait(self) -> None:
+        while not Path(self._config.marks, "go").exists():
+            time.sleep(0.05)
+
+    def _pause(self) -> None:
+        time.sleep(3)
+
+    def _raise(self) -> None:
+        raise ZeroDivisionError("the data has no end")
+
+
+class FaultyEngine:
+    def __init__(self, engine: Any, rank: FaultyRank) -> None:
+        self._inner = engine
+        self._rank = rank
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._inner(*arguments)
+
+    def step(self, lr: float) -> float:
+        self._rank.fail()
+        norm = self._inner.step(lr)
+        self._rank.finished += 1
+        return norm
