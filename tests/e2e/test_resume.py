@@ -93,7 +93,7 @@ def one_rank(small, new_program, wait_for, gone, tmp_path_factory) -> Story:
 def test_ctrl_c_finishes_the_step_saves_it_and_prints_the_command_that_goes_on(two_ranks):
     assert two_ranks.program.status(two_ranks.runs[0])["pretrain"] == "stopped"
     assert "Traceback" not in two_ranks.said[0]
-    assert two_ranks.program.ended(two_ranks.runs[1]) == {}  # that driver was killed: it had no last word
+    assert "interrupted" in two_ranks.said[0]
     assert decision(two_ranks, 1) == ("resume", "goes on at step 8 of 30")
 
 

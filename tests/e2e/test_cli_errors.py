@@ -1,0 +1,106 @@
+"""Wrong use of the program: all faults at once, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+BAD = """
+pipeline = "bad"
+sed = 1
+
+[stages.documents]
+uses = "ingest"
+source = "text"
+files = ["missing.txt"]
+
+[stages.tokenizer]
+inputs = { documents = ["tokenize"] }
+algorithm = "bytes"
+
+[stages.tokenize]
+inputs = { documents = ["documents"], tokenizer = ["tokenizer"] }
+
+[stages.pretrain]
+inputs = { tokens = ["tokenizer"] }
+preset = "gpt2-nano"
+steps = 10
+global_batch_size = 8
+micro_batch_size = 3
+lr = 1e-3
+learning_rate = 1e-3
+
+[stages.pretrain.resources]
+ranks = 2
+"""
+
+
+@pytest.fixture
+def bad(new_program):
+    program = new_program()
+    (program.folder / "bad.toml").write_text(BAD)
+    return program
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_a_file_with_an_unknown_key_is_refused_with_the_key_that_was_meant(bad, verb):
+    said = bad.run(verb, "bad.toml", code=2)
+    assert said.splitlines() == [
+        "bad.toml: one fault; nothing was started or written.",
+        "  sed: unknown key; did you mean 'seed'?",
+    ]
+    assert [path.name for path in bad.folder.iterdir()] == ["bad.toml"]
+
+
+def test_all_faults_of_the_stages_are_told_at_once(bad):
+    (bad.folder / "bad.toml").write_text(BAD.replace("sed = 1", "seed = 1"))
+    said = bad.run("run", "bad.toml", code=2)
+    first, *faults = said.splitlines()
+    assert first.endswith(f"bad.toml: {len(faults)} faults; nothing was started or written.")
+    for fault in (
+        r"stages\.documents: .*missing\.txt",
+        r"stages\.pretrain\.learning_rate: unknown key",
+        r"stages\.tokenizer\.inputs\.documents: 'tokenize' makes tokens, wanted documents",
+    ):
+        assert re.search(fault, said), f"{fault} is not in:\n{said}"
+    assert "Traceback" not in said
+    assert [path.name for path in bad.folder.iterdir()] == ["bad.toml"]
+
+
+def test_batch_arithmetic_a_cycle_and_a_wrong_kind_are_told_at_once(bad):
+    (bad.folder / "missing.txt").write_text("here\n")
+    text = BAD.replace("sed = 1", "seed = 1").replace("learning_rate = 1e-3\n", "")
+    (bad.folder / "bad.toml").write_text(text)
+    said = bad.run("run", "bad.toml", code=2)
+    for fault in (
+        "stages.pretrain: global_batch_size = 8 is not a multiple of micro_batch_size * ranks = 3 * 2 = 6; the nearest that fit are 6 and 12",
+        "stages: tokenizer reads tokenize reads tokenizer: a cycle",
+        "stages.pretrain.inputs.tokens: 'tokenizer' makes tokenizer, wanted tokens",
+    ):
+        assert fault in said
+    assert not bad.store.root.exists()
+
+
+def test_debug_shows_the_traceback_and_plain_errors_do_not(bad):
+    assert "Traceback" in bad.run("--debug", "plan", "bad.toml", code=1)
+    assert "Traceback" not in bad.run("plan", "bad.toml", code=2)
+
+
+def test_a_missing_file_names_the_one_that_was_meant(bad):
+    assert "there is no such file; did you mean 'bad.toml'?" in bad.run("run", "bed.toml", code=2)
+
+
+def test_a_wrong_set_and_a_wrong_stage_are_wrong_use(bad):
+    (bad.folder / "bad.toml").write_text('pipeline = "ok"\n[stages.documents]\nuses = "ingest"\nsource = "text"\nfiles = ["bad.toml"]\n')
+    assert "there is no stage 'documnts'; did you mean 'documents'?" in bad.run("plan", "bad.toml", "--set", "stages.documnts.x=1", code=2)
+    assert "no such stage; there are documents" in bad.run("run", "bad.toml", "--until", "tokens", code=2)
+    assert "no such stage; there are documents" in bad.run("rerun", "bad.toml", "tokens", code=2)
+    assert "wanted STAGE=REF" in bad.run("run", "bad.toml", "--use", "documents", code=2)
+    assert not bad.store.root.exists()
+
+
+def test_help_lists_the_verbs(bad):
+    said = bad.run("--help")
+    for verb in ("run", "plan", "rerun", "sync", "lineage", "ui", "doctor", "sample"):
+        assert re.search(rf"^\s+{verb}\s", said, re.MULTILINE), f"{verb} is not in:\n{said}"

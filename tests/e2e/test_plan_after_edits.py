@@ -1,0 +1,130 @@
+"""What `gptline plan` says after an edit: only what can come out differently runs again, and the plan names the edit.
+
+The packages are a copy, so that they can be edited; the store is filled by one run of that copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+FOLLOWS = """
+[stages.evaluate]
+inputs = { model = "pretrain", documents = "documents" }
+prompts = [""]
+sample_tokens = 5
+
+[stages.export]
+inputs = { model = "pretrain" }
+"""
+STAGES = ("documents", "tokenizer", "tokenize", "pretrain", "evaluate", "export")
+
+
+@pytest.fixture(scope="module")
+def line(small, new_program, copied_code) -> Any:
+    """`line.toml` with every stage made once by the copied code."""
+    program = new_program(copied_code, like=small)
+    toml = (program.folder / "small.toml").read_text().replace("./faulty.py:pretrain", "pretrain").replace("steps = 30", "steps = 6")
+    (program.folder / "line.toml").write_text(toml + FOLLOWS)
+    program.run("run", "line.toml", "--inline")
+    return program
+
+
+@pytest.fixture
+def planned(line, copied_code) -> Callable[..., dict[str, tuple[str, str]]]:
+    def plan(*more: str) -> dict[str, tuple[str, str]]:
+        found = line.plan("line.toml", *more)
+        assert tuple(found) == STAGES
+        return found
+
+    return plan
+
+
+@contextlib.contextmanager
+def edited(path: Path, old: str, new: str) -> Iterator[None]:
+    before = path.read_text(encoding="utf-8")
+    assert before.count(old) == 1, f"{old!r} stands {before.count(old)} times in {path}"
+    path.write_text(before.replace(old, new), encoding="utf-8")
+    try:
+        yield
+    finally:
+        path.write_text(before, encoding="utf-8")
+
+
+def words(plan: dict[str, tuple[str, str]]) -> dict[str, str]:
+    return {stage: word for stage, (word, _) in plan.items()}
+
+
+ALL_REUSED = dict.fromkeys(STAGES, "reuse")
+AFTER_TOKENS = ALL_REUSED | dict.fromkeys(("pretrain", "evaluate", "export"), "run")
+
+
+def test_a_comment_in_the_model_reruns_nothing(planned, copied_code):
+    with edited(copied_code / "gpt" / "model.py", "class Attention(nn.Module):\n", "# heads look back\nclass Attention(nn.Module):\n"):
+        assert words(planned()) == ALL_REUSED
+
+
+def test_another_attention_reruns_pretraining_and_what_follows_and_names_it(planned, copied_code):
+    with edited(copied_code / "gpt" / "model.py", "mixed.transpose(1, 2).flatten(2)", "mixed.transpose(1, 2).flatten(2) * 1.0"):
+        plan = planned()
+    assert words(plan) == AFTER_TOKENS
+    assert plan["pretrain"] == ("run", "code of gpt.model:Attention changed")
+    assert plan["evaluate"] == ("run", "its input pretrain is made anew")
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        ("pipelines/store.py", "        files = describe(folder)\n", "        files = list(describe(folder))\n"),
+        ("cluster/gang.py", "_POLL_S = 0.2", "_POLL_S = 0.3"),
+        ("pipelines/tracking.py", "BATCH = 1000", "BATCH = 500"),
+        ("pipelines/runner.py", "LOOK_EVERY_S = 0.1", "LOOK_EVERY_S = 0.2"),
+    ],
+)
+def test_an_edit_to_the_store_the_gang_tracking_or_the_runner_reruns_nothing(planned, copied_code, path, old, new):
+    with edited(copied_code / path, old, new):
+        assert words(planned()) == ALL_REUSED
+
+
+def test_another_learning_rate_is_named_with_both_values(planned):
+    plan = planned("--set", "stages.pretrain.lr=5e-4")
+    assert words(plan) == AFTER_TOKENS
+    assert plan["pretrain"] == ("run", "lr: 0.001 -> 0.0005")
+
+
+def test_one_other_byte_in_a_source_reruns_the_documents_and_names_the_source(planned, line):
+    with edited(line.folder / "lines.txt", "7 times 7 is 49,", "7 times 7 is 48,"):
+        plan = planned()
+    assert plan["documents"] == ("run", "source lines.txt changed")
+    assert set(words(plan).values()) == {"run"}
+
+
+def test_a_source_that_is_only_touched_reruns_nothing(planned, line):
+    os.utime(line.folder / "lines.txt")
+    assert words(planned()) == ALL_REUSED
+
+
+def test_other_ranks_micro_batches_and_sharding_are_reused_with_a_note(planned):
+    more = ("ranks=2", "micro_batch_size=1", "zero_stage=2")
+    settings = [f"stages.pretrain.{'resources.' if each.startswith('ranks') else ''}{each}" for each in more]
+    plan = planned(*(word for setting in settings for word in ("--set", setting)))
+    assert words(plan) == ALL_REUSED
+    for note in (
+        "made with ranks = 1, you ask for 2",
+        "made with micro_batch_size = null, you ask for 1",
+        "made with zero_stage = 1, you ask for 2",
+    ):
+        assert note in plan["pretrain"][1]
+
+
+def test_a_seed_is_in_every_key(planned):
+    plan = planned("--set", "seed=4")
+    assert plan["documents"] == ("run", "seed: 3 -> 4")
+    assert set(words(plan).values()) == {"run"}
