@@ -354,7 +354,7 @@ class Run:
         if event["type"] in ("points", "progress"):
             self._write(**{**event, "stage": stage.name})
         elif "text" in event:
-            self._write("note", stage=stage.name, text=event["text"])
+            self._write("note", stage=stage.name, text=event["text"].removeprefix(f"{stage.name}: "))
 
     def _record(self, running: _Running, outcome: Outcome) -> None:
         stage, decision = running.stage, running.decision
