@@ -74,7 +74,7 @@ def test_batch_arithmetic_a_cycle_and_a_wrong_kind_are_told_at_once(bad):
     (bad.folder / "bad.toml").write_text(text)
     said = bad.run("run", "bad.toml", code=2)
     for fault in (
-        "stages.pretrain: global_batch_size = 8 is not a multiple of micro_batch_size * ranks = 3 * 2 = 6; the nearest that fit are 6 and 12",
+        "stages.pretrain: global_batch_size = 8 is not a multiple of micro_batch_size * ranks = 3 * 2 = 6; the nearest that fit are 6",
         "stages: tokenizer reads tokenize reads tokenizer: a cycle",
         "stages.pretrain.inputs.tokens: 'tokenizer' makes tokenizer, wanted tokens",
     ):

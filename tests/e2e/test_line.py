@@ -1,0 +1,199 @@
+"""The shipped recipes, made small, from their text to a model that others open: everything that a run leaves behind is looked at."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STAGES = ("documents", "tokenizer", "tokenize", "pretrain", "evaluate", "export")
+SMALL = (
+    "stages.pretrain.preset=gpt2-nano",
+    "stages.pretrain.steps=20",
+    "stages.pretrain.warmup_steps=5",
+    "stages.pretrain.log_every=5",
+    "stages.pretrain.eval_every=10",
+    "stages.evaluate.sample_tokens=20",
+)
+RECIPES = {
+    "quickstart": ("stages.tokenizer.vocab_size=400",),
+    "shakespeare": tuple(f"stages.pretrain.{size}" for size in ("n_layer=2", "n_head=2", "n_embd=32", "seq_len=32")),
+    "books": (
+        'stages.documents.files=["pretrain_en_books/derived/mary*.jsonl", "pretrain_en_books/derived/arthur*.jsonl"]',
+        "stages.documents.hold_out.share=0.3",
+        "stages.tokenizer.vocab_size=400",
+    ),
+    "poetry-zh": (  # trained long enough to write characters
+        "stages.pretrain.steps=100",
+        "stages.pretrain.lr=1e-2",
+        "stages.documents.hold_out.share=0.2",
+        "stages.tokenizer.vocab_size=1200",
+        "stages.evaluate.temperature=0",
+    ),
+}
+ON_RAY = "quickstart"
+"""With two ranks under DeepSpeed; the others in one process, to save time."""
+
+
+@dataclass
+class Line:
+    recipe: str
+    program: Any
+    words: tuple[str, ...]
+    said: str
+    run: str
+
+    def model(self) -> Any:
+        return self.program.store.artifact(self.program.outputs(self.run)["pretrain"])
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def line(request, new_program, configs, data) -> Line:
+    recipe = request.param
+    program = new_program()
+    settings = [*SMALL, *RECIPES[recipe], *([] if recipe == ON_RAY else [f'data="{data}"'])]
+    words = (str(configs / f"{recipe}.toml"), *(word for setting in settings for word in ("--set", setting)))
+    said = program.run("run", *words, *([] if recipe == ON_RAY else ["--inline"]))
+    return Line(recipe, program, words, said, program.last_run())
+
+
+def test_every_stage_is_made_and_a_pipe_gets_plain_lines(line):
+    assert line.program.status(line.run) == dict.fromkeys(STAGES, "done")
+    assert line.said.splitlines()[-1].startswith("6 made in ")
+    assert line.said.replace("\n", "").isprintable()
+    made = line.program.action("pretrain", line.run).operational
+    assert (made["engine"], made["ranks"]) == (("deepspeed", 2) if line.recipe == ON_RAY else ("torch", 1))
+
+
+def test_the_report_has_bits_per_byte_beside_what_compressors_need(line, read_json):
+    report = read_json(line.program.store.artifact(line.program.outputs(line.run)["evaluate"]).path / "report.json")
+    figures = report["figures"]
+    assert 0 < figures["eval/bits_per_byte"] < 10
+    assert 0 < figures["eval/ppmd_bits_per_byte"] < figures["eval/xz_bits_per_byte"] < 10
+    assert figures["eval/loss"] * report["tokens"] / (0.6931471805599453 * report["bytes"]) == pytest.approx(figures["eval/bits_per_byte"])
+    assert len(report["samples"]) == 3
+    if line.recipe == "poetry-zh":
+        assert "\ufffd" not in json.dumps(report["samples"], ensure_ascii=False)
+
+
+def test_transformers_opens_the_export_with_equal_logits_and_equal_ids(line, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    from gpt.model import load_model
+    from gpt.tokenizer import Tokenizer
+
+    export = line.program.store.artifact(line.program.outputs(line.run)["export"]).path
+    ours, tokenizer = load_model(line.model().path).eval(), Tokenizer.load(line.model().path / "tokenizer.json")
+    theirs = GPT2LMHeadModel.from_pretrained(export).eval()
+    held_out = next(iter(line.program.store.artifact(line.program.outputs(line.run)["documents"]).texts("held_out")))
+    token_ids = tokenizer.encode(held_out)
+    assert AutoTokenizer.from_pretrained(export)(held_out)["input_ids"] == token_ids
+    window = torch.tensor([token_ids[: ours.config.seq_len]])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(window).logits, ours(window), rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_run_and_a_plan_reuse_every_stage(line):
+    assert line.program.plan(*line.words) == {stage: ("reuse", line.program.plan(*line.words)[stage][1]) for stage in STAGES}
+    before = line.program.outputs(line.run)
+    said = line.program.run("run", *line.words)  # without --inline: nothing has to be started
+    assert line.program.status() == dict.fromkeys(STAGES, "reused")
+    assert line.program.outputs() == before
+    assert "starting Ray" not in said
+    assert said.splitlines()[-1].startswith("6 reused in ")
+
+
+def test_lineage_leads_from_the_model_to_the_source_files(line):
+    said = line.program.run("lineage", f"sha256:{line.model().digest[:16]}")
+    sources = {
+        "quickstart": r"source \d+ files, .*\.py",
+        "shakespeare": r"source pretrain_en_tinyshakespeare/tinyshakespeare\.txt",
+        "books": r"source pretrain_en_books/derived/mary-shelley_frankenstein\.jsonl",
+        "poetry-zh": r"source pretrain_zh_poetry/songci/songci_0000\.json",
+    }
+    assert said.startswith(f"model {line.model().digest[:12]}  pretrain")
+    assert re.search(sources[line.recipe], said), said
+    assert re.search(r"^├─ (hf_checkpoint|report) ", said, re.MULTILINE)  # and what was made of it
+    assert line.program.run("lineage", f"run:{line.run}/pretrain") == said
+
+
+def test_sample_continues_a_prompt_the_same_way_for_the_same_seed(line):
+    prompt = "明月幾時有"
+    sample = ("sample", f"run:{line.run}/pretrain", "--prompt", prompt, "--tokens", "40")
+    said = line.program.run(*sample, "--temperature", "0")
+    assert said.startswith(prompt)
+    assert len(said) > len(prompt) + 1
+    if line.recipe == "poetry-zh":  # a model that hardly read Chinese may well write bytes that are no character
+        assert not said.removeprefix(prompt).isascii()
+        assert "\ufffd" not in said
+        assert line.program.run(*sample, "--seed", "5") == line.program.run(*sample, "--seed", "5")
+
+
+class _Loaded(html.parser.HTMLParser):
+    """What a browser would fetch or run from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            fetched = name in ("src", "srcset", "data", "poster") or (name in ("href", "xlink:href") and tag in ("link", "image", "use"))
+            if fetched and not (value or "").startswith(("data:", "#")):
+                self.found.append(f"<{tag} {name}={value}>")
+
+
+def test_the_page_is_one_file_that_loads_nothing(line):
+    page = (line.program.store.root / "runs" / line.run / "page.html").read_text(encoding="utf-8")
+    loaded = _Loaded()
+    loaded.feed(page)
+    assert loaded.found == []
+    assert "@import" not in page
+    assert not re.search(r"url\((?!['\"]?(data:|#))", page)
+    for stage in STAGES:
+        assert stage in page
+    assert "<svg" in page  # curves
+
+
+def test_mlflow_has_the_run_and_a_child_per_stage_with_what_went_in_and_came_out(line):
+    from mlflow import MlflowClient
+
+    line.program.run("sync")
+    client = MlflowClient(f"sqlite:///{line.program.store.root}/mlflow.db")
+    experiment = client.get_experiment_by_name(line.recipe)
+    runs = client.search_runs([experiment.experiment_id], f"tags.`gptline.run` = '{line.run}'")
+    children = {run.data.tags["gptline.stage"]: run for run in runs if "gptline.stage" in run.data.tags}
+    (parent,) = [run for run in runs if "gptline.stage" not in run.data.tags]
+    assert set(children) == set(STAGES)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}
+
+    outputs = line.program.outputs(line.run)
+    for stage, child in children.items():
+        assert child.data.tags["gptline.output"] == outputs[stage]
+        assert child.data.tags["gptline.key"] == line.program.ended(line.run)[stage]["key"]
+        assert child.data.tags["gptline.decision"] == "run"
+        assert f"| [{stage}](" in parent.data.tags["mlflow.note.content"]
+    pretrain, evaluate = children["pretrain"], children["evaluate"]
+    steps = int(pretrain.data.params["steps"])
+    for metric, every in (("train/loss", 5), ("val/loss", 10)):
+        assert [point.step for point in client.get_metric_history(pretrain.info.run_id, metric)] == list(range(every, steps + 1, every))
+    assert pretrain.data.params["lr"] == str(line.program.action("pretrain", line.run).leaves["config.lr"])
+    assert evaluate.data.metrics["eval/bits_per_byte"] > 0
+    assert parent.data.metrics["eval/bits_per_byte"] == evaluate.data.metrics["eval/bits_per_byte"]
+
+    datasets = {each.dataset.digest for each in client.get_run(pretrain.info.run_id).inputs.dataset_inputs}
+    assert outputs["tokenize"][:36] in datasets
+    (made,) = client.get_run(pretrain.info.run_id).outputs.model_outputs
+    (read,) = client.get_run(evaluate.info.run_id).inputs.model_inputs
+    assert made.model_id == read.model_id
+    assert client.get_logged_model(made.model_id).tags["gptline.digest"] == outputs["pretrain"]
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"config.json", "page.html", "lineage.html"}
