@@ -12,6 +12,7 @@ import typer
 
 from pipelines.config import ConfigError, load
 from pipelines.graph import Graph, build
+from pipelines.journal import Superseded
 from pipelines.stage import StageFailure
 from pipelines.store import Store
 
@@ -147,6 +148,9 @@ def main() -> None:
             raise
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
+    except Superseded as error:
+        sys.stderr.write(f"{error}; it goes on there\n")
+        sys.exit(1)
 
 
 def _run(config: Path, set_: list[str] | None, use: list[str] | None, *, until: str | None, fresh: list[str], inline: bool) -> None:

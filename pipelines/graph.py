@@ -69,10 +69,13 @@ class Kind:
         """True for kinds that hand a function to a gang: their config has a loop's settings."""
         return issubclass(self.config, TrainSettings)
 
+    def name(self) -> str:
+        """What the function is called in its module."""
+        return self.uses.rpartition(":")[2]
+
     def entry(self) -> tuple[str, str]:
         """Module and name, as `fingerprint` follows them. A user's module is known by its file's stem."""
-        name = self.function.__name__
-        return (self.file.stem if self.file else self.function.__module__, name)
+        return (self.file.stem if self.file else self.function.__module__, self.name())
 
     def entries(self) -> list[tuple[str, str]]:
         """What the key's code starts from: the function, and for a training kind the engines too."""
@@ -143,6 +146,7 @@ def build(loaded: Loaded) -> Graph:
             stages[name] = stage
     for stage in stages.values():
         faults += _check_inputs(stage, stages, loaded.file.stages)
+    faults += _check_files(stages)
     order, cycle = _order(stages)
     if cycle:
         faults.append(Fault("stages", f"{' reads '.join(cycle)}: a cycle; one of these inputs must come from elsewhere"))
@@ -315,6 +319,18 @@ def _check_inputs(stage: Stage, stages: dict[str, Stage], tables: dict[str, Any]
             fitting = [each.name for each in stages.values() if issubclass(each.kind.output, wanted.artifact) and each is not stage]
             hint = f"{parameter} = ['{fitting[0]}'] would fit" if fitting else f"no stage here makes {wanted.artifact.kind}"
             faults.append(Fault(f"{where}.{parameter}", f"is missing; {stage.kind.uses} needs {wanted}; {hint}"))
+    return faults
+
+
+def _check_files(stages: dict[str, Stage]) -> list[Fault]:
+    """A user's file is imported by its stem, on every machine: two of one name would be taken for each other."""
+    faults, known = [], dict[str, Path]()
+    for stage in stages.values():
+        file = stage.kind.file
+        if file is not None and known.setdefault(file.stem, file) != file:
+            faults.append(
+                Fault(f"stages.{stage.name}.uses", f"{file} and {known[file.stem]} have one name; call one of them something else")
+            )
     return faults
 
 

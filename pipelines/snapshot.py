@@ -66,7 +66,7 @@ def freeze(graph: Graph, store: Store) -> Snapshot:
         _copy(reached, file.parent, folder / "user" / place)
         name = (place / file.name).as_posix()
         (folder / f"gptline_user_{file.stem}.py").write_text(_SHIM.format(file=name))
-        uses[stage.name] = f"./{name}:{stage.kind.function.__name__}"
+        uses[stage.name] = f"./{name}:{stage.kind.name()}"
     return Snapshot(store.publish(folder, "code", {}), uses)
 
 

@@ -133,8 +133,8 @@ class Action(Settings):
 
 class Store:
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self.backend: Backend = FolderBackend(root)
+        self.root = root.absolute()
+        self.backend: Backend = FolderBackend(self.root)
 
     # ---- artifacts ----
 
