@@ -23,18 +23,19 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from gpt.settings import TrainSettings
 from pipelines.artifacts import Model
 from pipelines.config import ConfigError, Fault
-from pipelines.execute import Job, Outcome, execute, stream
-from pipelines.graph import Graph, Stage
+from pipelines.execute import Job, Outcome, StopFile, execute, stream
+from pipelines.graph import ROOT, Graph, Stage
 from pipelines.journal import Event, JournalWriter, read_journal
 from pipelines.lease import Lease, Watch, describe
 from pipelines.planner import Decision, Planner, identity, versions
-from pipelines.snapshot import ROOT, freeze
+from pipelines.preflight import lacks_here, lacks_in_cluster, room_of
+from pipelines.snapshot import freeze
 from pipelines.stage import Source
 from pipelines.store import Action, Store
 
@@ -48,7 +49,9 @@ class Options:
     """What the command line asks of a run."""
 
     command: str
-    """As the person typed it: the command that goes on after an interruption."""
+    """As the person typed it."""
+    go_on: str
+    """What goes on after an interruption: the same without what asks for a stage afresh."""
     fresh: Collection[str] = ()
     use: Mapping[str, str] = field(default_factory=dict)
     until: str | None = None
@@ -85,28 +88,32 @@ class Run:
         self._failed: dict[str, str] = {}
         self._signal: int | None = None
         self._made = False
+        self._tracking_said: str | None = None
 
     def execute(self) -> int:
         """Run to the end; the exit code: 0 done, 1 a stage failed, 130 or 143 interrupted. ConfigError comes before anything is written."""
-        chosen = self._chosen()
         planner = self._planner(ROOT)
-        plan = [each for each in planner.plan() if each.stage in chosen]
-        needs_machines = any(each.word in ("run", "resume", "wait") for each in plan) and not self.options.inline
-        if needs_machines:
-            self._check_this_machine(chosen)
+        plan = planner.plan()
+        to_make = [self.graph.stages[each.stage] for each in plan if each.word != "reuse"]
+        remote = self.graph.loaded.file.cluster.address != "local"
+        if to_make and not self.options.inline and not remote and (faults := lacks_here(to_make)):
+            raise ConfigError(self.graph.loaded.path, faults)
         self.store.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.store.sweep()
         self._snapshot = freeze(self.graph, self.store)
-        self._planner_of_run = planner if self.options.inline else self._planner(self._snapshot.path)
+        self._planner_of_run = planner if self.options.inline else self._planner(self._snapshot.path, self._snapshot.user_folders())
+        self._stop_asked = StopFile(self.store, self.run)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._signals())
-            if needs_machines:
-                stack.enter_context(self._session(chosen))
+            if to_make and not self.options.inline:
+                stack.enter_context(self._session())
+                if remote and (faults := lacks_in_cluster(to_make)):
+                    raise ConfigError(self.graph.loaded.path, faults)
+            stack.enter_context(self._signals())  # after the session: Ray puts a SIGTERM handler of its own in place
             lease = Watch(self.store, f"run-{self.run}").take(run=self.run)
             assert lease is not None
             stack.callback(lease.release)
             self._begin(plan)
-            self._waiting = {name: stage for name, stage in self.graph.stages.items() if name in chosen}
+            self._waiting = {name: stage for name, stage in self.graph.stages.items() if name in planner.chosen}
             try:
                 self._loop()
             except KeyboardInterrupt:
@@ -116,55 +123,32 @@ class Run:
 
     # ---- before ----
 
-    def _chosen(self) -> set[str]:
-        until = self.options.until
-        if until is None:
-            return set(self.graph.stages)
-        if until not in self.graph.stages:
-            raise ConfigError(
-                self.graph.loaded.path, [Fault(f"--until {until}", f"no such stage; there are {', '.join(self.graph.stages)}")]
-            )
-        return {until} | self.graph.above(until)
-
-    def _planner(self, code_root: Path) -> Planner:
-        options = self.options
-        unknown = [name for name in options.fresh if name not in self.graph.stages]
-        if unknown:
-            raise self._no_such_stage(*(f"--fresh {name}" for name in unknown))
-        return Planner(self.graph, self.store, code_root, fresh=options.fresh, given=options.use, inline=options.inline)
-
-    def _no_such_stage(self, *asked: str) -> ConfigError:
-        there_are = f"no such stage; there are {', '.join(self.graph.stages)}"
-        return ConfigError(self.graph.loaded.path, [Fault(each, there_are) for each in asked])
-
-    def _check_this_machine(self, chosen: Collection[str]) -> None:
-        """What this machine can never hold is said before Ray starts; a cluster is asked once it is joined."""
-        if self.graph.loaded.file.cluster.address != "local":
-            return
-        cpus = len(os.sched_getaffinity(0))
-        faults = []
-        for stage in self.graph.stages.values():
-            room = room_of(stage)
-            if stage.name in chosen and room["ranks"] * room["cpus_per_rank"] > cpus:
-                asked = f"{room['ranks']} ranks of {room['cpus_per_rank']} CPUs" if stage.kind.trains() else f"{room['cpus_per_rank']} CPUs"
-                what = f"asks for {asked}; this machine has {cpus}: ask for fewer, or set cluster.address"
-                faults.append(Fault(f"stages.{stage.name}.resources", what))
-        if faults:
-            raise ConfigError(self.graph.loaded.path, faults)
+    def _planner(self, code_root: Path, user_folders: Mapping[str, Path] = MappingProxyType({})) -> Planner:
+        asked = self.options
+        return Planner(
+            self.graph,
+            self.store,
+            code_root,
+            user_folders=user_folders,
+            fresh=asked.fresh,
+            given=asked.use,
+            until=asked.until,
+            inline=asked.inline,
+        )
 
     @contextlib.contextmanager
-    def _session(self, chosen: Collection[str]) -> Iterator[None]:
+    def _session(self) -> Iterator[None]:
         from cluster import ray_session
-        from cluster.gang import Room, shortfall
 
         address = self.graph.loaded.file.cluster.address
         self._say({"type": "said", "text": "starting Ray on this machine" if address == "local" else f"joining the Ray cluster {address}"})
         environment = {"PYTHONDONTWRITEBYTECODE": "1"}  # the snapshot is an artifact: nobody writes into it
-        with ray_session.start(address, code_path=self._snapshot.path, environment=environment):
-            rooms = [Room(**room_of(self.graph.stages[name])) for name in chosen]
-            faults = [Fault(f"stages.{room.name}.resources", sentence) for room in rooms if (sentence := shortfall(room))]
-            if faults:
-                raise ConfigError(self.graph.loaded.path, faults)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(ray_session.start(address, code_path=self._snapshot.path, environment=environment))
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                what = f"{address!r} can't be joined: {error}" if address != "local" else f"Ray does not start here: {error}"
+                raise ConfigError(self.graph.loaded.path, [Fault("cluster.address", what)]) from error
             yield
 
     @contextlib.contextmanager
@@ -232,10 +216,12 @@ class Run:
     # ---- the loop ----
 
     def _loop(self) -> None:
-        stop_written = False
+        stopping = False
         while self._waiting or self._running:
-            if self._signal is not None and not stop_written:
-                stop_written = True
+            if self._signal is None and self._stop_asked():
+                self._signal = signal.SIGTERM  # from elsewhere, through the store: as if it had been sent here
+            if self._signal is not None and not stopping:
+                stopping = True
                 self.store.backend.put(f"runs/{self.run}/stop", b"")
                 self._say(
                     {"type": "said", "text": "stopping: training stages finish their step and save a checkpoint (again: stop at once)"}
@@ -246,19 +232,19 @@ class Run:
                 self._consider(stage)
             for running in list(self._running.values()):
                 self._attend(running)
-            if sentence := self._tracker.news():
-                self._say({"type": "said", "text": sentence})
+            self._say_of_tracking(self._tracker.news())
             if self._waiting or self._running:
                 time.sleep(LOOK_EVERY_S)
 
     def _consider(self, stage: Stage) -> None:
         """Start a stage whose inputs are there, take its output, or leave it for later."""
-        broken = [name for name in stage.upstream() if name in self._failed]
+        upstream = self._planner_of_run.upstream(stage)
+        broken = [name for name in upstream if name in self._failed]
         if broken:
             reason = f"its input {broken[0]} {self._failed[broken[0]]}"
             self._finish(stage, "blocked", Decision(stage.name, "blocked", reason))
             return
-        if any(name not in self._outputs for name in stage.upstream()):
+        if any(name not in self._outputs for name in upstream):
             return
         if time.monotonic() - self._looked_at_s.get(stage.name, -LEASE_EVERY_S) < LEASE_EVERY_S:
             return
@@ -362,8 +348,9 @@ class Run:
         if outcome.stopped:
             self._finish(stage, "stopped", decision, seconds=seconds)
             return
-        if outcome.output is None or running.lease.lost():
-            error = outcome.error or "its lease was taken over by another run, so its result was not recorded"
+        damage = self.store.intact(outcome.output) if outcome.output else None
+        if outcome.output is None or damage or running.lease.lost():
+            error = outcome.error or damage or "its lease was taken over by another run, so its result was not recorded"
             if outcome.traceback:
                 self.store.backend.put(f"runs/{self.run}/{stage.name}.traceback.txt", outcome.traceback.encode())
             self._finish(stage, "failed", decision, seconds=seconds, error=error)
@@ -397,24 +384,18 @@ class Run:
         )
         self.store.note_latest(action.pipeline, stage.name, action.key, action.number)
         shutil.rmtree(self.store.work(action.key), ignore_errors=True)
-        self._has(stage, action.output)
+        self._outputs[stage.name] = action.output
         self._finish(stage, "done", decision, number=action.number, output=action.output, seconds=seconds)
 
     def _reuse(self, stage: Stage, decision: Decision) -> None:
         assert decision.output is not None
-        self._has(stage, decision.output)
+        self._outputs[stage.name] = decision.output
         action = decision.action
         if action is not None:
             self.store.note_latest(self.graph.loaded.file.pipeline, stage.name, action.key, action.number)
         for note in decision.notes:
             self._write("note", stage=stage.name, text=note)
         self._finish(stage, "reused", decision, number=action.number if action else None, output=decision.output, seconds=0.0)
-
-    def _has(self, stage: Stage, digest: str) -> None:
-        """A stage's output is there, for what reads it and under the pipeline's name."""
-        self._outputs[stage.name] = digest
-        if issubclass(stage.kind.output, Model):
-            self.store.point(self.graph.loaded.file.pipeline, "newest", digest)
 
     def _finish(self, stage: Stage, status: str, decision: Decision, **more: Any) -> None:
         self._waiting.pop(stage.name, None)
@@ -447,20 +428,34 @@ class Run:
         failed = [name for name, how in self._failed.items() if how == "failed"]
         if self._signal is not None:
             status, code = "KILLED", 128 + self._signal
-            text = f"interrupted; go on with: {self.options.command}"
+            text = f"interrupted; go on with: {self.options.go_on}"
         elif failed:
             status, code = "FAILED", 1
-            text = f"{' and '.join(failed)} failed; the other results are kept. Mend it, then go on with: {self.options.command}"
+            text = f"{' and '.join(failed)} failed; the other results are kept. Mend it, then go on with: {self.options.go_on}"
         else:
             status, code, text = "FINISHED", 0, ""
+        self._name_newest_model()
         self._write("run_ended", status=status, exit_code=code, text=text)
         from pipelines.page import render
 
         self.store.backend.put(f"runs/{self.run}/page.html", render(self.store, self.run).encode())
         # a run that only reused ends at once: what delivers it is a process of its own
-        if self._made and (sentence := self._tracker.finish(TRACKING_DEADLINE_S)):
-            self._say({"type": "said", "text": sentence})
+        if self._made:
+            self._say_of_tracking(self._tracker.finish(TRACKING_DEADLINE_S))
         return code
+
+    def _say_of_tracking(self, sentence: str | None) -> None:
+        if sentence is not None and sentence != self._tracking_said:
+            self._tracking_said = sentence
+            self._say({"type": "said", "text": sentence})
+
+    def _name_newest_model(self) -> None:
+        """`model:<pipeline>@newest` is the policy that stands last in the line, of those that this run made or reused."""
+        for name in self.graph.stages:
+            if name in self._outputs and name not in self._planner_of_run.given:
+                made = self.store.artifact(self._outputs[name])
+                if isinstance(made, Model) and made.metadata["role"] == "policy":
+                    self.store.point(self.graph.loaded.file.pipeline, "newest", made.digest)
 
     def _write(self, type: str, **fields: Any) -> None:
         self._say(self._journal.write(type, **fields))
@@ -480,17 +475,6 @@ class _Inline:
 
     def result(self) -> Outcome:
         return self._outcome
-
-
-def room_of(stage: Stage) -> dict[str, Any]:
-    """What a stage holds of the machines: a gang's ranks, or one process."""
-    given = stage.resources
-    where: dict[str, Any] = {"memory_gib": given.memory_gib, "labels": given.labels, "accelerator": given.accelerator}
-    if stage.kind.trains():
-        shape = {"ranks": given.ranks, "cpus_per_rank": given.cpus_per_rank, "gpus_per_rank": given.gpus_per_rank}
-    else:
-        shape = {"ranks": 1, "cpus_per_rank": given.cpus, "gpus_per_rank": given.gpus}
-    return {"name": stage.name, **shape, **where}
 
 
 def git_state() -> dict[str, Any] | None:

@@ -111,16 +111,17 @@ class Program:
 _MAIN = "import pipelines.cli as c, os, sys; assert c.__file__.startswith(os.environ['PYTHONPATH']); sys.argv[0] = 'gptline'; c.main()"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def new_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Program]]:
-    """Makes a program in a fresh folder; whatever it leaves running is ended after the module's tests."""
+    """Makes a program in a fresh folder; whatever it leaves running is ended after the tests."""
     made: list[Program] = []
 
     def make(code: Path | None = None, like: Program | None = None) -> Program:
         """`like`: begin with what lies in that program's folder."""
         folder = tmp_path_factory.mktemp("line")
         if like is not None:
-            shutil.copytree(like.folder, folder, dirs_exist_ok=True)
+            # the process that brings a run to MLflow removes its log last, when the run's own is long gone
+            shutil.copytree(like.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tracking-*.log"))
         program = Program(folder, code)
         made.append(program)
         return program
@@ -211,7 +212,7 @@ checkpoint_every = 5
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def small(new_program: Callable[..., Program]) -> Program:
     """A tiny line up to its tokens, whose `pretrain` fails on demand (`faulty.py`): `small.toml` in the program's folder."""
     program = new_program()
@@ -220,6 +221,14 @@ def small(new_program: Callable[..., Program]) -> Program:
     lines = [f"{number} times {number} is {number * number}, and {number} more is {number * (number + 1)}" for number in range(300)]
     (program.folder / "lines.txt").write_text("\n".join(lines) + "\n")
     program.run("run", "small.toml", "--inline", "--until", "tokenize")
+    return program
+
+
+@pytest.fixture(scope="session")
+def one_rank_undisturbed(small: Program, new_program: Callable[..., Program]) -> Program:
+    """`small.toml` as it is: one rank under DeepSpeed."""
+    program = new_program(like=small)
+    program.run("run", "small.toml")
     return program
 
 

@@ -6,6 +6,7 @@
     fault = "rank 1: raise at 12"    raises there
 
 Each fault happens once: it leaves a mark in `marks`, a folder outside the store. Several are separated by semicolons.
+`count` is a stage of another branch, and `copy` one whose process is killed while it publishes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.settings import Operational, PretrainSettings
-from pipelines.artifacts import Model, Tokens
+from pipelines.artifacts import Documents, Model, Report, Tokens
 from pipelines.stage import StageConfig, StageContext
 
 
@@ -32,6 +33,35 @@ def pretrain(config: FaultyConfig, tokens: list[Tokens], stage: StageContext) ->
     dtype, vocab_size = first.metadata["dtype"], first.metadata["vocab_size"]
     metadata = stage.gang(train, config, [first.path], dtype, vocab_size, None, stage.seed, stage.output)
     return stage.publish(Model, tokenizer=first.metadata["tokenizer"], **metadata)
+
+
+def count(documents: Documents, stage: StageContext) -> Report:
+    (stage.output / "report.json").write_text(str(documents.metadata["train"]["documents"]))
+    return stage.publish(Report)
+
+
+class CopyConfig(StageConfig):
+    marks: Operational[str] = "."
+
+
+def copy(config: CopyConfig, documents: Documents, stage: StageContext) -> Documents:
+    from pipelines.store import FolderBackend
+
+    put, mark = FolderBackend.put, Path(config.marks, "killed-publishing")
+
+    def killing_put(backend: FolderBackend, name: str, data: bytes | Path) -> None:
+        if name.startswith("artifacts/") and name.endswith("/train.jsonl") and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        put(backend, name, data)
+
+    for file in ("held_out.jsonl", "rejects.jsonl", "train.jsonl"):  # published in this order
+        (stage.output / file).write_bytes((documents.path / file).read_bytes())
+    FolderBackend.put = killing_put  # type: ignore[method-assign]
+    try:
+        return stage.publish(Documents, **documents.metadata, copied=True)
+    finally:
+        FolderBackend.put = put  # type: ignore[method-assign]
 
 
 def train(rank: Any, config: FaultyConfig, *arguments: Any) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +38,6 @@ def command(fault: str, marks: Path, *more: str) -> tuple[str, ...]:
     return ("run", "small.toml", "--set", f"stages.pretrain.fault={fault}", "--set", f"stages.pretrain.marks={marks}", *more)
 
 
-def undisturbed_run(small: Any, new_program: Callable[..., Any], *more: str) -> Any:
-    program = new_program(like=small)
-    program.run("run", "small.toml", *more)
-    return program
-
-
 @pytest.fixture(scope="module")
 def two_ranks(small, new_program, wait_for, gone, tmp_path_factory) -> Story:
     """Ctrl-C at step 7, the driver killed at 12, rank 1 killed at 22."""
@@ -70,11 +63,13 @@ def two_ranks(small, new_program, wait_for, gone, tmp_path_factory) -> Story:
 
     said.append(program.run(*asked))
     runs.append(program.last_run())
-    return Story(program, undisturbed_run(small, new_program, *more), said, runs)
+    undisturbed = new_program(like=small)
+    undisturbed.run("run", "small.toml", *more)
+    return Story(program, undisturbed, said, runs)
 
 
 @pytest.fixture(scope="module")
-def one_rank(small, new_program, wait_for, gone, tmp_path_factory) -> Story:
+def one_rank(small, new_program, one_rank_undisturbed, wait_for, gone, tmp_path_factory) -> Story:
     """The whole process group killed at step 12, the rank at 22."""
     program, marks = new_program(like=small), tmp_path_factory.mktemp("marks")
     asked = command("rank 0: wait at 12; rank 0: die at 22", marks)
@@ -87,7 +82,7 @@ def one_rank(small, new_program, wait_for, gone, tmp_path_factory) -> Story:
     runs = [program.last_run()]
     said.append(program.run(*asked))
     runs.append(program.last_run())
-    return Story(program, undisturbed_run(small, new_program), said, runs)
+    return Story(program, one_rank_undisturbed, said, runs)
 
 
 def test_ctrl_c_finishes_the_step_saves_it_and_prints_the_command_that_goes_on(two_ranks):
@@ -109,7 +104,7 @@ def test_a_group_that_is_killed_loses_no_more_than_the_steps_since_the_last_chec
 def test_a_killed_rank_is_named_and_the_gang_goes_on_within_the_run(story, request):
     told = request.getfixturevalue(story)
     rank = 1 if story == "two_ranks" else 0
-    pattern = rf"pretrain: rank {rank} \(pid \d+, node \S+\) killed by SIGKILL at step 2[012]; start 2 of 3 resumes at step 20"
+    pattern = rf"rank {rank} \(pid \d+, node \S+\) killed by SIGKILL at step 2[012]; start 2 of 3 resumes at step 20"
     assert re.search(pattern, told.said[-1])
     assert told.program.action("pretrain").restarts == 1
     assert told.program.action("pretrain").resumed_from_step == 20

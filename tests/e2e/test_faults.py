@@ -1,0 +1,207 @@
+"""What goes wrong from outside: each fault costs what it must and no more, and the person is told in a paragraph."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+BRANCH = """
+[stages.count]
+uses = "./faulty.py:count"
+inputs = { documents = "documents" }
+
+[stages.export]
+inputs = { model = "pretrain" }
+"""
+COPY = """
+[stages.copy]
+uses = "./faulty.py:copy"
+inputs = { documents = "documents" }
+"""
+
+
+@pytest.fixture
+def program(small, new_program) -> Any:
+    """A folder of its own with `small.toml`, made up to its tokens."""
+    return new_program(like=small)
+
+
+@pytest.fixture
+def marks(tmp_path) -> Path:
+    return tmp_path
+
+
+def command(fault: str, marks: Path, *more: str) -> tuple[str, ...]:
+    return ("run", "small.toml", "--set", f"stages.pretrain.fault={fault}", "--set", f"stages.pretrain.marks={marks}", *more)
+
+
+def goes_on_with(said: str) -> list[str]:
+    (printed,) = re.findall(r"go on with: gptline (.*)", said)
+    return shlex.split(printed)
+
+
+def written(program: Any) -> list[Path]:
+    """All that lies in the store, less what is known of the sources' digests."""
+    return sorted(path for path in program.store.root.rglob("*") if "cache" not in path.parts)
+
+
+@pytest.fixture(scope="module")
+def inline_undisturbed(small, new_program) -> Any:
+    program = new_program(like=small)
+    program.run("run", "small.toml", "--inline")
+    return program
+
+
+def test_a_rank_that_raises_fails_its_stage_once_and_leaves_the_other_branch_whole(program, marks):
+    toml = program.folder / "small.toml"
+    toml.write_text(toml.read_text() + BRANCH)
+    said = program.run(*command("rank 1: raise at 3", marks, "--set", "stages.pretrain.resources.ranks=2"), code=1)
+    assert program.status() == {
+        "documents": "reused",
+        "tokenizer": "reused",
+        "tokenize": "reused",
+        "pretrain": "failed",
+        "count": "done",
+        "export": "blocked",
+    }
+    error = program.ended()["pretrain"]["error"]
+    assert re.fullmatch(
+        r"pretrain: rank 1 \(pid \d+, node \S+\) raised at step [0123]: ZeroDivisionError: the data has no end.*", error, re.DOTALL
+    )
+    assert "start 2" not in said  # it would only come again
+    assert "Traceback" not in said
+    assert "pretrain failed; the other results are kept. Mend it, then go on with: gptline run small.toml" in said
+    assert 'raise ZeroDivisionError("the data has no end")' in (
+        program.store.root / "runs" / program.last_run() / "pretrain.traceback.txt"
+    ).read_text(encoding="utf-8")
+    assert goes_on_with(said)[:2] == ["run", "small.toml"]
+
+
+def test_more_ranks_than_the_machine_has_are_refused_at_once_and_nothing_is_written(program):
+    before = written(program)
+    cpus = len(os.sched_getaffinity(0))
+    asked = ("--set", f"stages.pretrain.resources.ranks={cpus + 1}", "--set", f"stages.pretrain.global_batch_size={cpus + 1}")
+    said = program.run("run", "small.toml", *asked, code=2)
+    assert f"stages.pretrain.resources: asks for {cpus + 1} ranks of 1 CPU" in said
+    assert "starting Ray" not in said
+    assert written(program) == before
+
+
+def test_of_two_runs_at_once_one_works_and_an_edit_to_the_loss_meanwhile_changes_neither_result_nor_record(
+    small, new_program, copied_code, one_rank_undisturbed, wait_for, marks
+):
+    program = new_program(copied_code, like=small)
+    asked = command("rank 0: wait at 5", marks)
+    first = program.start(*asked)
+    wait_for((marks / "wait-0-5").exists, "step 5", first)
+    first_run = program.last_run()
+    second = program.start(*asked)
+
+    def waits() -> bool:
+        return any("waits for" in event.get("text", "") for event in program.events()) if program.last_run() != first_run else False
+
+    wait_for(waits, "the second run's waiting", second)
+    losses = copied_code / "gpt" / "losses.py"
+    before = losses.read_text(encoding="utf-8")
+    losses.write_text(before.replace(".sum() / global_count", ".sum() / global_count * 2.0"), encoding="utf-8")
+    assert losses.read_text(encoding="utf-8") != before
+    (marks / "go").touch()
+    program.finish(first)
+    said = program.finish(second)
+
+    assert program.status(first_run)["pretrain"] == "done"
+    assert program.status()["pretrain"] == "reused"
+    assert re.search(rf"waits for \S+ on \S+, process {first.pid}, run {first_run}, who is making it", said)
+    assert program.outputs(first_run)["pretrain"] == one_rank_undisturbed.outputs()["pretrain"]
+    name = "code.gpt.losses:lm_loss"
+    assert program.action("pretrain", first_run).leaves[name] == one_rank_undisturbed.action("pretrain").leaves[name]
+    assert program.plan("small.toml")["pretrain"] == ("run", "code of gpt.losses:lm_loss changed")
+    losses.write_text(before, encoding="utf-8")
+    assert program.plan("small.toml")["pretrain"][0] == "reuse"
+
+
+def test_who_waits_takes_over_when_the_one_it_waits_for_is_killed_and_sync_ends_that_run(program, inline_undisturbed, wait_for, marks):
+    asked = command("rank 0: wait at 5", marks, "--inline")
+    first = program.start(*asked)
+    wait_for((marks / "wait-0-5").exists, "step 5", first)
+    first_run = program.last_run()
+    second = program.start(*asked)
+    wait_for(
+        lambda: program.last_run() != first_run and any("waits for" in event.get("text", "") for event in program.events()),
+        "the second run's waiting",
+        second,
+    )
+    first.kill()
+    said = program.finish(second)
+    assert "resume: goes on at step 5 of 30" in said
+    assert program.outputs()["pretrain"] == inline_undisturbed.outputs()["pretrain"]
+    assert f"{first_run}  ended as KILLED: its driver is gone" in program.run("sync")
+    assert program.events(first_run)[-1]["status"] == "KILLED"
+
+
+def test_sigterm_saves_a_checkpoint_and_ends_with_143_and_the_command_that_goes_on(program, inline_undisturbed, wait_for, marks):
+    process = program.start(*command("rank 0: pause at 7", marks, "--inline"))
+    wait_for((marks / "pause-0-7").exists, "step 7", process)
+    process.terminate()
+    said = program.finish(process, code=143)
+    assert program.status()["pretrain"] == "stopped"
+    assert "resume: goes on at step 8 of 30" in program.run(*goes_on_with(said))
+    assert program.outputs()["pretrain"] == inline_undisturbed.outputs()["pretrain"]
+
+
+def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(program, wait_for, marks):
+    process = program.start(*command("rank 0: wait at 7", marks, "--inline"))
+    wait_for((marks / "wait-0-7").exists, "step 7", process)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(Exception, match="timed out"):
+        process.wait(1)  # a step that never ends
+    process.send_signal(signal.SIGINT)
+    said = program.finish(process, code=130)
+    assert "Traceback" not in said
+    assert program.plan("small.toml", "--set", "stages.pretrain.engine=torch")["pretrain"] == ("resume", "goes on at step 5 of 30")
+
+
+def test_a_kill_during_a_publish_leaves_no_half_artifact(program, marks):
+    toml = program.folder / "small.toml"
+    toml.write_text(toml.read_text() + COPY)
+    asked = ("run", "small.toml", "--inline", "--until", "copy", "--set", f"stages.copy.marks={marks}")
+    program.run(*asked, code=-signal.SIGKILL)
+    assert (marks / "killed-publishing").exists()
+    artifacts = program.store.root / "artifacts"
+    half = [folder for folder in artifacts.iterdir() if not (folder / "manifest.json").exists()]
+    assert len(half) == 1  # some of its files are there, and it does not exist
+    assert half[0].name not in program.store.digests()
+    said = program.run(*asked)
+    assert "copy        run: never made here" in said
+    assert program.outputs()["copy"] == half[0].name
+    assert program.store.verify(half[0].name) == []
+    assert list((program.store.root / "tmp").iterdir()) == []
+
+
+def test_an_mlflow_that_is_not_there_costs_a_sentence_and_sync_delivers_each_point_once(program, marks):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can begin to serve there
+        uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        said = program.run("run", "small.toml", "--inline", "--set", f"tracking.uri={uri}")
+    assert program.status()["pretrain"] == "done"
+    assert said.count(f"MLflow {uri} not reachable (connection refused): what happens is kept in the run's journal") == 1
+
+    from mlflow import MlflowClient
+
+    for _ in ("delivered", "nothing left to deliver"):
+        program.run("sync")
+    client = MlflowClient(f"sqlite:///{program.store.root}/mlflow.db")
+    experiment = client.get_experiment_by_name("small")
+    tag = f"tags.`gptline.run` = '{program.last_run()}'"
+    (pretrain,) = client.search_runs([experiment.experiment_id], f"{tag} AND tags.`gptline.stage` = 'pretrain'")
+    assert pretrain.info.status == "FINISHED"
+    assert [point.step for point in client.get_metric_history(pretrain.info.run_id, "train/loss")] == list(range(1, 31))
