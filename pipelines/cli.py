@@ -56,9 +56,9 @@ def rerun(config: Config, stage: Annotated[str, typer.Argument(metavar="STAGE")]
 @app.command()
 def plan(config: Config, set_: Set = None, use: Use = None) -> None:
     """What would run, why, and about how long. Changes nothing."""
+    from pipelines.graph import ROOT
     from pipelines.planner import Planner
     from pipelines.progress import plan_lines
-    from pipelines.snapshot import ROOT
 
     graph = _graph(config, set_)
     decisions = Planner(graph, _store_of(graph), ROOT, given=_pairs(use)).plan()
@@ -148,6 +148,14 @@ def main() -> None:
             raise
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted before any stage was started\n")
+        sys.exit(130)
+    except OSError as error:
+        if os.environ.get("GPTLINE_DEBUG"):
+            raise
+        sys.stderr.write(f"can't go on: {error}\n")
+        sys.exit(2)
     except Superseded as error:
         sys.stderr.write(f"{error}; it goes on there\n")
         sys.exit(1)
@@ -158,9 +166,12 @@ def _run(config: Path, set_: list[str] | None, use: list[str] | None, *, until: 
     from pipelines.runner import Options, Run
 
     graph = _graph(config, set_)
-    command = shlex.join(["gptline", *sys.argv[1:]])
+    go_on = ["gptline", "run", str(config)]
+    go_on += [word for each in set_ or [] for word in ("--set", each)] + [word for each in use or [] for word in ("--use", each)]
+    go_on += (["--until", until] if until else []) + (["--inline"] if inline else [])
+    options = Options(shlex.join(["gptline", *sys.argv[1:]]), shlex.join(go_on), fresh, _pairs(use), until, inline)
     with Progress(sys.stdout) as progress:
-        code = Run(graph, _store_of(graph), Options(command, fresh, _pairs(use), until, inline), progress.show).execute()
+        code = Run(graph, _store_of(graph), options, progress.show).execute()
     raise typer.Exit(code)
 
 

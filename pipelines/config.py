@@ -49,7 +49,7 @@ class ConfigError(Exception):
 
     def __str__(self) -> str:
         count = "one fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-        return "\n".join([f"{self.path}: {count}; nothing was started or written.", *(f"  {fault}" for fault in self.faults)])
+        return "\n".join([f"{self.path}: {count}; no stage was started.", *(f"  {fault}" for fault in self.faults)])
 
 
 class StoreConfig(Settings):
@@ -111,8 +111,8 @@ class Loaded:
 
     path: Path
     file: PipelineFile
-    raw: dict[str, Any]
-    """The same as plain tables, for the record."""
+    faults: list[Fault]
+    """What is wrong outside of the stages: `graph.build` tells it together with the stages' own faults."""
 
     def data(self) -> Path:
         return (self.path.parent / self.file.data).resolve()
@@ -131,17 +131,18 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(path, [Fault("TOML", f"can't be parsed: {error}")]) from None
-    faults: list[Fault] = []
-    for override in overrides:
-        faults += _apply(raw, override)
+    faults = [fault for override in overrides for fault in _apply(raw, override)]
     file, found = validate(PipelineFile, raw, "")
     faults += found + list(_secrets(raw, ""))
-    for name in raw.get("stages", {}) if isinstance(raw.get("stages"), dict) else ():
+    if file is None:  # go on with what can be read, so that the stages' faults are told too
+        wrong = {fault.where.split(".")[0] for fault in found}
+        file, found = validate(PipelineFile, {"pipeline": "unnamed", **{name: raw[name] for name in raw.keys() - wrong}}, "")
+    if file is None:
+        raise ConfigError(path, faults)
+    for name in file.stages:
         if not NAME.fullmatch(name):
             faults.append(Fault(f"stages.{name}", "a stage's name is made of letters, digits, '_' and '-'"))
-    if faults or file is None:
-        raise ConfigError(path, faults)
-    return Loaded(path.resolve(), file, raw)
+    return Loaded(path.resolve(), file, faults)
 
 
 def validate(model: type[M], values: Any, where: str) -> tuple[M | None, list[Fault]]:

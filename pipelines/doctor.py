@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipelines.snapshot import ROOT
+from pipelines.graph import ROOT
 from pipelines.store import Store
 
 MIN_FREE_GIB = 5

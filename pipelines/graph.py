@@ -12,11 +12,12 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ from typing import Any
 from gpt.settings import OPERATIONAL, Settings, TrainSettings
 from pipelines.artifacts import Artifact
 from pipelines.config import ConfigError, Fault, Loaded, Resources, validate
-from pipelines.fingerprint import PACKAGES
+from pipelines.fingerprint import PACKAGES, Code
 from pipelines.stage import Source, StageConfig, StageContext
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The folder that holds our packages."""
 
 DIGEST = re.compile(r"sha256:([0-9a-f]{8,64})")
 RUN_STAGE = re.compile(r"run:([A-Za-z0-9_.-]+)/([A-Za-z0-9_-]+)")
@@ -115,21 +119,18 @@ class Graph:
     stages: dict[str, Stage]
     """In an order in which every stage follows what it reads."""
 
-    def below(self, name: str) -> set[str]:
-        """The stages that read `name`'s output, directly or not."""
-        found = {name}
-        for stage in self.stages.values():
-            if found.intersection(stage.upstream()):
-                found.add(stage.name)
-        return found - {name}
+    def last(self) -> list[str]:
+        """The stages that no other reads."""
+        read = {name for stage in self.stages.values() for name in stage.upstream()}
+        return [name for name in self.stages if name not in read]
 
-    def above(self, name: str) -> set[str]:
-        """The stages that `name` reads, directly or not."""
-        found = {name}
+    def needed(self, names: Collection[str], given: Collection[str] = ()) -> set[str]:
+        """These stages and what they read, directly or not; what a `given` stage reads is not needed for it."""
+        found = set(names)
         for stage in reversed(list(self.stages.values())):
-            if stage.name in found:
+            if stage.name in found and stage.name not in given:
                 found.update(stage.upstream())
-        return found - {name}
+        return found
 
     def user_folder(self) -> Path:
         return self.loaded.path.parent
@@ -137,22 +138,42 @@ class Graph:
 
 def build(loaded: Loaded) -> Graph:
     """Check every stage against its kind; ConfigError lists all faults of the file."""
-    faults: list[Fault] = []
-    stages: dict[str, Stage] = {}
+    faults = list(loaded.faults)
+    drafts: dict[str, _Draft] = {}
     for name, table in loaded.file.stages.items():
-        stage, found = _stage(name, dict(table), loaded)
+        draft, found = _read_stage(name, dict(table), loaded)
         faults += found
-        if stage is not None:
-            stages[name] = stage
-    for stage in stages.values():
-        faults += _check_inputs(stage, stages, loaded.file.stages)
-    faults += _check_files(stages)
-    order, cycle = _order(stages)
+        if draft is not None:
+            drafts[name] = draft
+    for draft in drafts.values():
+        faults += _check_inputs(draft, drafts, loaded.file.stages)
+    faults += _check_files(drafts)
+    order, cycle = _order(drafts)
     if cycle:
         faults.append(Fault("stages", f"{' reads '.join(cycle)}: a cycle; one of these inputs must come from elsewhere"))
     if faults:
         raise ConfigError(loaded.path, faults)
-    return Graph(loaded, {name: stages[name] for name in order})
+    return Graph(loaded, {name: drafts[name].stage() for name in order})
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A stage as far as its table can be read: its inputs are checked even where its settings are wrong."""
+
+    name: str
+    kind: Kind
+    inputs: dict[str, list[str]]
+    config: Settings | None
+    resources: Resources | None
+    sources: list[Source]
+
+    def upstream(self) -> list[str]:
+        return [each for references in self.inputs.values() for each in references if ":" not in each]
+
+    def stage(self) -> Stage:
+        assert self.config is not None
+        assert self.resources is not None
+        return Stage(self.name, self.kind, self.config, self.inputs, self.resources, self.sources)
 
 
 def load_kind(uses: str, folder: Path) -> Kind:
@@ -244,11 +265,10 @@ def _operational_names(model: type[Settings]) -> set[str]:
     return {name for name, each in model.model_fields.items() if OPERATIONAL in each.metadata}
 
 
-def _stage(name: str, table: dict[str, Any], loaded: Loaded) -> tuple[Stage | None, list[Fault]]:
+def _read_stage(name: str, table: dict[str, Any], loaded: Loaded) -> tuple[_Draft | None, list[Fault]]:
     where = f"stages.{name}"
-    faults: list[Fault] = []
     uses = table.pop("uses", name)
-    inputs = table.pop("inputs", {})
+    inputs, faults = _read_inputs(table.pop("inputs", {}), f"{where}.inputs")
     resources, found = validate(Resources, table.pop("resources", {}), f"{where}.resources")
     faults += found
     try:
@@ -257,27 +277,38 @@ def _stage(name: str, table: dict[str, Any], loaded: Loaded) -> tuple[Stage | No
         return None, [*faults, Fault(f"{where}.uses", str(error))]
     config, found = validate(kind.config, table, where)
     faults += found
-    references: dict[str, list[str]] = {}
-    if not isinstance(inputs, dict):
-        faults.append(Fault(f"{where}.inputs", f"is {inputs!r}, wanted a table: inputs = {{ tokens = ['tokenize'] }}"))
-        inputs = {}
-    for parameter, value in inputs.items():
-        items = value if isinstance(value, list) else [value]
-        if all(isinstance(each, str) for each in items):
-            references[parameter] = items
-        else:
-            faults.append(Fault(f"{where}.inputs.{parameter}", f"is {value!r}, wanted a reference or a list of references"))
-    if config is None or resources is None:
-        return None, faults
     sources: list[Source] = []
     if isinstance(config, StageConfig):
-        try:
-            sources = config.sources(loaded.data())
-        except ValueError as error:
-            faults.append(Fault(where, str(error)))
-    if isinstance(config, TrainSettings):
+        sources, found = _read_sources(config, loaded.data(), where)
+        faults += found
+    if isinstance(config, TrainSettings) and resources is not None:
         faults += _check_training(where, config, resources)
-    return Stage(name, kind, config, references, resources, sources), faults
+    return _Draft(name, kind, inputs, config, resources, sources), faults
+
+
+def _read_inputs(value: Any, where: str) -> tuple[dict[str, list[str]], list[Fault]]:
+    if not isinstance(value, dict):
+        return {}, [Fault(where, f"is {value!r}, wanted a table: inputs = {{ tokens = ['tokenize'] }}")]
+    references, faults = {}, []
+    for parameter, each in value.items():
+        items = each if isinstance(each, list) else [each]
+        if all(isinstance(item, str) for item in items):
+            references[parameter] = items
+        else:
+            faults.append(Fault(f"{where}.{parameter}", f"is {each!r}, wanted a reference or a list of references"))
+    return references, faults
+
+
+def _read_sources(config: StageConfig, data: Path, where: str) -> tuple[list[Source], list[Fault]]:
+    """The files that a config names, or why they can't be read; `sources` may be anyone's code."""
+    try:
+        sources = list(config.sources(data))
+    except ValueError as error:
+        return [], [Fault(where, str(error))]
+    except Exception as error:
+        return [], [Fault(where, f"its sources can't be told: {type(error).__name__}: {error}")]
+    unreadable = [source for source in sources if not (source.path.is_file() and os.access(source.path, os.R_OK))]
+    return sources, [Fault(where, f"there is no readable file {source.path}") for source in unreadable]
 
 
 def _check_training(where: str, config: TrainSettings, resources: Resources) -> list[Fault]:
@@ -293,7 +324,7 @@ def _check_training(where: str, config: TrainSettings, resources: Resources) -> 
     return faults
 
 
-def _check_inputs(stage: Stage, stages: dict[str, Stage], tables: dict[str, Any]) -> list[Fault]:
+def _check_inputs(stage: _Draft, stages: dict[str, _Draft], tables: dict[str, Any]) -> list[Fault]:
     faults = []
     where = f"stages.{stage.name}.inputs"
     for parameter, references in stage.inputs.items():
@@ -322,19 +353,22 @@ def _check_inputs(stage: Stage, stages: dict[str, Stage], tables: dict[str, Any]
     return faults
 
 
-def _check_files(stages: dict[str, Stage]) -> list[Fault]:
-    """A user's file is imported by its stem, on every machine: two of one name would be taken for each other."""
-    faults, known = [], dict[str, Path]()
+def _check_files(stages: dict[str, _Draft]) -> list[Fault]:
+    """A user's files are imported by their names, on every machine: two files of one name would be taken for each other."""
+    faults: list[Fault] = []
+    known: dict[str, Path] = {}
     for stage in stages.values():
-        file = stage.kind.file
-        if file is not None and known.setdefault(file.stem, file) != file:
-            faults.append(
-                Fault(f"stages.{stage.name}.uses", f"{file} and {known[file.stem]} have one name; call one of them something else")
-            )
+        folder = stage.kind.file.parent if stage.kind.file else None
+        files = Code(ROOT, folder).files([stage.kind.entry()]) if folder else []
+        for file in files:
+            if folder and file.is_relative_to(folder):
+                name = file.relative_to(folder).as_posix()
+                if known.setdefault(name, file) != file:
+                    faults.append(Fault(f"stages.{stage.name}.uses", f"{file} and {known[name]} have one name; call one something else"))
     return faults
 
 
-def _check_reference(reference: str, wanted: Input, stages: dict[str, Stage], tables: dict[str, Any]) -> str | None:
+def _check_reference(reference: str, wanted: Input, stages: dict[str, _Draft], tables: dict[str, Any]) -> str | None:
     if ":" in reference:
         if any(form.fullmatch(reference) for form in (DIGEST, RUN_STAGE, MODEL_ALIAS)):
             return None  # which artifact it is, the store tells
@@ -347,7 +381,7 @@ def _check_reference(reference: str, wanted: Input, stages: dict[str, Stage], ta
     return None
 
 
-def _order(stages: dict[str, Stage]) -> tuple[list[str], list[str]]:
+def _order(stages: dict[str, _Draft]) -> tuple[list[str], list[str]]:
     """Stages after what they read, in the file's order where that leaves a choice; or a cycle's names, the first one twice."""
     order: list[str] = []
     path: list[str] = []

@@ -19,6 +19,7 @@ from pipelines.fingerprint import Code, differences, flat, key_of
 from pipelines.graph import DIGEST, MODEL_ALIAS, REFERENCES, RUN_STAGE, Graph, Stage
 from pipelines.journal import read_journal
 from pipelines.lease import Watch, describe
+from pipelines.stage import StageFailure
 from pipelines.store import Action, Store
 
 Word = Literal["reuse", "run", "resume", "wait", "blocked"]
@@ -56,29 +57,54 @@ class Planner:
         store: Store,
         code_root: Path,
         *,
+        user_folders: Mapping[str, Path] = MappingProxyType({}),
         fresh: Collection[str] = (),
         given: Mapping[str, str] = MappingProxyType({}),
+        until: str | None = None,
         inline: bool = False,
     ) -> None:
+        """`code_root` holds our packages, `user_folders` a stage's own file where that is not the one beside the TOML: a snapshot's.
+
+        `fresh`, `given` (stage to reference) and `until` are the command line's. ConfigError tells all that is wrong with them.
+        """
         self.graph = graph
         self.store = store
         self.fresh = fresh
         self.inline = inline
-        self.given = self._resolve_given(given)
-        self._code_root = code_root
-        self._code: dict[Path | None, Code] = {}
-        self._external = self._resolve_external()
+        faults = [
+            Fault(f"{option} {name}", f"there is no such stage; there are {', '.join(graph.stages)}")
+            for option, names in (("--fresh", fresh), ("--until", [until] if until else []), ("--use", given))
+            for name in names
+            if name not in graph.stages
+        ]
+        self.given, found = self._resolve_given({name: each for name, each in given.items() if name in graph.stages})
+        self._external, more = self._resolve_external()
+        if faults := [*faults, *found, *more]:
+            raise ConfigError(graph.loaded.path, faults)
+        self.chosen = graph.needed([until] if until else graph.last(), given=self.given)
+        readers: dict[tuple[Path, Path | None], Code] = {}
+        self._code: dict[str, dict[str, str]] = {}
+        for stage in graph.stages.values():  # all of it now: an edit after this moment is the next run's
+            user = user_folders.get(stage.name) or (stage.kind.file.parent if stage.kind.file else None)
+            code = readers.setdefault((code_root, user), Code(code_root, user))
+            self._code[stage.name] = code.leaves(stage.kind.entries())
 
     def plan(self) -> list[Decision]:
-        """All stages, as things stand now."""
+        """The chosen stages, as things stand now."""
         decisions: dict[str, Decision] = {}
         for stage in self.graph.stages.values():
-            pending = [name for name in stage.upstream() if decisions[name].output is None]
+            if stage.name not in self.chosen:
+                continue
+            pending = [name for name in self.upstream(stage) if decisions[name].output is None]
             if pending:
                 decisions[stage.name] = self._not_yet(stage, decisions[pending[0]])
             else:
                 decisions[stage.name] = self.decide(stage, {name: each.output for name, each in decisions.items() if each.output})
         return list(decisions.values())
+
+    def upstream(self, stage: Stage) -> list[str]:
+        """What must be there before a stage can be decided: nothing where its output was given."""
+        return [] if stage.name in self.given else stage.upstream()
 
     def decide(self, stage: Stage, outputs: dict[str, str], *, held: bool = False) -> Decision:
         """One stage, all of whose inputs are made. `held`: the caller holds its lease, so there is nobody to wait for."""
@@ -120,12 +146,11 @@ class Planner:
 
     def leaves(self, stage: Stage, inputs: dict[str, list[str]]) -> dict[str, Any]:
         """What the stage's key is made of."""
-        code = self._code_of(stage).leaves(stage.kind.entries())
         leaves: dict[str, Any] = {"kind": stage.kind.uses, "seed": self.graph.loaded.file.seed}
         leaves.update(flat(stage.semantic(), "config"))
         leaves.update((f"input.{name}.{index}", digest) for name, digests in inputs.items() for index, digest in enumerate(digests))
         leaves.update(self.sources(stage))
-        leaves.update((f"code.{name}", sha256) for name, sha256 in code.items())
+        leaves.update((f"code.{name}", sha256) for name, sha256 in self._code[stage.name].items())
         if self.graph.loaded.file.strict_environment:
             leaves.update((f"environment.{name}", version) for name, version in versions().items())
         return leaves
@@ -137,19 +162,7 @@ class Planner:
     def digest(self, reference: str, outputs: dict[str, str]) -> str:
         return self._external[reference] if ":" in reference else outputs[reference]
 
-    def code_files(self, stage: Stage) -> list[Path]:
-        """The user's own files that a stage reaches."""
-        return self._code_of(stage).files([stage.kind.entry()])
-
-    def _code_of(self, stage: Stage) -> Code:
-        user = stage.kind.file.parent if stage.kind.file else None
-        if user not in self._code:
-            self._code[user] = Code(self._code_root, user)
-        return self._code[user]
-
     def _not_yet(self, stage: Stage, above: Decision) -> Decision:
-        if stage.name in self.given:
-            return self.decide(stage, {})
         word: Word = "blocked" if above.word == "blocked" else "run"
         verb = {"run": "is made anew", "resume": "is not finished", "wait": "is being made", "blocked": "can't be made"}[above.word]
         return Decision(stage.name, word, f"its input {above.stage} {verb}", expected_s=self._seconds(stage))
@@ -176,45 +189,34 @@ class Planner:
         heads = [path.name.partition(".")[0] for path in work.iterdir()] if work.is_dir() else []
         return [int(head) for head in heads if head.isdecimal()]
 
-    def _resolve_external(self) -> dict[str, str]:
+    def _resolve_external(self) -> tuple[dict[str, str], list[Fault]]:
         faults, resolved = [], {}
         for stage in self.graph.stages.values():
             for parameter, references in stage.inputs.items():
-                wanted = stage.kind.inputs[parameter].artifact
                 for reference in references:
-                    if ":" not in reference:
-                        continue
-                    try:
-                        digest = resolve(self.store, reference)
-                        kind = self.store.artifact(digest).kind
-                    except Exception as error:
-                        faults.append(Fault(f"stages.{stage.name}.inputs.{parameter}", str(error)))
-                        continue
-                    if kind != wanted.kind:
-                        faults.append(Fault(f"stages.{stage.name}.inputs.{parameter}", f"{reference!r} is {kind}, wanted {wanted.kind}"))
-                    resolved[reference] = digest
-        if faults:
-            raise ConfigError(self.graph.loaded.path, faults)
-        return resolved
+                    if ":" in reference:
+                        wanted = stage.kind.inputs[parameter].artifact.kind
+                        resolved[reference], fault = self._resolve_as(reference, wanted)
+                        if fault:
+                            faults.append(Fault(f"stages.{stage.name}.inputs.{parameter}", fault))
+        return resolved, faults
 
-    def _resolve_given(self, given: Mapping[str, str]) -> dict[str, str]:
+    def _resolve_given(self, given: Mapping[str, str]) -> tuple[dict[str, str], list[Fault]]:
         faults, resolved = [], {}
         for name, reference in given.items():
-            if name not in self.graph.stages:
-                faults.append(Fault(f"--use {name}={reference}", f"there is no stage {name!r}; there are {', '.join(self.graph.stages)}"))
-                continue
-            try:
-                digest = resolve(self.store, reference)
-            except ValueError as error:
-                faults.append(Fault(f"--use {name}={reference}", str(error)))
-                continue
-            kind, wanted = self.store.artifact(digest).kind, self.graph.stages[name].kind.output.kind
-            if kind != wanted:
-                faults.append(Fault(f"--use {name}={reference}", f"is {kind}, but {name} makes {wanted}"))
-            resolved[name] = digest
-        if faults:
-            raise ConfigError(self.graph.loaded.path, faults)
-        return resolved
+            resolved[name], fault = self._resolve_as(reference, self.graph.stages[name].kind.output.kind)
+            if fault:
+                faults.append(Fault(f"--use {name}={reference}", fault))
+        return resolved, faults
+
+    def _resolve_as(self, reference: str, wanted: str) -> tuple[str, str | None]:
+        """The digest of a reference to an artifact of this kind, or why there is none."""
+        try:
+            digest = resolve(self.store, reference)
+            kind = self.store.artifact(digest).kind
+        except (ValueError, StageFailure) as error:
+            return "", str(error)
+        return digest, None if kind == wanted else f"{reference!r} is {kind}, wanted {wanted}"
 
 
 def resolve(store: Store, reference: str) -> str:

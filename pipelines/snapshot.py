@@ -16,11 +16,8 @@ from pathlib import Path
 
 from pipelines.artifacts import Artifact
 from pipelines.fingerprint import PACKAGES, Code
-from pipelines.graph import Graph
+from pipelines.graph import ROOT, Graph
 from pipelines.store import Store
-
-ROOT = Path(__file__).resolve().parents[1]
-"""The folder that holds our packages."""
 
 _SHIM = """import sys
 from pathlib import Path
@@ -37,6 +34,8 @@ class Snapshot:
     artifact: Artifact
     uses: dict[str, str]
     """Stage to `uses`, relative to `user`."""
+    places: dict[str, str]
+    """Stage to the folder of its own file, relative to `user`; only stages that have one."""
 
     @property
     def path(self) -> Path:
@@ -46,6 +45,9 @@ class Snapshot:
     def user(self) -> Path:
         return self.path / "user"
 
+    def user_folders(self) -> dict[str, Path]:
+        return {stage: self.user / place for stage, place in self.places.items()}
+
 
 def freeze(graph: Graph, store: Store) -> Snapshot:
     """Copy the code into the store; the same code is the same snapshot."""
@@ -53,6 +55,7 @@ def freeze(graph: Graph, store: Store) -> Snapshot:
     for package in PACKAGES:
         _copy(sorted((ROOT / package).rglob("*.py")), ROOT, folder)
     uses: dict[str, str] = {}
+    of_stage: dict[str, str] = {}
     places: dict[Path, Path] = {}
     for stage in graph.stages.values():
         file = stage.kind.file
@@ -66,8 +69,9 @@ def freeze(graph: Graph, store: Store) -> Snapshot:
         _copy(reached, file.parent, folder / "user" / place)
         name = (place / file.name).as_posix()
         (folder / f"gptline_user_{file.stem}.py").write_text(_SHIM.format(file=name))
+        of_stage[stage.name] = place.as_posix()
         uses[stage.name] = f"./{name}:{stage.kind.name()}"
-    return Snapshot(store.publish(folder, "code", {}), uses)
+    return Snapshot(store.publish(folder, "code", {}), uses, of_stage)
 
 
 def _copy(files: Iterable[Path], base: Path, target: Path) -> None:

@@ -53,8 +53,8 @@ def test_a_right_file_gives_stages_in_the_order_of_their_inputs(tmp_path: Path):
     shuffled = LINE.replace("[stages.documents]", "[stages.late]")
     graph = built(tmp_path, LINE)
     assert list(graph.stages) == ["documents", "tokenizer", "tokenize", "pretrain"]
-    assert graph.above("tokenize") == {"documents", "tokenizer"}
-    assert graph.below("tokenizer") == {"tokenize", "pretrain"}
+    assert graph.needed(["tokenize"]) == {"documents", "tokenizer", "tokenize"}
+    assert graph.needed(["pretrain"], given=["tokenize"]) == {"pretrain", "tokenize"}
     assert any("no stage 'documents'" in fault for fault in faults(tmp_path, shuffled))
 
 
@@ -94,6 +94,44 @@ def test_all_faults_are_told_at_once_and_nothing_is_written(tmp_path: Path):
     found = faults(tmp_path, text)
     assert len(found) == 4  # steps is missing, too
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.txt", "test.toml"]
+
+
+def test_faults_of_the_file_of_a_stages_settings_and_of_its_inputs_come_together(tmp_path: Path):
+    text = LINE.replace("seed = 1", "sede = 1").replace("steps = 10", "steps = -1").replace('tokens = "tokenize"', 'tokens = "tokenise"')
+    found = faults(tmp_path, text)
+    assert len(found) == 3
+    assert any(each.startswith("sede: unknown key") for each in found)
+    assert any(each.startswith("stages.pretrain.steps: is -1") for each in found)
+    assert any(each.startswith("stages.pretrain.inputs.tokens: there is no stage 'tokenise'") for each in found)
+
+
+@pytest.mark.parametrize(
+    ("sources", "wanted"),
+    [
+        ("[Source('gone.txt', data / 'gone.txt')]", "stages.mine: there is no readable file"),
+        ("open(data / 'gone.txt')", "stages.mine: its sources can't be told: FileNotFoundError"),
+    ],
+)
+def test_a_users_function_that_names_missing_files_is_a_fault(tmp_path: Path, sources: str, wanted: str):
+    (tmp_path / "mine.py").write_text(
+        "from pipelines.artifacts import Documents\nfrom pipelines.stage import Source, StageConfig, StageContext\n\n"
+        f"class C(StageConfig):\n    def sources(self, data):\n        return {sources}\n\n"
+        "def mine(config: C, stage: StageContext) -> Documents: ...\n"
+    )
+    assert any(wanted in each for each in faults(tmp_path, 'pipeline = "p"\n[stages.mine]\nuses = "./mine.py:mine"\n'))
+
+
+def test_two_neighbours_of_one_name_are_refused(tmp_path: Path):
+    text = 'pipeline = "p"\n'
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "words.py").write_text(f"WORD = {name!r}\n")
+        (tmp_path / name / f"clean_{name}.py").write_text(
+            "import words\nfrom pipelines.artifacts import Documents\nfrom pipelines.stage import StageContext\n\n"
+            "def clean(stage: StageContext) -> Documents:\n    return words.WORD\n"
+        )
+        text += f'[stages.{name}]\nuses = "./{name}/clean_{name}.py:clean"\n'
+    assert any("have one name; call one something else" in each for each in faults(tmp_path, text))
 
 
 def test_a_cycle_is_told_with_its_names(tmp_path: Path):

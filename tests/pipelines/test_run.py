@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from pipelines.config import ConfigError, load
-from pipelines.graph import Graph, build
+from pipelines.graph import ROOT, Graph, build
 from pipelines.journal import read_journal
 from pipelines.planner import Planner, resolve
 from pipelines.runner import Options, Run, dead_runs
-from pipelines.snapshot import ROOT
 from pipelines.store import Store
 
 KINDS = '''
@@ -118,7 +117,8 @@ class Small:
 
     def run(self, *overrides: str, **options: Any) -> tuple[int, dict[str, str]]:
         """Exit code, and what was done about each stage."""
-        run = Run(self.graph(*overrides), self.store, Options("gptline run small.toml", inline=True, **options), lambda event: None)
+        asked = Options("gptline rerun small.toml cut", "gptline run small.toml", inline=True, **options)
+        run = Run(self.graph(*overrides), self.store, asked, lambda event: None)
         code = run.execute()
         self.events = read_journal(self.store, run.run)
         return code, {event["stage"]: event["status"] for event in self.events if event["type"] == "stage_ended"}
@@ -201,7 +201,7 @@ def test_rerun_makes_one_stage_afresh_and_keeps_the_old_making(small: Small):
 
 def test_until_makes_a_stage_and_what_it_needs_and_no_more(small: Small):
     assert small.run(until="cut") == (0, {"words": "done", "cut": "done"})
-    with pytest.raises(ConfigError, match="no such stage; there are words, cut, report"):
+    with pytest.raises(ConfigError, match="--until cutt: there is no such stage; there are words, cut, report"):
         small.run(until="cutt")
 
 
@@ -210,7 +210,7 @@ def test_use_takes_an_artifact_as_a_stages_output(small: Small):
     cut = resolve(small.store, f"run:{small.store.runs()[0]}/cut")
     small.write("words.txt", "uvwxyz")
     assert small.run(use={"cut": f"sha256:{cut[:12]}"}) == (0, {"words": "done", "cut": "reused", "report": "done"})
-    with pytest.raises(ConfigError, match="is report, but cut makes documents"):
+    with pytest.raises(ConfigError, match=r"--use cut=.* is report, wanted documents"):
         small.run(use={"cut": f"run:{small.store.runs()[0]}/report"})
 
 
@@ -315,3 +315,46 @@ def test_a_run_whose_driver_is_gone_is_known_as_dead(small: Small):
     last = small.store.backend.list(f"runs/{small.store.runs()[0]}/journal")[-1]
     small.store.backend.delete(last)
     assert dead_runs(small.store) == [small.store.runs()[0]]
+
+
+def test_a_file_that_is_edited_while_an_earlier_stage_runs_is_recorded_as_it_ran(small: Small):
+    edit = "    (stage.sources[0].path.parent / 'words.py').write_text('def shorten(text, letters): return text[-1:]')\n    with stage.open"
+    small.write("kinds.py", KINDS.replace("    with stage.open", edit))
+    assert small.run() == (0, {"words": "done", "cut": "done", "report": "done"})
+    cut = small.store.artifact(resolve(small.store, f"run:{small.store.runs()[0]}/cut"))
+    assert (cut.path / "train.jsonl").read_text() == "abc"  # what ran
+    assert small.plan()["cut"] == ("run", "code of words:shorten changed")  # is what was recorded
+
+
+def test_what_a_given_stage_reads_is_not_needed(small: Small):
+    small.run()
+    cut = resolve(small.store, f"run:{small.store.runs()[0]}/cut")
+    small.write(
+        "small.toml", TOML.replace('["words", "cut"]', '["cut"]').replace("./kinds.py:words", './kinds.py:words"\nfile = "words.py')
+    )
+    assert small.run(use={"cut": f"sha256:{cut}"}) == (0, {"cut": "reused", "report": "done"})
+
+
+def test_a_stop_that_is_asked_for_through_the_store_stops_the_run(small: Small):
+    stop = "    stage._store.backend.put(f'runs/{stage._job.run}/stop', b'')\n    import time; time.sleep(0.4)\n    with stage.open"
+    small.write("kinds.py", KINDS.replace("    with stage.open", stop))
+    code, status = small.run()
+    assert code == 143
+    assert status == {"words": "done"}
+    assert small.events[-1]["status"] == "KILLED"
+
+
+def test_only_stages_that_will_run_need_room(small: Small):
+    small.run()
+    text = (small.folder / "small.toml").read_text()
+    small.write("small.toml", text + "\n[stages.words.resources]\ncpus = 4096\n")
+    real = Run(small.graph(), small.store, Options("gptline", "gptline"), lambda event: None)
+    assert real.execute() == 0
+    with pytest.raises(ConfigError, match=r"stages.words.resources: asks for 4.1e\+03 CPUs|asks for 4096 CPUs; this machine has"):
+        Run(small.graph(), small.store, Options("gptline", "gptline", fresh=["words"]), lambda event: None).execute()
+
+
+def test_the_newest_model_is_none_where_no_stage_makes_one(small: Small):
+    small.run()
+    with pytest.raises(ValueError, match="no model is called so; there are none yet"):
+        resolve(small.store, "model:small@newest")

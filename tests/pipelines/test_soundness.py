@@ -18,10 +18,9 @@ import pytest
 from pipelines import execute as executing
 from pipelines.config import load
 from pipelines.execute import Job
-from pipelines.graph import build
-from pipelines.planner import Planner
+from pipelines.fingerprint import Code
+from pipelines.graph import ROOT, build
 from pipelines.runner import Options, Run
-from pipelines.snapshot import ROOT
 from pipelines.store import Store
 
 BEHIND_THE_SEAM = (
@@ -151,14 +150,14 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[set[tuple[s
         with Profiler() as profiler:
             outcome = real(job, *arguments)
         assert outcome.error is None, outcome.traceback
-        code = Planner(graph, store, ROOT)._code_of(graph.stages[job.stage]).leaves(graph.stages[job.stage].kind.entries())
+        code = Code(ROOT).leaves(graph.stages[job.stage].kind.entries())
         found[job.stage] = (set(profiler.functions()), set(code))
         return outcome
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipelines.runner.execute", profiled)
         patch.setattr(Run, "_start_tracking", lambda self: _NoTracker())
-        assert Run(graph, store, Options("test", inline=True), lambda event: None).execute() == 0
+        assert Run(graph, store, Options("test", "test", inline=True), lambda event: None).execute() == 0
     return found
 
 
