@@ -22,7 +22,7 @@ lint: .venv/installed-dev
 	.venv/bin/mypy
 
 .venv/installed: pyproject.toml constraints.txt
-	@echo "installing into .venv: some minutes, 2.3 GB (7 GB more where pip takes the CUDA build of torch)"
+	@echo "installing into .venv: some minutes; 2.3 GB, or 5.9 GB where pip takes the CUDA build of torch"
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable .
 	@touch $@
