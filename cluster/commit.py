@@ -88,9 +88,13 @@ def sha256_file(path: Path) -> str:
 
 
 def describe(folder: Path) -> list[FileEntry]:
-    """Every file below `folder` but its own manifest, sorted by path; links and devices are refused."""
+    """Every file below `folder`, sorted by path. Links and devices are refused, and names that a committed folder leaves out."""
     entries = []
-    for relative, path in _files(folder):
+    for relative, path in _all_files(folder):
+        if relative == MANIFEST:
+            raise ValueError(f"{path}: a folder's own {MANIFEST} is written when it is committed; give this file another name")
+        if is_temporary(path):
+            raise ValueError(f"{path} is named as what an interrupted writer leaves, which nobody would read; give it another name")
         if not stat.S_ISREG(path.lstat().st_mode):
             raise ValueError(f"{path} is a link or a device: a committed folder holds regular files only; put the file itself there")
         entries.append(FileEntry(relative, path.stat().st_size, sha256_file(path)))
@@ -178,11 +182,15 @@ def _write_flushed(path: Path, data: bytes) -> None:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    for relative, path in _all_files(folder):
+        if relative != MANIFEST and not is_temporary(path):  # what an interrupted writer left is no part of the folder
+            yield relative, path
+
+
+def _all_files(folder: Path) -> Iterator[tuple[str, Path]]:
     found = []
     for parent, folders, names in os.walk(folder):
         linked = [name for name in folders if Path(parent, name).is_symlink()]
         found += [Path(parent, name) for name in [*names, *linked]]
     for path in sorted(found, key=lambda path: path.relative_to(folder).as_posix()):
-        relative = path.relative_to(folder).as_posix()
-        if relative != MANIFEST and not is_temporary(path):  # what an interrupted writer left is no part of the folder
-            yield relative, path
+        yield path.relative_to(folder).as_posix(), path

@@ -81,9 +81,13 @@ class FolderBackend:
         fsync_folder(path.parent)
 
     def list(self, prefix: str) -> list[str]:
+        def failed(error: OSError) -> None:
+            if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                raise error  # left alone, os.walk would show what it can't read as empty
+
         top = self.root / prefix
         names = []
-        for folder, _, files in os.walk(top):
+        for folder, _, files in os.walk(top, onerror=failed):
             names += [os.path.relpath(os.path.join(folder, file), self.root) for file in files if ".tmp-" not in file]
         return sorted(names)
 
@@ -97,10 +101,21 @@ class FolderBackend:
 
 
 class Action(Settings):
-    """One making of an artifact: what went in, what came out, who, where, how. Lineage is the graph of these."""
+    """One making of an artifact: what went in, what came out, who, where, how. Lineage is the graph of these.
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")  # a loss that is no number is recorded as it was
+    Older and newer versions of gptline read each other's: a field that one does not know is passed over.
+    """
 
+    model_config = ConfigDict(
+        extra="ignore",
+        ser_json_inf_nan="constants",  # a loss that is no number is recorded as it was
+        serialize_by_alias=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
+
+    schema_number: int = Field(default=SCHEMA, alias="schema")  # pydantic has a method of that name
+    """Goes up when a field's meaning changes."""
     key: str
     number: int = 0
     """Given by the store: 1 for the key's first making, one more for each rerun."""
@@ -140,13 +155,19 @@ class Store:
 
     def new_folder(self) -> Path:
         """An empty folder of the store's own, to write an artifact in."""
-        folder = self.root / "tmp" / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        folder = self.root / "tmp" / f"{socket.gethostname()}-{pid_space()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         folder.mkdir(parents=True)
         return folder
 
     def publish(self, folder: Path, kind: str, metadata: dict[str, Any]) -> Artifact:
-        """Move a folder's files in and freeze them under their digest. The same bytes published twice are one artifact."""
-        files = describe(folder)
+        """Move a folder's files in and freeze them under their digest.
+
+        The same bytes published twice are one artifact; one that was damaged meanwhile is whole again.
+        """
+        try:
+            files = describe(folder)
+        except ValueError as error:
+            raise StageFailure(str(error)) from error
         manifest = {
             "schema": SCHEMA,
             "kind": kind,
@@ -156,7 +177,7 @@ class Store:
         data = canonical_json(manifest)
         digest = hashlib.sha256(data).hexdigest()
         name = f"artifacts/{digest}"
-        if self.backend.get(f"{name}/manifest.json") is None:
+        if self.intact(digest) is not None:
             for file in files:
                 self.backend.put(f"{name}/{file.path}", folder / file.path)
             self.backend.put_if_absent(f"{name}/manifest.json", data)
@@ -260,9 +281,10 @@ class Store:
         return self.root / "work" / key
 
     def sweep(self) -> None:
-        """Remove what killed processes of this machine left half-written."""
-        for folder in (self.root / "tmp").glob(f"{socket.gethostname()}-*-*"):
-            if born(int(folder.name.split("-")[-2])) is None:
+        """Remove what killed processes of this machine left half-written; whether another one's live can't be told from here."""
+        for folder in (self.root / "tmp").glob("*-*-*-*"):
+            host, space, pid, _ = folder.name.rsplit("-", 3)
+            if (host, space) == (socket.gethostname(), pid_space()) and born(int(pid)) is None:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def content_sha256(self, paths: list[Path]) -> list[str]:
@@ -283,6 +305,11 @@ class Store:
         if changed and self.root.is_dir():
             self.backend.put(cache_name, json.dumps(known, sort_keys=True).encode())
         return digests
+
+
+def pid_space() -> str:
+    """In which numbering of processes this one has its pid: two containers of one machine number theirs apart."""
+    return os.readlink("/proc/self/ns/pid").removeprefix("pid:[").removesuffix("]")
 
 
 def born(pid: int) -> str | None:

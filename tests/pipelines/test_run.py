@@ -278,6 +278,7 @@ def test_a_damaged_artifact_is_made_again(small: Small):
     assert word == "run"
     assert reason == f"its artifact {digest[:12]} is damaged: train.jsonl is gone"
     assert small.run() == (0, {"words": "reused", "cut": "done", "report": "reused"})
+    assert small.store.intact(digest) is None
 
 
 def test_a_held_lease_makes_others_wait_and_says_for_whom(small: Small):

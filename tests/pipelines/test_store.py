@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.stage import StageFailure
-from pipelines.store import Action, FolderBackend, Store
+from pipelines.store import Action, FolderBackend, Store, pid_space
 
 
 def folder(store: Store, **files: str) -> Path:
@@ -58,6 +59,21 @@ def test_what_is_missing_or_cut_short_is_not_reused_and_a_changed_byte_is_found_
     assert "a is gone" in str(store.intact(made.digest))
 
 
+def test_publishing_the_same_again_makes_a_damaged_artifact_whole(store: Store):
+    made = store.publish(folder(store, a="abc", b="d"), "documents", {})
+    (made.path / "a").write_text("ab")
+    (made.path / "b").unlink()
+    store.publish(folder(store, a="abc", b="d"), "documents", {})
+    assert store.verify(made.digest) == []
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train.jsonl.tmp-1"])
+def test_a_file_whose_name_would_make_it_vanish_is_refused(store: Store, name: str):
+    with pytest.raises(StageFailure, match=rf"{name}.* give .* another name"):
+        store.publish(folder(store, a="abc", **{name: "{}"}), "documents", {})
+    assert store.digests() == []
+
+
 def test_an_unknown_artifact_is_said_to_be_in_no_store(store: Store):
     with pytest.raises(StageFailure, match="is not in the store"):
         store.artifact("f" * 64)
@@ -75,6 +91,22 @@ def test_actions_of_a_key_are_numbered_from_1_and_none_is_lost(store: Store):
         numbers = [each.number for each in pool.map(lambda n: store.record(action(pid=n)), range(20))]
     assert sorted(numbers) == list(range(1, 21))
     assert store.action_numbers("k" * 64) == list(range(1, 21))
+
+
+def test_a_record_of_another_version_is_read(store: Store):
+    store.backend.put(f"actions/{'k' * 64}/000001.json", action(schema=2).model_dump_json()[:-1].encode() + b',"carbon_g":3.5}')
+    store.backend.put(f"actions/{'k' * 64}/000002.json", action().model_dump_json().replace('"schema":1,', "").encode())
+    assert [each.schema_number for each in store.actions("k" * 64)] == [2, 1]
+    assert json.loads(store.record(action()).model_dump_json())["schema"] == 1
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(store: Store, monkeypatch: pytest.MonkeyPatch):
+    def scandir(path: object) -> None:
+        raise PermissionError(13, "no", str(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        store.backend.list("leases")
 
 
 def test_names_of_half_written_objects_are_never_listed(tmp_path: Path):
@@ -138,11 +170,21 @@ def test_killed_at_any_write_of_a_publish_an_artifact_is_absent_or_whole(tmp_pat
 def test_what_a_dead_process_left_is_swept_even_before_its_parent_has_asked_after_it(store: Store):
     child = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, and a zombie until it is waited for
-    (store.root / "tmp" / f"{socket.gethostname()}-{child.pid}-0123").mkdir(parents=True)
     ours = store.new_folder()
+    host, space, _, _ = ours.name.rsplit("-", 3)
+    (ours.parent / f"{host}-{space}-{child.pid}-0123").mkdir()
     store.sweep()
     assert list((store.root / "tmp").iterdir()) == [ours]
     child.wait()
+
+
+@pytest.mark.parametrize(("host", "space"), [("{host}-2", "{space}"), ("{host}", "{space}0"), ("2-{host}", "{space}")])
+def test_what_another_machine_or_container_writes_is_not_swept(store: Store, host: str, space: str):
+    names = {"host": socket.gethostname(), "space": pid_space()}
+    theirs = store.root / "tmp" / f"{host}-{space}-{2**22 - 1}-0123".format(**names)
+    theirs.mkdir(parents=True)
+    store.sweep()
+    assert theirs.is_dir()
 
 
 def test_a_source_is_read_again_only_when_its_stat_changed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
