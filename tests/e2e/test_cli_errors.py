@@ -44,26 +44,17 @@ def bad(new_program):
 
 
 @pytest.mark.parametrize("verb", ["plan", "run"])
-def test_a_file_with_an_unknown_key_is_refused_with_the_key_that_was_meant(bad, verb):
+def test_all_faults_are_told_at_once_and_nothing_is_written(bad, verb):
     said = bad.run(verb, "bad.toml", code=2)
-    assert said.splitlines() == [
-        "bad.toml: one fault; nothing was started or written.",
-        "  sed: unknown key; did you mean 'seed'?",
-    ]
-    assert [path.name for path in bad.folder.iterdir()] == ["bad.toml"]
-
-
-def test_all_faults_of_the_stages_are_told_at_once(bad):
-    (bad.folder / "bad.toml").write_text(BAD.replace("sed = 1", "seed = 1"))
-    said = bad.run("run", "bad.toml", code=2)
     first, *faults = said.splitlines()
-    assert first.endswith(f"bad.toml: {len(faults)} faults; nothing was started or written.")
+    assert f"bad.toml: {len(faults)} faults; " in first
     for fault in (
-        r"stages\.documents: .*missing\.txt",
-        r"stages\.pretrain\.learning_rate: unknown key",
-        r"stages\.tokenizer\.inputs\.documents: 'tokenize' makes tokens, wanted documents",
+        r"  sed: unknown key; did you mean 'seed'\?",
+        r"  stages\.documents: .*missing\.txt",
+        r"  stages\.pretrain\.learning_rate: unknown key",
+        r"  stages\.tokenizer\.inputs\.documents: 'tokenize' makes tokens, wanted documents",
     ):
-        assert re.search(fault, said), f"{fault} is not in:\n{said}"
+        assert any(re.match(fault, line) for line in faults), f"{fault} is not in:\n{said}"
     assert "Traceback" not in said
     assert [path.name for path in bad.folder.iterdir()] == ["bad.toml"]
 
