@@ -2,7 +2,8 @@
 
 A lease is a row of generations, `leases/<name>/<generation>.json`. Taking it means writing the next number put-if-absent, so that of
 two takers one wins; the newest generation holds. The holder renews its own object; a waiter calls a lease dead when that object has not
-changed for `DEAD_AFTER_S` of the waiter's own clock, or at once when the holder was a process of this machine that is gone.
+changed for `DEAD_AFTER_S` of the waiter's own clock, or at once when the holder was a process of this machine that is gone, or of this
+machine before it was started anew. A process of another machine or container can't be looked up: only its renewing tells.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipelines.store import Store, born
+from pipelines.store import Store, born, pid_space
 
 RENEW_EVERY_S = 5.0
 DEAD_AFTER_S = 30.0
+LOOK_EVERY_S = 1.0
 
 
 class Lease:
@@ -47,42 +50,59 @@ class Lease:
     def _renew(self) -> None:
         beat = 0
         while not self._released.wait(RENEW_EVERY_S):
-            if self.lost():
-                return
             beat += 1
-            self._store.backend.put(_object(self._name, self._generation), json.dumps(self._holder | {"beat": beat}).encode())
+            try:
+                if self.lost():
+                    return
+                self._store.backend.put(_object(self._name, self._generation), json.dumps(self._holder | {"beat": beat}).encode())
+            except OSError:
+                continue  # a full disk or a file system that is away for a moment: the next beat may get through
 
 
 class Watch:
     """A waiter's view of a lease: `taken_by()` is None as soon as it is free."""
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: Store, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.changes = 0
+        """How many states of the lease this watch has seen, the first included: with the second one its holder lives."""
         self._store = store
         self._name = name
-        self._seen: tuple[int, bytes | None] | None = None
+        self._clock = clock
+        self._seen: tuple[int, bytes] | None = None
         self._seen_at_s = 0.0
 
     def taken_by(self) -> dict[str, Any] | None:
         """Who holds the lease and is alive, as far as can be told: {"user", "host", "pid", "run", ...}."""
-        generation = _newest(self._store, self._name)
-        data = self._store.backend.get(_object(self._name, generation)) if generation else None
-        if data is None:
-            return None
+        return self._examine()[1]
+
+    def _examine(self) -> tuple[int, dict[str, Any] | None]:
+        """The newest generation, 0 for none, and who holds it and is alive."""
+        data = None
+        while data is None:  # an object that is gone since it was listed gave way to a newer one
+            generation = _newest(self._store, self._name)
+            if not generation:
+                return 0, None
+            data = self._store.backend.get(_object(self._name, generation))
         holder = json.loads(data)
         if holder.get("released") or _known_dead(holder):
-            return None
+            return generation, None
         if (generation, data) != self._seen:
             self._seen = (generation, data)
-            self._seen_at_s = time.monotonic()
-        return None if time.monotonic() - self._seen_at_s > DEAD_AFTER_S else holder
+            self._seen_at_s = self._clock()
+            self.changes += 1
+        return generation, None if self._clock() - self._seen_at_s > DEAD_AFTER_S else holder
 
     def take(self, **about: Any) -> Lease | None:
         """The lease, or None while someone holds it. `about` is told to those who wait."""
-        if self.taken_by() is not None:
+        examined, holder = self._examine()
+        if holder is not None:
             return None
-        generation = _newest(self._store, self._name) + 1
+        generation = examined + 1  # and no other: what came after the one that was examined may be held
         holder = {**me(), **about}
         if not self._store.backend.put_if_absent(_object(self._name, generation), json.dumps(holder).encode()):
+            return None
+        if _newest(self._store, self._name) != generation:  # others took it, gave it back and took it again meanwhile
+            self._store.backend.delete(_object(self._name, generation))
             return None
         for older in range(1, generation):
             self._store.backend.delete(_object(self._name, older))
@@ -92,7 +112,36 @@ class Watch:
 def me() -> dict[str, Any]:
     """This process, so that another one of the same machine can tell whether it lives."""
     pid = os.getpid()
-    return {"user": getpass.getuser(), "host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "born": born(pid)}
+    return {"user": user_name(), "host": socket.gethostname(), "boot": _boot_id(), "space": pid_space(), "pid": pid, "born": born(pid)}
+
+
+def user_name() -> str:
+    """Who runs this, or the bare number of a user without a name, as containers have them."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def dead(
+    store: Store, names: list[str], *, clock: Callable[[], float] = time.monotonic, pause: Callable[[float], None] = time.sleep
+) -> list[str]:
+    """Which of these leases are held by nobody alive.
+
+    Holders that can't be looked up from here are watched all together: until each has renewed its lease, or for DEAD_AFTER_S.
+    """
+    watches = {name: Watch(store, name, clock) for name in names}
+    found = set()
+    while watches:
+        for name, watch in list(watches.items()):
+            holder = watch.taken_by()
+            if holder is None:
+                found.add(name)
+            if holder is None or _can_be_looked_up(holder) or watch.changes > 1:
+                del watches[name]
+        if watches:
+            pause(LOOK_EVERY_S)
+    return [name for name in names if name in found]
 
 
 def describe(holder: dict[str, Any]) -> str:
@@ -102,9 +151,13 @@ def describe(holder: dict[str, Any]) -> str:
 
 
 def _known_dead(holder: dict[str, Any]) -> bool:
-    if holder["boot"] != _boot_id() or holder["host"] != socket.gethostname():
-        return False
-    return born(holder["pid"]) != holder["born"]
+    if holder["host"] == socket.gethostname() and holder["boot"] != _boot_id():
+        return True
+    return _can_be_looked_up(holder) and born(holder["pid"]) != holder["born"]
+
+
+def _can_be_looked_up(holder: dict[str, Any]) -> bool:
+    return (holder["host"], holder["boot"], holder.get("space")) == (socket.gethostname(), _boot_id(), pid_space())
 
 
 def _boot_id() -> str:

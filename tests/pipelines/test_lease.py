@@ -4,14 +4,32 @@ import json
 import os
 import subprocess
 import sys
-import time
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines import lease as module
-from pipelines.lease import Watch, describe, me
-from pipelines.store import Store
+from pipelines.lease import Watch, dead, describe, me, user_name
+from pipelines.store import FolderBackend, Store
+
+
+class Interrupted(FolderBackend):
+    """Something happens right after the first call of one kind."""
+
+    def __init__(self, store: Store, call: str, then: Callable[[], Any]) -> None:
+        super().__init__(store.root)
+        real = getattr(self, call)
+
+        def once(*arguments: Any) -> Any:
+            answer = real(*arguments)
+            setattr(self, call, real)
+            then()
+            return answer
+
+        setattr(self, call, once)
 
 
 def test_a_lease_is_held_by_one_and_free_again_after_release(store: Store):
@@ -36,12 +54,19 @@ def test_a_process_of_this_machine_that_is_gone_holds_nothing(store: Store):
     assert Watch(store, "k").taken_by() is None
 
 
-def test_another_machines_lease_dies_when_it_was_not_renewed_for_the_waiters_own_30_seconds(store: Store, monkeypatch: pytest.MonkeyPatch):
+def test_a_lease_from_before_this_machine_was_started_anew_is_dead_at_once(store: Store):
+    store.backend.put("leases/k/000001.json", json.dumps(me() | {"boot": "the one before"}).encode())
+    assert Watch(store, "k").taken_by() is None
+
+
+@pytest.mark.parametrize("who", [{"host": "elsewhere", "boot": "other"}, {"space": "4026530000", "pid": 2**22 - 1}])
+def test_the_lease_of_another_machine_or_container_dies_when_it_was_not_renewed_for_the_waiters_own_30_seconds(
+    store: Store, who: dict[str, str]
+):
     now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    foreign = me() | {"host": "elsewhere", "boot": "other", "run": "far"}
+    foreign = me() | who | {"run": "far"}
     store.backend.put("leases/k/000001.json", json.dumps(foreign).encode())
-    watch = Watch(store, "k")
+    watch = Watch(store, "k", clock=lambda: now[0])
     assert watch.taken_by() is not None
     now[0] += module.DEAD_AFTER_S - 1
     assert watch.taken_by() is not None
@@ -68,3 +93,83 @@ def test_who_lost_the_lease_knows_it_and_leaves_the_others_alone(store: Store):
     holder = Watch(store, "k").taken_by()
     assert holder is not None
     assert holder["run"] == "b"
+
+
+def test_of_two_who_examined_the_same_lease_before_either_took_it_one_wins_and_keeps_it(store: Store):
+    store.backend.put("leases/k/000001.json", json.dumps(me() | {"released": True}).encode())
+    slow, won = Store(store.root), []
+    slow.backend = Interrupted(store, "get", lambda: won.append(Watch(store, "k").take(run="quick")))
+    assert Watch(slow, "k").take(run="slow") is None
+    assert not won[0].lost()
+    won[0].release()
+
+
+def test_who_comes_a_whole_generation_late_does_not_take_a_lease_that_is_held(store: Store):
+    store.backend.put("leases/k/000001.json", json.dumps(me() | {"released": True}).encode())
+    slow, won = Store(store.root), []
+
+    def taken_and_given_back_and_taken() -> None:
+        passing = Watch(store, "k").take(run="passing")
+        assert passing is not None
+        passing.release()
+        won.append(Watch(store, "k").take(run="quick"))
+
+    slow.backend = Interrupted(store, "get", taken_and_given_back_and_taken)
+    assert Watch(slow, "k").take(run="slow") is None
+    assert not won[0].lost()
+    assert store.backend.list("leases/k") == ["leases/k/000003.json"]
+    won[0].release()
+
+
+def test_a_generation_that_was_deleted_while_one_looked_is_not_a_free_lease(store: Store):
+    store.backend.put("leases/k/000001.json", json.dumps(me() | {"released": True}).encode())
+    slow, won = Store(store.root), []
+    slow.backend = Interrupted(store, "list", lambda: won.append(Watch(store, "k").take(run="quick")))
+    holder = Watch(slow, "k").taken_by()
+    assert holder is not None
+    assert holder["run"] == "quick"
+    won[0].release()
+
+
+def test_a_store_that_is_away_for_a_moment_does_not_end_the_renewing(store: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "RENEW_EVERY_S", 0.01)
+    faults, renewed = [OSError(116, "stale"), OSError(28, "full")], threading.Event()
+    real = store.backend.put
+
+    def put(name: str, data: bytes | Path) -> None:
+        if faults:
+            raise faults.pop()
+        real(name, data)
+        renewed.set()
+
+    monkeypatch.setattr(store.backend, "put", put)
+    lease = Watch(store, "k").take(run="a")
+    assert lease is not None
+    assert renewed.wait(20)
+    lease.release()
+
+
+def test_the_dead_among_many_leases_are_told_in_one_wait_for_all(store: Store):
+    now, paused_s = [0.0], []
+    far = me() | {"host": "elsewhere", "boot": "other"}
+    holders = {"far-dead": far, "far-alive": far, "far-gone": far, "here": me(), "here-gone": me() | {"born": "1"}}
+    for name, holder in holders.items():
+        store.backend.put(f"leases/{name}/000001.json", json.dumps(holder).encode())
+
+    def pause(seconds: float) -> None:
+        now[0] += seconds
+        paused_s.append(seconds)
+        if now[0] == 5:
+            store.backend.put("leases/far-alive/000001.json", json.dumps(far | {"beat": 1}).encode())
+
+    found = dead(store, [*holders, "never-taken"], clock=lambda: now[0], pause=pause)
+    assert found == ["far-dead", "far-gone", "here-gone", "never-taken"]
+    assert module.DEAD_AFTER_S < sum(paused_s) <= module.DEAD_AFTER_S + module.LOOK_EVERY_S
+
+
+def test_a_user_without_a_name_is_called_by_number(monkeypatch: pytest.MonkeyPatch):
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 4711")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    assert user_name() == str(os.getuid())
