@@ -6,19 +6,22 @@ outside sources, and the code that the stage can reach. `plan` explains itself b
 Code is read, never imported: top-level definitions are followed by name from the kind's function through imports at module and at
 function level. Definitions are compared as syntax trees without docstrings and comments, so that neither reruns anything. Three rules
 keep the set small without losing soundness (a test profiles every stage and asks that each function that ran is in its key):
-a Protocol class is an interface and never runs; the fields of a Settings class are in the key already, by value; and what lies behind
-`StageContext` and `Rank` (store, gang, runner) is not followed, since it decides how work is carried out and not what comes out.
+a Protocol class is an interface and never runs; the fields of the kind's own config are in the key already, by value; and what lies
+behind `StageContext` and `Rank` (store, gang, runner) is not followed, since it decides how work is carried out and not what comes out.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeGuard, TypeVar
 
 PACKAGES = ("pipelines", "gpt", "cluster")
 DUMP_VERSION = 1
@@ -76,24 +79,30 @@ def _short(value: Any) -> str:
 # ---- code ----
 
 
+N = TypeVar("N", bound=ast.stmt)
+Name = tuple[str, str]
+"""A definition's module and its name there."""
+
+
 @dataclass(frozen=True)
 class _Definition:
-    sha256: str
     chains: frozenset[tuple[str, ...]]
     """Dotted names read in it: ("F", "cross_entropy"), ("GPT",)."""
-    imports: dict[str, str]
-    """Imports inside it: bound name to dotted target."""
-    stars: tuple[str, ...]
+    imports: dict[str, list[str]]
+    """Imports inside it: bound name to dotted targets, several where the code chooses."""
+    stars: list[str]
 
 
 @dataclass
 class _Module:
     name: str
     package: str
-    nodes: dict[str, list[ast.stmt]] = field(default_factory=dict)
+    nodes: dict[str, list[ast.stmt]] = field(default_factory=lambda: {LOOSE: []})
     """Top-level definitions by name; LOOSE holds the statements that define nothing."""
-    imports: dict[str, str] = field(default_factory=dict)
-    definitions: dict[str, _Definition] = field(default_factory=dict)
+    imports: dict[str, list[str]] = field(default_factory=dict)
+    """What the module binds by importing, at its top or in loose statements."""
+    needs: list[str] = field(default_factory=list)
+    """Dotted targets of all its imports, those inside functions too."""
 
 
 class Code:
@@ -105,52 +114,91 @@ class Code:
     def __init__(self, root: Path, user: Path | None = None) -> None:
         self._root = root
         self._user = user
-        self._modules: dict[str, _Module | None] = {}
+        self._modules: dict[str, _Module] = {}
         self._paths: dict[str, Path | None] = {}
+        self._definitions: dict[Name, _Definition] = {}
 
-    def leaves(self, entries: Iterable[tuple[str, str]]) -> dict[str, str]:
-        """Hashes of all definitions that these (module, name) pairs can reach: {"gpt.model:GPT": "1f0c..."}."""
-        reached: dict[str, str] = {}
-        waiting = list(entries)
+    def leaves(self, entries: Iterable[Name]) -> dict[str, str]:
+        """Hashes of all definitions that these (module, name) pairs can reach: {"gpt.model:GPT": "1f0c..."}.
+
+        Settings that an entry takes as a parameter are the stage's config, whose fields the key holds by value: they don't count here.
+        ValueError says which entry leads nowhere, or which file is no Python.
+        """
+        entries = list(entries)
+        reached = self._reach(entries)
+        by_value = self._by_value(entries, reached)
+        found = {}
+        for module_name, name in reached:
+            nodes = self._counted((module_name, name), by_value)
+            if nodes:
+                found[f"{module_name}:{name}"] = _sha256(nodes, self._module(module_name))
+        return found
+
+    def files(self, entries: Iterable[Name]) -> list[Path]:
+        """The user's own files without which these entries can't be loaded: what they reach, and all that those files import."""
+        waiting = [module_name for module_name, _ in self._reach(entries)]
+        found: dict[str, Path] = {}
+        while waiting:
+            name = waiting.pop()
+            if not name or name in found or name.split(".")[0] in PACKAGES:
+                continue
+            waiting.append(name.rpartition(".")[0])
+            path = self._path(name)
+            if path is not None:
+                found[name] = path
+                waiting += self._module(name).needs
+        return sorted({path for path in found.values() if path.is_file()})
+
+    def _reach(self, entries: Iterable[Name]) -> list[Name]:
+        """The definitions that can be reached by name, each once."""
+        waiting = [self._entry(module_name, name) for module_name, name in entries]
         seen = set(waiting)
+        reached = []
         while waiting:
             module_name, name = waiting.pop()
             module = self._module(module_name)
-            if module is None:
-                continue
             parts = module_name.split(".")
             found = [(".".join(parts[:size]), LOOSE) for size in range(1, len(parts) + 1)]
+            if name in module.nodes:
+                reached.append((module_name, name))
+                found += self._references(module, self._definition((module_name, name)))
             if name == WHOLE:
                 found += [(module_name, each) for each in module.nodes]
-            elif name in module.nodes:
-                definition = self._definition(module, name)
-                if definition.sha256:
-                    reached[f"{module_name}:{name}"] = definition.sha256
-                found += self._references(module, definition)
-            elif name in module.imports:  # imported there, and passed on
-                found += self._target(module.imports[name], ())
-            fresh = [each for each in found if each not in seen]
+            # imported there, and passed on
+            passed_on = itertools.chain.from_iterable(module.imports.values()) if name == WHOLE else module.imports.get(name, ())
+            found += [each for target in passed_on for each in self._target(target, ())]
+            fresh = [each for each in dict.fromkeys(found) if each not in seen]
             seen.update(fresh)
             waiting += fresh
         return reached
 
-    def files(self, entries: Iterable[tuple[str, str]]) -> list[Path]:
-        """The files that hold what these entries reach."""
-        modules = {name.split(":")[0] for name in self.leaves(entries)} | {module for module, _ in entries}
-        return sorted({path for module in modules if (path := self._path(module))})
+    def _entry(self, module_name: str, name: str) -> Name:
+        path = self._path(module_name)
+        if path is None:
+            where = self._root if module_name.split(".")[0] in PACKAGES else self._user
+            dotted = "; a file's name can't have a dot before .py" if "." in module_name and where == self._user else ""
+            raise ValueError(f"the code of {module_name}:{name} can't be found: {where} has no module {module_name!r}{dotted}")
+        module = self._module(module_name)
+        if name in module.nodes or name in module.imports:
+            return module_name, name
+        if not module.nodes[LOOSE]:
+            raise ValueError(f"the code of {module_name}:{name} can't be found: {path} defines no {name!r}")
+        return module_name, WHOLE  # a loose statement makes it: a star, or a def under an if
 
-    def _references(self, module: _Module, definition: _Definition) -> Iterator[tuple[str, str]]:
+    def _references(self, module: _Module, definition: _Definition) -> Iterator[Name]:
         for star in definition.stars:
             yield from self._target(star, ())
         for chain in definition.chains:
-            if chain[0] in definition.imports:
-                yield from self._target(definition.imports[chain[0]], chain[1:])
-            elif chain[0] in module.nodes:
-                yield module.name, chain[0]
-            elif chain[0] in module.imports:
-                yield from self._target(module.imports[chain[0]], chain[1:])
+            yield from self._named(module, chain, definition.imports)
 
-    def _target(self, dotted: str, rest: tuple[str, ...]) -> list[tuple[str, str]]:
+    def _named(self, module: _Module, chain: tuple[str, ...], imports: Mapping[str, list[str]] = MappingProxyType({})) -> Iterator[Name]:
+        """What a dotted name may be bound to: several things, where one is tried or wrapped by another."""
+        for target in [*imports.get(chain[0], ()), *module.imports.get(chain[0], ())]:
+            yield from self._target(target, chain[1:])
+        if chain[0] in module.nodes:
+            yield module.name, chain[0]
+
+    def _target(self, dotted: str, rest: tuple[str, ...]) -> list[Name]:
         """What `dotted.rest` names: a module of ours and one definition in it, or the whole module where that can't be told."""
         parts = [*dotted.split("."), *rest]
         size = 0
@@ -160,90 +208,152 @@ class Code:
             return []  # not ours
         module_name = ".".join(parts[:size])
         module = self._module(module_name)
-        assert module is not None
         if size == len(parts) or (parts[size] not in module.nodes and parts[size] not in module.imports):
             return [(module_name, WHOLE)]
         return [(module_name, parts[size])]
 
-    def _definition(self, module: _Module, name: str) -> _Definition:
-        if name not in module.definitions:
-            nodes = [node for node in module.nodes[name] if not _is_protocol(node)]
-            counted = [_without_fields(node) for node in nodes] if self._is_settings(module, name) else nodes
-            module.definitions[name] = _describe(nodes, counted, module)
-        return module.definitions[name]
+    def _definition(self, name: Name) -> _Definition:
+        if name not in self._definitions:
+            module = self._module(name[0])
+            nodes = self._counted(name, ())
+            imports, stars = _imports([each for node in nodes for each in ast.walk(node)], module.package)
+            self._definitions[name] = _Definition(frozenset(chain for node in nodes for chain in _chains(node)), imports, stars)
+        return self._definitions[name]
 
-    def _is_settings(self, module: _Module, name: str) -> bool:
-        """True for gpt.settings.Settings and what descends from it: their fields count by value."""
-        if (module.name, name) == ("gpt.settings", "Settings"):
-            return True
-        classes = [node for node in module.nodes.get(name, []) if isinstance(node, ast.ClassDef)]
-        bases = [base.id for node in classes for base in node.bases if isinstance(base, ast.Name)]
-        for base in bases:
-            if base in module.nodes:
-                if self._is_settings(module, base):
-                    return True
-            elif base in module.imports:
-                target, _, last = module.imports[base].rpartition(".")
-                other = self._module(target) if target else None
-                if other is not None and self._is_settings(other, last):
-                    return True
-        return False
+    def _counted(self, name: Name, by_value: Collection[Name]) -> list[ast.stmt]:
+        nodes = [node for node in self._module(name[0]).nodes[name[1]] if not _is_protocol(node)]
+        return [_without_fields(node) for node in nodes] if name in by_value else nodes
+
+    # ---- which settings the key holds by value ----
+
+    def _by_value(self, entries: Iterable[Name], reached: Collection[Name]) -> set[Name]:
+        """The entries' config classes with all that a `model_dump` of them holds, less what the reached code builds by itself.
+
+        Settings that code builds (a preset, a default of its own) are in no dump: there a field's default is code like any other.
+        """
+        functions = [node for entry in entries for name in self._resolved([entry]) for node in self._nodes(name, ast.FunctionDef)]
+        annotations = [(name, each) for name, node in functions for each in _annotations(node)]
+        held = self._fields_of(self._settings_in(annotations))
+        while True:
+            outside = [name for name in reached if name not in held and self._is_settings(name)]
+            calls = [(name, each) for name in reached for node in self._counted(name, held) for each in _called(node)]
+            gone = held & self._fields_of([*outside, *self._settings_in(calls)])
+            if not gone:
+                return held
+            held -= gone
+
+    def _fields_of(self, classes: Iterable[Name]) -> set[Name]:
+        """These Settings classes, those that they extend, and those that are their fields' types."""
+        waiting = list(classes)
+        found: set[Name] = set()
+        while waiting:
+            for name in self._ancestry(waiting.pop()):
+                if name not in found and self._is_settings(name):
+                    found.add(name)
+                    bodies = [each for _, node in self._nodes(name, ast.ClassDef) for each in node.body]
+                    waiting += self._settings_in([(name, each.annotation) for each in bodies if _is_field(each)])
+        return found
+
+    def _settings_in(self, expressions: Iterable[tuple[Name, ast.expr]]) -> list[Name]:
+        """The Settings classes that expressions name; each comes with the definition that it stands in."""
+        return [
+            name
+            for where, expression in expressions
+            for chain in _chains(expression)
+            for name in self._resolved(self._named(self._module(where[0]), chain, self._definition(where).imports))
+            if self._is_settings(name)
+        ]
+
+    def _is_settings(self, name: Name) -> bool:
+        return ("gpt.settings", "Settings") in self._ancestry(name)
+
+    def _ancestry(self, name: Name) -> set[Name]:
+        """A class and all that it extends, as far as that is ours."""
+        waiting, found = [name], set[Name]()
+        while waiting:
+            each = waiting.pop()
+            if each not in found:
+                found.add(each)
+                bases = [chain for _, node in self._nodes(each, ast.ClassDef) for base in node.bases for chain in _chains(base)]
+                waiting += [name for chain in bases for name in self._resolved(self._named(self._module(each[0]), chain))]
+        return found
+
+    def _resolved(self, names: Iterable[Name]) -> set[Name]:
+        """Where names are defined that modules may import and pass on."""
+        waiting, seen = list(names), set[Name]()
+        while waiting:
+            each = waiting.pop()
+            if each not in seen:
+                seen.add(each)
+                waiting += [found for target in self._module(each[0]).imports.get(each[1], ()) for found in self._target(target, ())]
+        return {each for each in seen if each[1] in self._module(each[0]).nodes}
+
+    def _nodes(self, name: Name, kind: type[N]) -> list[tuple[Name, N]]:
+        return [(name, node) for node in self._module(name[0]).nodes[name[1]] if isinstance(node, kind)]
+
+    # ---- files ----
 
     def _path(self, module_name: str) -> Path | None:
+        """A module's file, or the folder of a namespace; None for what is not ours."""
         if module_name not in self._paths:
             self._paths[module_name] = self._find(module_name)
         return self._paths[module_name]
 
     def _find(self, module_name: str) -> Path | None:
-        base = self._root if module_name.split(".")[0] in PACKAGES else self._user
-        if base is None:
+        parts = module_name.split(".")
+        base = self._root if parts[0] in PACKAGES else self._user
+        if base is None or not all(parts):
             return None
-        stem = base.joinpath(*module_name.split("."))
-        if (stem / "__init__.py").is_file():
-            return stem / "__init__.py"
-        path = stem.with_name(stem.name + ".py")
-        return path if path.is_file() else None
+        folder = base.joinpath(*parts)
+        for path in (folder / "__init__.py", folder.with_name(folder.name + ".py")):
+            if path.is_file():
+                return path
+        return folder if folder.is_dir() else None
 
-    def _module(self, name: str) -> _Module | None:
+    def _module(self, name: str) -> _Module:
         if name not in self._modules:
             path = self._path(name)
-            self._modules[name] = None if path is None else _parse(name, path)
+            assert path is not None, f"{name} is not ours"
+            self._modules[name] = _Module(name, package=name) if path.is_dir() else _parse(name, path)
         return self._modules[name]
 
 
 def _parse(name: str, path: Path) -> _Module:
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as Python: {error}") from error
     module = _Module(name, package=name if path.name == "__init__.py" else name.rpartition(".")[0])
-    loose: list[ast.stmt] = []
-    for node in ast.parse(path.read_bytes(), filename=str(path)).body:
+    module.needs = _needs(tree, module.package)
+    top: list[ast.stmt] = []  # what binds names in the whole module by importing
+    waiting = tree.body[::-1]
+    while waiting:
+        node = waiting.pop()
         match node:
             case ast.Import() | ast.ImportFrom():
-                bound, stars = _imports([node], module.package)
-                module.imports.update(bound)
-                if stars:
-                    loose.append(node)
+                top.append(node)
+                if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+                    module.nodes[LOOSE].append(node)
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
                 module.nodes.setdefault(node.name, []).append(node)  # a name bound twice counts with both
             case ast.Assign() | ast.AnnAssign() if names := _assigned(node):
                 for each in names:
                     module.nodes.setdefault(each, []).append(node)
             case ast.If() if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-                pass
+                waiting += node.orelse[::-1]  # that never runs, this always does
             case _ if not _is_text(node):
-                loose.append(node)
-    module.nodes[LOOSE] = loose
+                module.nodes[LOOSE].append(node)
+                top.append(node)
+    module.imports, _ = _imports([each for node in top for each in ast.walk(node)], module.package)
     return module
 
 
-def _describe(nodes: list[ast.stmt], counted: list[ast.stmt], module: _Module) -> _Definition:
-    """References of `nodes`, and the hash of `counted`, in which names of other people's modules count as what they are bound to."""
-    if not counted:
-        return _Definition("", frozenset(), {}, ())
-    imports, stars = _imports([each for node in nodes for each in ast.walk(node)], module.package)
-    roots = {chain[0] for node in counted for chain in _chains(node)}
-    bound = sorted(f"{root} is {module.imports[root]}" for root in roots & module.imports.keys())
-    text = "\n".join([f"dump {DUMP_VERSION}", *(canonical_dump(node) for node in counted), *bound])
-    chains = frozenset(chain for node in nodes for chain in _chains(node))
-    return _Definition(hashlib.sha256(text.encode()).hexdigest()[:16], chains, imports, stars)
+def _sha256(nodes: list[ast.stmt], module: _Module) -> str:
+    """Names of other people's modules count as what they are bound to."""
+    roots = {chain[0] for node in nodes for chain in _chains(node)}
+    bound = sorted(f"{root} is {' or '.join(module.imports[root])}" for root in roots & module.imports.keys())
+    text = "\n".join([f"dump {DUMP_VERSION}", *(canonical_dump(node) for node in nodes), *bound])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def canonical_dump(node: Any) -> str:
@@ -283,8 +393,28 @@ def _is_protocol(node: ast.stmt) -> bool:
 def _without_fields(node: ast.stmt) -> ast.stmt:
     if not isinstance(node, ast.ClassDef):
         return node
-    methods = [each for each in node.body if not isinstance(each, ast.AnnAssign)]
-    return ast.ClassDef(name=node.name, bases=node.bases, keywords=node.keywords, body=methods, decorator_list=node.decorator_list)
+    rest = [each for each in node.body if not _is_field(each) and not isinstance(each, ast.Pass)]
+    return ast.ClassDef(name=node.name, bases=node.bases, keywords=node.keywords, body=rest, decorator_list=node.decorator_list)
+
+
+def _is_field(node: ast.stmt) -> TypeGuard[ast.AnnAssign]:
+    """What pydantic takes for a field: no ClassVar, nothing private, not its own `model_config`."""
+    if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+        return False
+    words = {chain[-1] for chain in _chains(node.annotation)}
+    if isinstance(node.annotation, ast.Constant):
+        words = set(re.findall(r"\w+", str(node.annotation.value)))
+    return "ClassVar" not in words and node.target.id != "model_config" and not node.target.id.startswith("_")
+
+
+def _annotations(function: ast.FunctionDef) -> list[ast.expr]:
+    parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return [each.annotation for each in parameters if each.annotation is not None]
+
+
+def _called(node: ast.stmt) -> list[ast.expr]:
+    """What is called in it: `C(a)` gives C, `C.model_validate(a)` gives C.model_validate."""
+    return [each.func for each in ast.walk(node) if isinstance(each, ast.Call) and isinstance(each.func, ast.Name | ast.Attribute)]
 
 
 def _assigned(node: ast.Assign | ast.AnnAssign) -> list[str]:
@@ -299,25 +429,49 @@ def _assigned(node: ast.Assign | ast.AnnAssign) -> list[str]:
     return names
 
 
-def _imports(nodes: Iterable[ast.AST], package: str) -> tuple[dict[str, str], tuple[str, ...]]:
+def _imports(nodes: Iterable[ast.AST], package: str) -> tuple[dict[str, list[str]], list[str]]:
     """Bound names with their dotted targets, and the modules imported by star."""
-    bound: dict[str, str] = {}
+    bound: dict[str, list[str]] = {}
     stars: list[str] = []
     for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
-                bound[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
+                name = alias.asname or alias.name.split(".")[0]
+                _add(bound, name, alias.name if alias.asname else name)
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*above, *([base] if base else [])])
+            base = _base(node, package)
             for alias in node.names:
                 if alias.name == "*":
                     stars.append(base)
                 else:
-                    bound[alias.asname or alias.name] = f"{base}.{alias.name}"
-    return bound, tuple(stars)
+                    _add(bound, alias.asname or alias.name, f"{base}.{alias.name}")
+    return bound, stars
+
+
+def _add(bound: dict[str, list[str]], name: str, target: str) -> None:
+    targets = bound.setdefault(name, [])
+    if target not in targets:
+        targets.append(target)
+
+
+def _needs(tree: ast.Module, package: str) -> list[str]:
+    """Dotted targets of every import in a file, wherever it stands."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [f"{_base(node, package)}.{alias.name}" for alias in node.names]
+    return found
+
+
+def _base(node: ast.ImportFrom, package: str) -> str:
+    """The module that `from ... import` names, relative ones spelt out."""
+    base = node.module or ""
+    if node.level:
+        above = package.split(".")[: len(package.split(".")) - node.level + 1]
+        base = ".".join([*above, *([base] if base else [])])
+    return base
 
 
 def _chains(node: ast.AST) -> Iterator[tuple[str, ...]]:

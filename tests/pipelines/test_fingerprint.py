@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.fingerprint import Code, canonical_dump, differences, flat, key_of
+from pipelines.fingerprint import PACKAGES, Code, canonical_dump, differences, flat, key_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,24 +143,183 @@ def test_a_protocol_is_an_interface_and_counts_for_nothing(tree: Path):
     assert sorted(leaves(tree)) == ["gpt.model:attention"]
 
 
-def test_fields_of_a_settings_class_count_by_value_and_its_methods_as_code(tree: Path):
+KIND = """
+from typing import ClassVar
+from gpt.settings import Settings
+from gpt.parts import Base, Inner, Made, Shape
+
+class C(Base):
+    a: int = 1
+    inner: Inner = Inner()
+    SCALE: ClassVar[int] = 2
+    _hidden: int = 3
+
+    def twice(self):
+        return self.SCALE * self.a
+
+def attention(config: C):
+    return Made(width=config.a), Shape.model_validate({}), config.twice()
+"""
+SETTINGS = """
+from gpt.settings import Settings
+
+class Base(Settings):
+    b: int = 1
+
+class Inner(Settings):
+    c: int = 1
+
+class Shape(Settings):
+    dropout: float = 0.0
+
+class Ground(Settings):
+    ground: int = 1
+
+class Made(Ground):
+    made: int = 1
+"""
+
+
+@pytest.fixture
+def kind(tree: Path) -> Path:
     shutil.copy(ROOT / "gpt" / "settings.py", tree / "gpt" / "settings.py")
-    text = "from gpt.settings import Settings\n\nclass C(Settings):\n    a: int = 1\n\n    def twice(self):\n        return 2 * self.a\n"
-    write(tree, "model", text)
-    before = leaves(tree, "C")
-    write(tree, "model", text.replace("a: int = 1", "a: int = 2\n    log_every: int = 10"))
-    assert leaves(tree, "C") == before
-    write(tree, "model", text.replace("2 * self.a", "3 * self.a"))
-    assert leaves(tree, "C") != before
+    write(tree, "model", KIND)
+    write(tree, "parts", SETTINGS)
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("a: int = 1", "a: int = 2\n    log_every: int = 10"),
+        ("b: int = 1", "b: int = 2"),
+        ("c: int = 1", "c: int = 2\n    log_every: int = 10"),
+        ("Inner = Inner()", "Inner = Inner(c=3)"),
+    ],
+    ids=["its own", "a base's", "those of a field's type", "a default that is built"],
+)
+def test_fields_of_the_kinds_config_count_by_value(kind: Path, old: str, new: str):
+    before = leaves(kind)
+    write(kind, "model", KIND.replace(old, new))
+    write(kind, "parts", SETTINGS.replace(old, new))
+    assert leaves(kind) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ("self.SCALE * self.a", "self.a", "gpt.model:C"),
+        ("ClassVar[int] = 2", "ClassVar[int] = 3", "gpt.model:C"),
+        ("_hidden: int = 3", "_hidden: int = 4", "gpt.model:C"),
+        ("dropout: float = 0.0", "dropout: float = 0.1", "gpt.parts:Shape"),
+        ("made: int = 1", "made: int = 2", "gpt.parts:Made"),
+        ("ground: int = 1", "ground: int = 2", "gpt.parts:Ground"),
+    ],
+)
+def test_what_no_dump_of_the_config_holds_counts_as_code(kind: Path, old: str, new: str, changed: str):
+    before = leaves(kind)
+    write(kind, "model", KIND.replace(old, new))
+    write(kind, "parts", SETTINGS.replace(old, new))
+    after = leaves(kind)
+    assert [name for name in after if after[name] != before.get(name)] == [changed]
+
+
+def test_settings_that_the_config_extends_count_whole_once_the_code_builds_them_itself(kind: Path):
+    write(kind, "model", KIND.replace("return Made", "Base(), Made"))
+    before = leaves(kind)
+    write(kind, "parts", SETTINGS.replace("b: int = 1", "b: int = 2"))
+    assert leaves(kind)["gpt.parts:Base"] != before["gpt.parts:Base"]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "changes"),
+    [
+        ("gpt/settings.py", "class TrainSettings(Settings):\n", "class TrainSettings(Settings):\n    noise: Operational[int] = 1\n", False),
+        ("gpt/settings.py", "    preset: str\n", "    preset: str\n    noise: Operational[int] = 1\n", False),
+        ("pipelines/stages/pretrain.py", "    pass\n", "    noise: Operational[int] = 1\n", False),
+        ("gpt/settings.py", "dropout: float = Field(default=0.0", "dropout: float = Field(default=0.1", True),
+        ("gpt/settings.py", '"gpt2-nano": ModelShape(n_layer=2', '"gpt2-nano": ModelShape(n_layer=3', True),
+    ],
+)
+def test_pretrains_key_is_blind_to_operational_settings_and_sees_the_models_shape(
+    tmp_path: Path, file: str, old: str, new: str, changes: bool
+):
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    entry = [("pipelines.stages.pretrain", "pretrain")]
+    before = Code(tmp_path).leaves(entry)
+    text = (tmp_path / file).read_text()
+    assert old in text
+    (tmp_path / file).write_text(text.replace(old, new, 1))
+    assert (Code(tmp_path).leaves(entry) != before) == changes
+
+
+def users(tmp_path: Path, files: dict[str, str]) -> Path:
+    """A user's folder; the name "helpers/text" is helpers/text.py."""
+    folder = tmp_path / "mine"
+    for name, text in files.items():
+        path = folder / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
 
 
 def test_a_users_file_and_its_neighbours_are_followed(tree: Path, tmp_path: Path):
-    user = tmp_path / "mine"
-    user.mkdir()
-    (user / "clean.py").write_text("import words\nfrom gpt.parts import helper\n\ndef clean(x):\n    return helper(words.SHORT)\n")
-    (user / "words.py").write_text("SHORT = 3\nLONG = 9\n")
+    clean = "import words\nfrom gpt.parts import helper\n\ndef clean(x):\n    return helper(words.SHORT)\n"
+    user = users(tmp_path, {"clean": clean, "words": "SHORT = 3\nLONG = 9\n"})
     found = Code(tree, user).leaves([("clean", "clean")])
     assert sorted(found) == ["clean:clean", "gpt.parts:deeper", "gpt.parts:helper", "words:SHORT"]
+
+
+@pytest.mark.parametrize(
+    ("clean", "neighbour", "also"),
+    [
+        ("try:\n    from words import f\nexcept ImportError:\n    raise\n", "words", ["clean:<module>"]),
+        ("try:\n    from fast import f\nexcept ImportError:\n    from words import f\n", "words", ["clean:<module>"]),
+        ("from helpers.text import f\n", "helpers/text", []),
+        ("import helpers.text\nf = helpers.text.f\n", "helpers/text", ["clean:f"]),
+        ("from star import *\n", "words", ["clean:<module>"]),
+        ("from star import f\n", "words", []),
+        ("from words import f\nf = staticmethod(f)\n", "words", ["clean:f"]),
+    ],
+    ids=["a try", "its except", "a folder", "a folder by name", "a star that passes on", "passed on", "wrapped under its own name"],
+)
+def test_roundabout_imports_of_a_users_file_are_followed(tree: Path, tmp_path: Path, clean: str, neighbour: str, also: list[str]):
+    text = f"{clean}\ndef clean(x):\n    return f(x)\n"
+    user = users(tmp_path, {"clean": text, "star": "from words import f\n", neighbour: "def f(x):\n    return x\n"})
+    module = neighbour.replace("/", ".")
+    assert sorted(Code(tree, user).leaves([("clean", "clean")])) == sorted(["clean:clean", f"{module}:f", *also])
+
+
+def test_the_else_of_type_checking_counts(tree: Path, tmp_path: Path):
+    text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from gpt.parts import never\nelse:\n    LIMIT = 1\n"
+    user = users(tmp_path, {"clean": text + "\ndef clean(x):\n    return never, LIMIT\n"})
+    assert sorted(Code(tree, user).leaves([("clean", "clean")])) == ["clean:LIMIT", "clean:clean"]
+
+
+def test_an_entry_that_leads_nowhere_is_refused(tree: Path, tmp_path: Path):
+    user = users(tmp_path, {"clean.v2": "def clean(x): ...\n", "words": "def clean(x): ...\n", "broken": "def clean(x) ...\n"})
+    with pytest.raises(ValueError, match=r"the code of clean\.v2:clean can't be found: .*mine has no module.*can't have a dot before \.py"):
+        Code(tree, user).leaves([("clean.v2", "clean")])
+    with pytest.raises(ValueError, match=r"the code of words:gone can't be found: .*words\.py defines no 'gone'"):
+        Code(tree, user).leaves([("words", "gone")])
+    with pytest.raises(ValueError, match=r"broken\.py can't be read as Python: .*line 1"):
+        Code(tree, user).leaves([("broken", "clean")])
+
+
+def test_the_files_of_an_entry_are_all_that_loading_it_imports_from_the_users_folder(tree: Path, tmp_path: Path):
+    files = {
+        "clean": "import json\nimport extra\n\ndef clean(x): ...\n\ndef other(x):\n    from late import f\n    return extra.f(x)\n",
+        "extra": "try:\n    import package.part\nexcept ImportError:\n    pass\n",
+        "folder/inner": "from gpt.parts import helper as f\n",
+        "late": "from folder.inner import f\n",
+        "package/__init__": "",
+        "package/part": "from . import sibling\n",
+        "package/sibling": "",
+    }
+    user = users(tmp_path, files | {"unused": "", "folder/unused": ""})
+    found = [path.relative_to(user).as_posix() for path in Code(tree, user).files([("clean", "clean")])]
+    assert found == [f"{name}.py" for name in files]
 
 
 SPECIMEN = '''
