@@ -11,7 +11,6 @@ a lease that comes free, or by 0.1 s passing. A stage that fails leaves the othe
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
 import os
 import secrets
@@ -31,8 +30,8 @@ from pipelines.artifacts import Model
 from pipelines.config import ConfigError, Fault
 from pipelines.execute import Job, Outcome, StopFile, execute, stream
 from pipelines.graph import ROOT, Graph, Stage
-from pipelines.journal import Event, JournalWriter, read_journal
-from pipelines.lease import Lease, Watch, describe
+from pipelines.journal import Event, JournalWriter, Superseded, read_journal
+from pipelines.lease import Lease, Watch, dead, describe, user_name
 from pipelines.planner import Decision, Planner, identity, versions
 from pipelines.preflight import lacks_here, lacks_in_cluster, room_of
 from pipelines.snapshot import freeze
@@ -170,6 +169,9 @@ class Run:
                 signal.signal(number, handler)
 
     def _begin(self, plan: list[Decision]) -> None:
+        for run in dead_runs(self.store, wait=False):
+            with contextlib.suppress(Superseded):
+                JournalWriter(self.store, run).write("run_ended", status="KILLED", exit_code=None, text="its driver is gone")
         file = self.graph.loaded.file
         record = {
             "run": self.run,
@@ -179,7 +181,7 @@ class Run:
             "command": self.options.command,
             "tracking": file.tracking.model_dump(),
             "started_ms": _now_ms(),
-            "user": getpass.getuser(),
+            "user": user_name(),
             "host": socket.gethostname(),
             "snapshot": self._snapshot.artifact.digest,
             "git": git_state(),
@@ -378,7 +380,7 @@ class Run:
                 started_ms=running.started_ms,
                 seconds=round(seconds, 3),
                 host=socket.gethostname(),
-                user=getpass.getuser(),
+                user=user_name(),
                 pid=os.getpid(),
             )
         )
@@ -493,11 +495,13 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def dead_runs(store: Store) -> list[str]:
-    """Runs of this store without a last word whose driver is gone."""
-    dead = []
+def dead_runs(store: Store, *, wait: bool = True) -> list[str]:
+    """Runs without a last word whose driver is gone. `wait`: watch drivers of other machines until it is sure, half a minute at most."""
+    open_runs = []
     for run in store.runs():
         events = read_journal(store, run)
-        if events and events[-1]["type"] != "run_ended" and Watch(store, f"run-{run}").taken_by() is None:
-            dead.append(run)
-    return dead
+        if events and events[-1]["type"] != "run_ended":
+            open_runs.append(run)
+    if wait:
+        return [name.removeprefix("run-") for name in dead(store, [f"run-{run}" for run in open_runs])]
+    return [run for run in open_runs if Watch(store, f"run-{run}").taken_by() is None]
