@@ -1,7 +1,7 @@
 """The kinds of artifact: what a stage's signature is written in.
 
-An artifact is a folder and its manifest; its digest is the manifest's. Each class is one kind and says which files the folder holds.
-Who made it, when and where stands in the action record, never here.
+An artifact is a folder and its manifest; its digest is the manifest's. Each class is one kind and a contract: which files the folder
+holds and which metadata its manifest, at the least. Who made it, when and where stands in the action record, never here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ class Artifact:
     """`Documents(path=Path(".../artifacts/6b1f..."), digest="6b1f...", metadata={"documents": 812, ...})`."""
 
     kind: ClassVar[str]
+    files: ClassVar[tuple[str, ...]] = ()
+    """What the folder holds, at the least."""
+    required: ClassVar[dict[str, Any]] = {}
+    """What the metadata holds, at the least, by example."""
     path: Path
     digest: str
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -29,6 +33,8 @@ class Documents(Artifact):
     """Texts: `train.jsonl` and `held_out.jsonl` of `{"text", "source", ...fields}`, and `rejects.jsonl`."""
 
     kind = "documents"
+    files = ("train.jsonl", "held_out.jsonl")
+    required: ClassVar[dict[str, Any]] = {"train": {"documents": 3, "bytes": 120}, "held_out": {"documents": 1, "bytes": 40}}
 
     def records(self, split: str) -> Iterator[dict[str, Any]]:
         with open(self.path / f"{split}.jsonl", encoding="utf-8") as lines:
@@ -44,30 +50,38 @@ class Tokenizer(Artifact):
     """`tokenizer.json`, which `gpt.tokenizer` opens."""
 
     kind = "tokenizer"
+    files = ("tokenizer.json",)
+    required: ClassVar[dict[str, Any]] = {"vocab_size": 4096}
 
 
 class Tokens(Artifact):
     """`train.bin` and `held_out.bin` (little-endian unsigned integers, `metadata["dtype"]`), and the `tokenizer.json` that made them."""
 
     kind = "tokens"
+    files = ("train.bin", "held_out.bin", "tokenizer.json")
+    required: ClassVar[dict[str, Any]] = {"dtype": "uint16", "vocab_size": 4096, "tokenizer": "6b1f..."}
 
 
 class Model(Artifact):
     """`model.safetensors` (fp32), `config.json` (GPTConfig) and `tokenizer.json`; `metadata["role"]` is policy or reward."""
 
     kind = "model"
+    files = ("model.safetensors", "config.json", "tokenizer.json")
+    required: ClassVar[dict[str, Any]] = {"role": "policy", "tokenizer": "6b1f..."}
 
 
 class Report(Artifact):
     """`report.json`: figures and samples of an evaluation."""
 
     kind = "report"
+    files = ("report.json",)
 
 
 class HfCheckpoint(Artifact):
     """A folder that `transformers` opens without custom code."""
 
     kind = "hf_checkpoint"
+    files = ("config.json",)
 
 
 KINDS: dict[str, type[Artifact]] = {kind.kind: kind for kind in (Documents, Tokenizer, Tokens, Model, Report, HfCheckpoint)}

@@ -6,19 +6,25 @@ artifacts and the config anew from a `Job`, which is plain data, give the kind i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import io
+import os
+import socket
+import sys
 import time
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
+from cluster.metric_names import check_metric_name
 from pipelines.artifacts import Artifact
 from pipelines.config import Resources
 from pipelines.graph import ENGINES, load_kind
+from pipelines.planner import versions
 from pipelines.stage import Source, StageFailure
 from pipelines.store import Store
 
@@ -64,6 +70,9 @@ class Outcome:
     curves: dict[str, list[tuple[int, float, int]]] = field(default_factory=dict)
     restarts: int = 0
     resumed_from_step: int | None = None
+    host: str | None = None
+    """Where it ran, under which pid, and with what. None and nothing where its process never came so far."""
+    pid: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -110,7 +119,8 @@ def execute(job: Job, emit: Callable[[Event], None], should_stop: Callable[[], b
         for name, wanted in kind.inputs.items():
             given = [store.artifact(digest) for digest in job.inputs.get(name, [])]
             arguments[name] = given if wanted.many else given[0] if given else None
-        result = kind.function(**arguments)
+        with _threads(job.resources.cpus_per_rank if kind.trains() else job.resources.cpus):
+            result = kind.function(**arguments)
         if not isinstance(result, kind.output) or not result.digest:
             raise StageFailure(
                 f"{job.uses} returned {_of_type(result)}, its signature says {kind.output.__name__}: "
@@ -128,6 +138,31 @@ def execute(job: Job, emit: Callable[[Event], None], should_stop: Callable[[], b
             context.discard()
 
 
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """As many threads as the stage holds CPUs: the same bits need the same threads.
+
+    What a library has not read yet stands in the environment; torch, once it is loaded, has to be told.
+    """
+    names = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")  # torch's, and those of tokenizers
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(count)))
+    torch = sys.modules.get("torch")
+    threads_before = torch.get_num_threads() if torch else None
+    if torch:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        if torch:
+            torch.set_num_threads(threads_before)
+
+
 class Context:
     """`StageContext` as the runner implements it."""
 
@@ -135,12 +170,13 @@ class Context:
         self.seed = job.seed
         self.device = "cuda" if job.resources.gpus else "cpu"
         self.sources = job.sources
-        self.outcome = Outcome()
+        self.outcome = Outcome(host=socket.gethostname(), pid=os.getpid(), versions=versions())
         self._job = job
         self._store = store
         self._emit = emit
         self._should_stop = should_stop
         self._output: Path | None = None
+        self._readers: list[_Planned] = []
         self._shown_at_s = 0.0
 
     @property
@@ -150,7 +186,9 @@ class Context:
         return self._output
 
     def open(self, source: Source) -> BinaryIO:
-        return cast(BinaryIO, io.BufferedReader(_Planned(source), buffer_size=1 << 20))
+        reader = _Planned(source)
+        self._readers.append(reader)
+        return cast(BinaryIO, io.BufferedReader(reader, buffer_size=1 << 20))
 
     def progress(self, done: int, total: int, unit: str) -> None:
         if self._should_stop():
@@ -160,11 +198,14 @@ class Context:
             self._emit({"type": "progress", "done": done, "total": total, "unit": unit})
 
     def log(self, step: int, values: dict[str, float]) -> None:
+        for name in values:
+            check_metric_name(name)
         now_ms = time.time_ns() // 1_000_000
         self._keep([[name, step, value, now_ms] for name, value in values.items()])
         self._emit({"type": "points", "points": [[name, step, value, now_ms] for name, value in values.items()]})
 
     def figure(self, name: str, value: float) -> None:
+        check_metric_name(name)
         self.outcome = replace(self.outcome, figures=self.outcome.figures | {name: value})
 
     def gang(self, function: Callable[..., dict[str, Any] | None], *arguments: Any) -> dict[str, Any]:
@@ -198,6 +239,10 @@ class Context:
     def publish(self, kind: type[A], **metadata: Any) -> A:
         if not any(self.output.iterdir()):
             raise StageFailure(f"{self._job.uses} publishes {kind.kind}, but wrote nothing into stage.output")
+        for reader in self._readers:
+            reader.verify()
+        if fault := _breach(kind, self.output, metadata):
+            raise StageFailure(f"{self._job.uses} publishes {kind.kind} {fault}")
         published = self._store.publish(self.output, kind.kind, metadata)
         self._output = None
         return cast(A, published)
@@ -223,6 +268,7 @@ class _Planned(io.RawIOBase):
         self._source = source
         self._file = open(source.path, "rb", buffering=0)  # noqa: SIM115  (closed in close)
         self._hash = hashlib.sha256()
+        self._fault: StageFailure | None = None
 
     def readable(self) -> bool:
         return True
@@ -240,7 +286,33 @@ class _Planned(io.RawIOBase):
             self._hash.update(chunk)
         self._file.close()
         if self._hash.hexdigest() != self._source.sha256:
-            raise StageFailure(f"{self._source.name} was changed after this run was planned; run again to read it as it is now")
+            self._fault = StageFailure(f"{self._source.name} was changed after this run was planned; run again to read it as it is now")
+            raise self._fault
+
+    def verify(self) -> None:
+        """What `close` raised, also where nobody heard it: Python closes a forgotten file, and drops what that raises."""
+        self.close()
+        if self._fault is not None:
+            raise self._fault
+
+
+def _breach(kind: type[Artifact], folder: Path, metadata: dict[str, Any]) -> str | None:
+    """How a folder and its metadata fall short of their kind, as the end of a sentence; None when they are what the kind promises."""
+    for name in kind.files:
+        if not (folder / name).is_file():
+            return f"without {name}: write it into stage.output; {kind.__name__} holds {', '.join(kind.files)}"
+    for name, example in kind.required.items():
+        if not _alike(metadata.get(name), example):
+            found = f"with metadata `{name}` = {metadata[name]!r}" if name in metadata else f"without metadata `{name}`"
+            others = "".join(f", {other}=..." for other in kind.required if other != name)
+            return f"{found}: stage.publish({kind.__name__}, {name}={example!r}{others})"
+    return None
+
+
+def _alike(found: Any, example: Any) -> bool:
+    if isinstance(example, dict):
+        return isinstance(found, dict) and all(_alike(found.get(name), part) for name, part in example.items())
+    return isinstance(found, type(example))
 
 
 def _in_words(error: Exception, job: Job) -> str:
