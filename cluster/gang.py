@@ -294,6 +294,14 @@ class _Raised:
     """A peer was lost: someone else is to blame."""
 
 
+class _LostAtStart(Exception):
+    """A rank that never came to run its function."""
+
+    def __init__(self, loss: _Loss) -> None:
+        super().__init__(loss)
+        self.loss = loss
+
+
 class _Start:
     """One start of a gang: its placement group, its actors, and the loop that watches them."""
 
@@ -316,7 +324,7 @@ class _Start:
         self._asked = asked
         self._step = resume_from.step if resume_from else 0
         self._actors: list[Any] = []
-        self._where: list[_Where] = []
+        self._where: dict[int, _Where] = {}
         self._polls: dict[int, Any] = {}
         self._sections: dict[int, tuple[str, float]] = {}
         self._due_s: dict[int, float] = {}
@@ -330,6 +338,8 @@ class _Start:
                 return _Done(None, [])
             try:
                 return self._watch(self._launch(group))
+            except _LostAtStart as lost:
+                return lost.loss
             finally:
                 # All at once: a rank that waits for a dead peer in a collective would sit there until its timeout.
                 for actor in self._actors:
@@ -390,21 +400,41 @@ class _Start:
         return [actor.run.remote(function, place, self._resume_from) for actor, place in zip(self._actors, places, strict=True)]
 
     def _introduce(self) -> list[_Place]:
+        spec = self._spec
+        self._hear([actor.where.remote() for actor in self._actors], self._where)
+        ranks = ", ".join(self._called(index) for index in range(spec.ranks))
+        self._on_event({"type": "gang", "pids": [self._where[index].pid for index in range(spec.ranks)], "text": f"{spec.name}: {ranks}"})
+        one_node = len({where.node_id for where in self._where.values()}) == 1
+        master = "127.0.0.1" if one_node else self._where[0].address
+        ports = {0: 0}
+        if spec.ranks > 1:
+            self._hear([self._actors[0].free_port.remote()], ports)
+        places = []
+        for index in range(spec.ranks):
+            where = self._where[index]
+            together = [other for other in range(spec.ranks) if self._where[other].node_id == where.node_id]
+            gpus = tuple(gpu for other in together for gpu in self._where[other].gpus)
+            places.append(_Place(index, spec.ranks, together.index(index), len(together), gpus, master, ports[0], one_node))
+        return places
+
+    def _hear(self, asked: list[Any], heard: dict[int, Any]) -> None:
+        """Fill in what ranks 0, 1, ... answer before the start's deadline; _LostAtStart where one dies, raises or stays silent."""
         import ray
 
-        spec = self._spec
-        self._where = ray.get([actor.where.remote() for actor in self._actors], timeout=spec.start_deadline_s)
-        ranks = ", ".join(self._called(index) for index in range(spec.ranks))
-        self._on_event({"type": "gang", "pids": [where.pid for where in self._where], "text": f"{spec.name}: {ranks}"})
-        one_node = len({where.node_id for where in self._where}) == 1
-        master = "127.0.0.1" if one_node else self._where[0].address
-        port = ray.get(self._actors[0].free_port.remote(), timeout=spec.start_deadline_s) if spec.ranks > 1 else 0
-        places = []
-        for index, where in enumerate(self._where):
-            together = [other for other, there in enumerate(self._where) if there.node_id == where.node_id]
-            gpus = tuple(gpu for other in together for gpu in self._where[other].gpus)
-            places.append(_Place(index, spec.ranks, together.index(index), len(together), gpus, master, port, one_node))
-        return places
+        waiting = {ref: index for index, ref in enumerate(asked)}
+        while waiting:
+            ready, _ = ray.wait(list(waiting), timeout=max(0.0, min(self._due_s.values()) - time.monotonic()))
+            if not ready:
+                late = sorted(waiting.values())
+                who = " and ".join(self._called(index) for index in late)
+                sentence = f"{who} did not come up within the {self._spec.start_deadline_s:g} s of start_deadline_s"
+                raise _LostAtStart(_Loss(late[0], "deadline", sentence, True))
+            for ref in ready:
+                index = waiting.pop(ref)
+                answer = self._outcome(ref)
+                if isinstance(answer, (_Raised, Exception)):
+                    raise _LostAtStart(self._blame(index, answer, {}))
+                heard[index] = answer
 
     def _watch(self, runs: list[Any]) -> _Done | _Loss:
         import ray
@@ -433,14 +463,14 @@ class _Start:
         return done[0]
 
     @staticmethod
-    def _outcome(ref: Any) -> _Done | _Raised | Exception:
+    def _outcome(ref: Any) -> Any:
+        """A rank's answer, or the exception that tells its death."""
         import ray
 
         try:
-            outcome: _Done | _Raised = ray.get(ref)
-        except Exception as death:
-            return death
-        return outcome
+            return ray.get(ref)
+        except Exception as error:
+            return _raised_by_ray(error) or error
 
     def _collect(self, ranks: Iterable[int]) -> None:
         """Take the answers that are there, and ask again those that answered; never wait."""
@@ -473,7 +503,7 @@ class _Start:
         if heartbeat is None:
             return
         self._step = max(self._step, heartbeat.step)
-        if heartbeat.begun:
+        if heartbeat.section is not None:
             self._due_s[index] = time.monotonic() + heartbeat.deadline_s - heartbeat.elapsed_s
             self._sections[index] = (heartbeat.section, heartbeat.deadline_s)
 
@@ -483,7 +513,7 @@ class _Start:
         return max(self._step, committed.step if committed else 0)
 
     def _called(self, index: int) -> str:
-        if index >= len(self._where):
+        if index not in self._where:
             return f"rank {index}"
         return f"rank {index} (pid {self._where[index].pid}, node {self._where[index].node})"
 
@@ -660,6 +690,22 @@ def _raised(error: Exception) -> _Raised:
     connection = any(isinstance(link, (dist.DistError, ConnectionError)) or _from_gloo(link) for link in chain)
     text = " ".join(str(error).split())
     return _Raised(f"{type(error).__name__}: {text}", "".join(traceback.format_exception(error)), connection)
+
+
+def _raised_by_ray(error: Exception) -> _Raised | None:
+    """Code that raised where the actor could not say so itself: importing the function, or making the actor. None: a death."""
+    from ray import exceptions as rays
+
+    if isinstance(error, rays.RayActorError) and error.actor_init_failed:
+        lines = str(error).splitlines()
+        words = itertools.takewhile(lambda line: not line.startswith(" "), reversed(lines))  # what follows the traceback
+        return _Raised(" ".join(reversed([*words])), str(error), False)
+    if not isinstance(error, rays.RayTaskError):
+        return None
+    cause = error.cause.client_exc if isinstance(error.cause, rays.RaySystemError) else error.cause  # an argument that can't be unpickled
+    if isinstance(cause, rays.RayError):
+        return None  # an argument that went with a node
+    return _Raised(f"{type(cause).__name__}: {' '.join(str(cause).split())}", str(error), False)
 
 
 def _from_gloo(error: BaseException) -> bool:

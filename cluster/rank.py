@@ -41,15 +41,17 @@ class CheckpointNotWritten(OSError):
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank is doing: the open section that is nearest to its deadline."""
+    """What a rank is doing: the open section that is nearest to its deadline.
+
+    Between sections it is "after" the last one, with that one's deadline: there are collectives in which a rank can hang as well.
+    """
 
     section: str | None
+    """None before the first one."""
     elapsed_s: float
     deadline_s: float
     step: int
     """The last step that was logged or committed."""
-    begun: bool
-    """Any section was entered yet."""
 
 
 class ProcessRank:
@@ -85,7 +87,8 @@ class ProcessRank:
         self._identity = dict(identity)
         self._engines: dict[str, Any] = {}
         self._sections: tuple[tuple[str, float, float], ...] = ()
-        self._begun = False
+        """Name, deadline and start of those that are open; where none is, of the time after the last one."""
+        self._open = 0
         self._step = 0
         self._saves = 0
         self._misses = 0
@@ -112,22 +115,23 @@ class ProcessRank:
 
     @contextlib.contextmanager
     def section(self, name: str, deadline_s: float) -> Iterator[None]:
-        outer = self._sections
+        outer = self._sections[: self._open]
         self._sections = (*outer, (name, deadline_s, time.monotonic()))
-        self._begun = True
+        self._open += 1
         try:
             yield
         finally:
-            self._sections = outer
+            self._open -= 1
+            self._sections = outer or ((f"after {name}", deadline_s, time.monotonic()),)
 
     def heartbeat(self) -> Heartbeat:
         """For the second thread: a snapshot that needs no lock, since the tuple of sections is replaced whole."""
         now_s = time.monotonic()
         sections = self._sections
         if not sections:
-            return Heartbeat(None, 0.0, float("inf"), self._step, self._begun)
+            return Heartbeat(None, 0.0, float("inf"), self._step)
         name, deadline_s, started_at_s = min(sections, key=lambda section: section[2] + section[1])
-        return Heartbeat(name, now_s - started_at_s, deadline_s, self._step, self._begun)
+        return Heartbeat(name, now_s - started_at_s, deadline_s, self._step)
 
     def should_stop(self) -> bool:
         flag = torch.tensor([1.0 if self._stop_requested() else 0.0])

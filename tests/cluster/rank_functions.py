@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cluster.gang import _RankProcess
 from gpt.settings import TrainSettings
 
 
@@ -99,3 +100,42 @@ def stop_when_asked(rank: Any) -> dict[str, Any] | None:
             return None
         time.sleep(0.05)
     return {"stopped": False}
+
+
+def hang_between_sections(rank: Any) -> dict[str, Any]:
+    with rank.section("step", 3):
+        pass
+    if rank.rank == 1:
+        time.sleep(600)
+    return {"stopped": rank.should_stop()}
+
+
+class KilledAtStart(_RankProcess):
+    """Rank 1 dies as it is introduced to the others, once."""
+
+    def __init__(self, rank: int, attempt: str) -> None:
+        super().__init__(rank, attempt)
+        self._dies = rank == 1 and Path(attempt).name == "1.1"
+
+    def where(self) -> Any:
+        if self._dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().where()
+
+
+class SilentAtStart(_RankProcess):
+    """Rank 1 never says where it is."""
+
+    def __init__(self, rank: int, attempt: str) -> None:
+        super().__init__(rank, attempt)
+        self._silent = rank == 1
+
+    def where(self) -> Any:
+        if self._silent:
+            time.sleep(600)
+        return super().where()
+
+
+class RefusesToStart(_RankProcess):
+    def __init__(self, rank: int, attempt: str) -> None:
+        raise ImportError("libcuda.so is missing\non this node")

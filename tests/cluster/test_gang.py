@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import time
 from collections.abc import Callable
@@ -132,6 +133,50 @@ def test_a_hung_rank_is_found_by_its_deadline_and_its_stack_is_told(tmp_path: Pa
     waiting, sleeping = gang.texts("stacks")
     assert "in all_reduce" in waiting
     assert "in _strike" in sleeping
+
+
+def test_a_rank_that_hangs_between_sections_is_found_by_the_last_ones_deadline(tmp_path: Path) -> None:
+    gang = Gang(tmp_path, max_restarts=0)
+    with pytest.raises(
+        GangFailure, match=r"rank 1 \(pid .* did not finish section 'after step' within its 3 s at step 0; that was start 1"
+    ):
+        gang.run(rank_functions.hang_between_sections)
+
+
+def test_a_rank_that_dies_as_the_gang_starts_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.gang._RankProcess", rank_functions.KilledAtStart)
+    gang = Gang(tmp_path)
+    result = gang.run(rank_functions.add_ranks)
+    assert (result.value["total"], result.restarts) == ([3.0, 20.0], 1)
+    assert gang.texts("restart") == [
+        "pretrain: rank 1 killed by SIGKILL at step 0; start 2 of 3 begins at step 0, there being no checkpoint"
+    ]
+
+
+def test_a_rank_that_never_comes_up_is_named_after_the_starts_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.gang._RankProcess", rank_functions.SilentAtStart)
+    with pytest.raises(GangFailure, match=r"rank 1 did not come up within the 5 s of start_deadline_s; that was start 1 of 1") as failure:
+        Gang(tmp_path, max_restarts=0, start_deadline_s=5).run(rank_functions.add_ranks)
+    assert failure.value.cause == "deadline"
+    assert all_room_is_free()
+
+
+def test_a_rank_that_can_not_be_made_says_why_and_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.gang._RankProcess", rank_functions.RefusesToStart)
+    with pytest.raises(GangFailure, match=r"rank [01] raised at step 0: ImportError: libcuda\.so is missing on this node$") as failure:
+        Gang(tmp_path).run(rank_functions.add_ranks)
+    assert failure.value.cause == "exception"
+
+
+def test_a_function_that_the_ranks_can_not_import_is_an_exception_and_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "only_the_driver_knows.py").write_text("def function(rank): return {}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("only_the_driver_knows")
+    gang = Gang(tmp_path)
+    with pytest.raises(GangFailure, match=r"raised at step 0: ModuleNotFoundError: No module named 'only_the_driver_knows'$") as failure:
+        gang.run(module.function)
+    assert failure.value.cause == "exception"
+    assert gang.texts("restart") == []
 
 
 def test_asked_to_stop_it_saves_and_goes_on_later_with_as_many_ranks(tmp_path: Path) -> None:

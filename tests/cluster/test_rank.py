@@ -194,14 +194,31 @@ def test_a_metric_has_an_area_and_a_plain_name(tmp_path: Path, name: str) -> Non
 
 def test_the_heartbeat_tells_the_section_nearest_to_its_deadline(tmp_path: Path) -> None:
     rank = lone_rank(tmp_path)
-    assert not rank.heartbeat().begun
+    assert rank.heartbeat().section is None
     with rank.section("evaluate", 60), rank.section("batch", 600):
         assert (rank.heartbeat().section, rank.heartbeat().deadline_s) == ("evaluate", 60)
-    assert rank.heartbeat().section is None
-    assert rank.heartbeat().begun
-    with pytest.raises(KeyError), rank.section("step", 60):
+
+
+def test_between_sections_the_last_ones_deadline_counts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 13.0, 20.0, 25.0, 26.0])
+    monkeypatch.setattr("cluster.rank.time.monotonic", lambda: next(clock))
+    rank = lone_rank(tmp_path)
+    with rank.section("start", 300):  # entered at 0, left at 10
+        pass
+    beat = rank.heartbeat()  # at 13
+    assert (beat.section, beat.elapsed_s, beat.deadline_s) == ("after start", 3.0, 300)
+    with pytest.raises(KeyError), rank.section("step", 60):  # entered at 20, left at 25
         raise KeyError
-    assert rank.heartbeat().section is None
+    beat = rank.heartbeat()  # at 26
+    assert (beat.section, beat.elapsed_s, beat.deadline_s) == ("after step", 1.0, 60)
+
+
+def test_an_inner_sections_end_leaves_the_outer_ones_deadline(tmp_path: Path) -> None:
+    rank = lone_rank(tmp_path)
+    with rank.section("checkpoint", 600):
+        with rank.section("gather", 60):
+            pass
+        assert (rank.heartbeat().section, rank.heartbeat().deadline_s) == ("checkpoint", 600)
 
 
 def test_the_sum_over_one_rank_is_a_copy(tmp_path: Path) -> None:
