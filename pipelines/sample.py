@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pipelines.artifacts import Artifact, Model
 from pipelines.stage import StageFailure
 
+SHOWN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+"""What a model writes is data: a terminal must not obey its control characters, so their pictures are shown."""
+
 
 def continue_prompt(model: Artifact, prompt: str, *, tokens: int, temperature: float, seed: int) -> Iterator[str]:
     """The prompt, then what follows, in whole characters; it ends where the model ends the document."""
@@ -31,4 +34,4 @@ def continue_prompt(model: Artifact, prompt: str, *, tokens: int, temperature: f
     yield prompt
     for token in drawn:
         if token != end:
-            yield text.feed(token)
+            yield text.feed(token).translate(SHOWN)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from gpt.model import GPT, save_model
 from gpt.settings import PRESETS, GPTConfig
 from gpt.tokenizer import byte_tokenizer
+from pipelines.artifacts import Artifact
 from pipelines.doctor import Finding, examine
 from pipelines.sample import continue_prompt
 from pipelines.stage import StageFailure
@@ -25,17 +27,27 @@ def test_a_fault_comes_with_what_to_do():
     assert str(Finding("disk", "1 GiB free", "make room")) == "!!  disk        1 GiB free\n                make room"
 
 
-def test_a_sample_begins_with_its_prompt_and_follows_its_seed(store: Store):
+@pytest.fixture
+def untrained(store: Store) -> Artifact:
     folder = store.new_folder()
     tokenizer = byte_tokenizer()
     config = GPTConfig(**PRESETS["gpt2-nano"].model_dump(), vocab_size=tokenizer.vocab_size)
     save_model(folder, config, dict(GPT(config, torch.Generator().manual_seed(1)).named_parameters()))
     tokenizer.save(folder / "tokenizer.json")
-    model = store.publish(folder, "model", {"role": "policy", "tokenizer": "0"})
-    pieces = list(continue_prompt(model, "春眠不覺曉", tokens=40, temperature=1.0, seed=1))
+    return store.publish(folder, "model", {"role": "policy", "tokenizer": "0"})
+
+
+def test_a_sample_begins_with_its_prompt_and_follows_its_seed(untrained: Artifact):
+    pieces = list(continue_prompt(untrained, "春眠不覺曉", tokens=40, temperature=1.0, seed=1))
     assert pieces[0] == "春眠不覺曉"
-    assert pieces == list(continue_prompt(model, "春眠不覺曉", tokens=40, temperature=1.0, seed=1))
-    assert pieces != list(continue_prompt(model, "春眠不覺曉", tokens=40, temperature=1.0, seed=2))
+    assert pieces == list(continue_prompt(untrained, "春眠不覺曉", tokens=40, temperature=1.0, seed=1))
+    assert pieces != list(continue_prompt(untrained, "春眠不覺曉", tokens=40, temperature=1.0, seed=2))
+
+
+def test_control_characters_that_a_model_writes_are_shown_and_not_obeyed(untrained: Artifact):
+    written = "".join(continue_prompt(untrained, "", tokens=100, temperature=1.0, seed=1))
+    assert set(written) & set("\N{SYMBOL FOR NULL}\N{SYMBOL FOR ESCAPE}\N{SYMBOL FOR BELL}\N{SYMBOL FOR BACKSPACE}\N{SYMBOL FOR DELETE}")
+    assert [letter for letter in written if unicodedata.category(letter) == "Cc" and letter not in "\n\t"] == []
 
 
 def test_what_is_no_model_cannot_be_sampled(store: Store, tmp_path: Path):
