@@ -138,13 +138,17 @@ def share_done(stage: StageView) -> float | None:
 
 
 def seconds_left(stage: StageView, now_ms: int) -> float | None:
-    """From the pace between the first point and the newest: what came before (a gang's start) says nothing about steps."""
+    """From the pace between the first point and the newest: what came before (a gang's start) says nothing about steps.
+
+    Points from before the stage's start were restored by a resume: of an attempt that may be days old.
+    """
     if not stage.steps or stage.step is None:
         share = share_done(stage)
         if not share or share >= 1 or stage.started_ms is None:
             return None
         return (now_ms - stage.started_ms) / 1000 * (1 - share) / share
-    times = [(points[0], points[-1]) for points in stage.curves.values() if len(points) > 1]
+    curves = [[point for point in points if point[2] >= (stage.started_ms or 0)] for points in stage.curves.values()]
+    times = [(points[0], points[-1]) for points in curves if len(points) > 1]
     if not times:
         return None
     first = min((one for one, _ in times), key=lambda point: point[0])

@@ -16,7 +16,7 @@ class EvaluateConfig(StageConfig):
     compressors: bool = True
     """Also say what xz -9e needs for the held-out text alone, and PPMd after it has read the training text."""
     prompts: tuple[str, ...] = ("", "", "")
-    """What the model continues, for the report; an empty one begins a document."""
+    """What the model continues, for the report; an empty one begins a document. `[]`: no samples."""
     sample_tokens: int = Field(default=120, ge=1)
     temperature: float = Field(default=0.8, ge=0)
 
@@ -33,10 +33,16 @@ def evaluate(config: EvaluateConfig, model: Model, documents: list[Documents], s
 
     if model.metadata["role"] != "policy":
         raise StageFailure(f"model {model.digest[:12]} has the role {model.metadata['role']}; evaluate wants a policy")
-    encoder = Tokenizer.load(model.path / "tokenizer.json")
-    end = encoder.special["document"]
     texts = [text for each in documents for text in each.texts("held_out")]
     held_out = "".join(texts).encode()
+    if not held_out:
+        named = " and ".join(f"documents {each.digest[:12]}" for each in documents)
+        raise StageFailure(
+            f"{named} hold no held-out text, so there is nothing to evaluate on; "
+            'set hold_out in the ingest stage, e.g. hold_out = { share = 0.02, by = "record" }'
+        )
+    encoder = Tokenizer.load(model.path / "tokenizer.json")
+    end = encoder.special["document"]
     token_ids = np.array([token for ids in encoder.encode_batch(texts) for token in (*ids, end)], dtype=np.int64)
     network = load_model(model.path).to(stage.device).eval()
     nats, count = held_out_nats(network, token_ids, document_id=end, stride=config.stride)

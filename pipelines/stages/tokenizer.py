@@ -5,17 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipelines.artifacts import Documents, Tokenizer
 from pipelines.stage import StageConfig, StageContext
+
+# gpt.tokenizer.MIN_VOCAB_SIZE, whose module loads a library that no plan needs; a test holds the two together.
+SMALLEST_VOCAB_SIZE = 262
 
 
 class TokenizerConfig(StageConfig):
     algorithm: Literal["bpe", "bytes"] = "bpe"
     """"bytes" learns nothing: each byte is a token."""
-    vocab_size: int | None = Field(default=None, ge=1)
+    vocab_size: int | None = Field(default=None)
     """Tokens in all, the 256 bytes and the special tokens included. Only for "bpe", which needs it."""
+
+    @field_validator("vocab_size")
+    @classmethod
+    def _bytes_and_special_tokens_fit(cls, vocab_size: int | None) -> int | None:
+        if vocab_size is not None and vocab_size < SMALLEST_VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size = {vocab_size} is less than {SMALLEST_VOCAB_SIZE}: 256 bytes and {SMALLEST_VOCAB_SIZE - 256} special tokens; "
+                'ask for more, or for algorithm = "bytes"'
+            )
+        return vocab_size
 
     @model_validator(mode="after")
     def _size_goes_with_bpe(self) -> TokenizerConfig:

@@ -85,6 +85,17 @@ def test_time_left_is_read_off_the_steps_and_not_off_the_gangs_start() -> None:
     assert seconds_left(stage, now_ms=60_000) == 80.0  # one second a step, 80 to go
 
 
+def test_after_a_resume_the_points_of_the_earlier_attempt_say_nothing_about_the_time_left() -> None:
+    day_ms = 86_400_000
+    restored = [(10, 1.0, 1_000), (20, 1.0, 11_000)]
+    stage = StageView("pretrain", steps=100, started_ms=day_ms, curves={"train/loss": [*restored]})
+    assert seconds_left(stage, now_ms=day_ms + 5_000) is None
+    stage.curves["train/loss"] += [(30, 1.0, day_ms + 10_000)]
+    assert seconds_left(stage, now_ms=day_ms + 10_000) is None  # one point has no pace
+    stage.curves["train/loss"] += [(40, 1.0, day_ms + 20_000)]
+    assert seconds_left(stage, now_ms=day_ms + 20_000) == 60.0  # one second a step, 60 to go
+
+
 def test_no_control_character_of_a_message_reaches_a_pipe_or_a_terminal() -> None:
     for live in (False, True):
         out = io.StringIO()
