@@ -74,6 +74,16 @@ def _known_as(uri: str, store: Store) -> str:
     return "sqlite" if uri == resolve_uri("sqlite", store.root) else uri
 
 
+def _run_info(store: Store, run: str) -> dict[str, Any]:
+    data = store.backend.get(f"runs/{run}/run.json")
+    return {} if data is None else json.loads(data)
+
+
+def _own_uri(store: Store, run: str) -> str:
+    """The MLflow that a run was meant for when it started."""
+    return _known_as((_run_info(store, run).get("tracking") or {}).get("uri", "sqlite"), store)
+
+
 def unreachable(uri: str) -> str | None:
     """Why a server can't be spoken to now, within seconds; None when it answers, or is a database."""
     address = urlsplit(uri)
@@ -417,8 +427,7 @@ class Sender:
                 self._end_run(event)
 
     def _info(self) -> dict[str, Any]:
-        data = self._store.backend.get(f"runs/{self.run}/run.json")
-        return {} if data is None else json.loads(data)
+        return _run_info(self._store, self.run)
 
     def _parent(self) -> str | None:
         assert self._ids is not None
@@ -706,23 +715,33 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def sync(store: Store, uri: str, dead: Iterable[str] = (), again: bool = False) -> list[str]:
+def sync(store: Store, uri: str | None, dead: Iterable[str] = (), again: bool = False) -> list[str]:
     """Deliver what MLflow lacks of every run, oldest first; report lines for people.
 
-    `dead` names runs whose driver is gone without a last word: they are ended as KILLED first. `again` sends everything anew.
+    Each run goes to the MLflow that it was started with; a `uri` takes the place of them all. `dead` names runs whose driver is gone
+    without a last word: they are ended as KILLED first. `again` sends everything anew.
     """
-    uri = _known_as(uri, store)
     lines = []
     for run in dead:
         with suppress(Superseded):
             JournalWriter(store, run).write("run_ended", status="KILLED", exit_code=None, text="its driver is gone")
             lines.append(f"{run}  ended as KILLED: its driver is gone")
-    runs = [run for run in store.runs() if next(JournalReader(store, run).read(), None) is not None]
+    runs: dict[str, list[str]] = {}
+    for run in store.runs():
+        if next(JournalReader(store, run).read(), None) is not None:
+            runs.setdefault(_own_uri(store, run) if uri is None else _known_as(uri, store), []).append(run)
+    if not runs:
+        lines.append(f"the store {store.root} has no runs yet")
+    for each, theirs in runs.items():
+        lines += _sync_with(store, each, theirs, again)
+    return lines
+
+
+def _sync_with(store: Store, uri: str, runs: list[str], again: bool) -> list[str]:
     why = unreachable(resolve_uri(uri, store.root))
     if why is not None:
-        return [*lines, _kept(uri, why)]
-    if not runs:
-        return [*lines, f"MLflow {uri}: the store {store.root} has no runs yet"]
+        return [_kept(uri, why)]
+    lines = []
     try:
         door = _Door(store, uri)
         for run in runs:
@@ -801,7 +820,10 @@ def start_tracking(store: Store, run: str, uri: str) -> Tracker:
 
 
 def follow(store: Store, run: str, uri: str, alive: Callable[[], bool]) -> None:
-    """Send a run until it has ended and all of it is delivered, or until its driver is gone and no more can be done."""
+    """Send a run until it has ended and all of it is delivered, or until its driver is gone and no more can be done.
+
+    Then what other runs' own MLflows lack.
+    """
     sender = Sender(store, run, uri)
     wait_s = POLL_S
     while True:
@@ -818,21 +840,31 @@ def follow(store: Store, run: str, uri: str, alive: Callable[[], bool]) -> None:
         until_s = time.monotonic() + wait_s
         while time.monotonic() < until_s and alive():
             time.sleep(min(0.1, wait_s))
-    for other in store.runs():
-        if other != run and not _caught_up(store, other, _read_state(store, other, uri)):
-            Sender(store, other, uri).deliver()
+    theirs = {other: _own_uri(store, other) for other in store.runs() if other != run}
+    behind = [other for other, own in theirs.items() if not _caught_up(store, other, _read_state(store, other, own))]
+    silent = {own for own in {theirs[other] for other in behind} if unreachable(resolve_uri(own, store.root)) is not None}
+    for other in behind:
+        if theirs[other] not in silent:
+            Sender(store, other, theirs[other]).deliver()
 
 
 def _fragment(state: _State) -> str:
     return f"#/experiments/{state.view.split(':')[0]}/runs/{state.parent}?workflowType=machine_learning"
 
 
-def serve_ui(store: Store, uri: str, port: int, say: Callable[[str], None], dead: Iterable[str] = ()) -> int:
-    """Serve the MLflow UI of this store on this machine alone until Ctrl-C; a server elsewhere is only named. The exit code."""
+def serve_ui(store: Store, uri: str | None, port: int, say: Callable[[str], None], dead: Iterable[str] = ()) -> int:
+    """Serve the MLflow UI of this store on this machine alone until Ctrl-C; a server elsewhere is only named. The exit code.
+
+    Without a `uri` it is where the runs are, the newest first.
+    """
     for line in sync(store, uri, dead):
         say(line)
-    if uri.startswith(("http://", "https://")):
-        say(f"{uri.rstrip('/')}/#/experiments?workflowType=machine_learning")
+    uris = [uri] if uri is not None else [*dict.fromkeys(_own_uri(store, run) for run in reversed(store.runs()))] or ["sqlite"]
+    servers = [each for each in uris if each.startswith(("http://", "https://"))]
+    databases = [each for each in uris if each not in servers]
+    for each in servers:
+        say(f"{each.rstrip('/')}/#/experiments?workflowType=machine_learning")
+    if not databases:
         return 0
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -842,7 +874,7 @@ def serve_ui(store: Store, uri: str, port: int, say: Callable[[str], None], dead
             say(f"port {port} of 127.0.0.1 can't be used ({error.strerror}); give another one with --port")
             return 2
     server = subprocess.Popen(
-        ui_command(store, uri, port), env={**_ENVIRONMENT, **os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        ui_command(store, databases[0], port), env={**_ENVIRONMENT, **os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     )
     try:
         while server.poll() is None and unreachable(f"http://127.0.0.1:{port}") is not None:

@@ -18,7 +18,7 @@ import pytest
 from cluster.commit import canonical_json
 from pipelines.journal import JournalWriter
 from pipelines.store import Action, Store
-from pipelines.tracking import Sender, resolve_uri, start_tracking, sync, ui_command, unreachable
+from pipelines.tracking import Sender, follow, resolve_uri, serve_ui, start_tracking, sync, ui_command, unreachable
 
 START_MS = 1_790_000_000_000
 
@@ -41,14 +41,16 @@ def action(store: Store, stage: str, run: str, output: str, output_kind: str, **
     )  # fmt: skip
 
 
-def begin(store: Store, run: str, stages: dict[str, Any] | None = None) -> JournalWriter:
-    info = {
+def begin(store: Store, run: str, stages: dict[str, Any] | None = None, uri: str | None = None) -> JournalWriter:
+    info: dict[str, Any] = {
         "run": run,
         "pipeline": "line",
         "config": {"seed": 1, "stages": stages or {}},
         "command": "gptline run line.toml",
         "snapshot": "5" * 64,
     }
+    if uri is not None:  # runs of older versions say nothing
+        info["tracking"] = {"uri": uri}
     store.backend.put(f"runs/{run}/run.json", canonical_json(info))
     writer = JournalWriter(store, run)
     writer.write("run_started", pipeline="line", run=run, config={}, command="gptline run line.toml", user="u", host="h", versions={})
@@ -139,6 +141,47 @@ def test_a_server_that_takes_connections_and_never_answers_is_given_up_in_second
 
 def test_importing_tracking_imports_no_mlflow() -> None:
     subprocess.run([sys.executable, "-c", "import pipelines.tracking, sys; assert 'mlflow' not in sys.modules"], check=True)
+
+
+def test_sync_speaks_of_each_run_to_its_own_mlflow_unless_one_is_named_for_all(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for run, uri in (("r1", "http://there:5000"), ("r2", None), ("r3", "http://there:5000"), ("r4", "http://elsewhere")):
+        begin(store, run, uri=uri).flush()
+    monkeypatch.setattr("pipelines.tracking.unreachable", lambda uri: "gone")
+    told = [line.split(" not reachable")[0] for line in sync(store, None)]
+    assert told == ["MLflow http://there:5000", "MLflow sqlite", "MLflow http://elsewhere"]
+    assert [line.split(" not reachable")[0] for line in sync(store, "http://other")] == ["MLflow http://other"]
+
+
+def test_ui_names_the_servers_of_runs_that_are_seen_elsewhere(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(store, "r1", uri="http://old:5000").flush()
+    begin(store, "r2", uri="http://new:5000/").flush()
+    monkeypatch.setattr("pipelines.tracking.sync", lambda store, uri, dead: [])
+    said: list[str] = []
+    assert serve_ui(store, None, 5001, said.append) == 0
+    assert said == [f"http://{host}:5000/#/experiments?workflowType=machine_learning" for host in ("new", "old")]
+    said.clear()
+    assert serve_ui(store, "http://third", 5001, said.append) == 0
+    assert said == ["http://third/#/experiments?workflowType=machine_learning"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["sync", "the sender of a later run"])
+def test_runs_of_one_store_arrive_each_at_its_own_mlflow(store: Store, tmp_path: Path, command: str) -> None:
+    other = f"sqlite:///{tmp_path}/other.db"
+    for run, uri in (("r1", other), ("r2", "sqlite")):
+        begin(store, run, uri=uri).write("run_ended", status="FINISHED", exit_code=0, text="done")
+    if command == "sync":
+        expected = [
+            "r1  2 events delivered",
+            f"MLflow {other} has all of 1 run",
+            "r2  2 events delivered",
+            "MLflow sqlite has all of 1 run",
+        ]
+        assert sync(store, None) == expected
+    else:
+        follow(store, "r2", "sqlite", alive=lambda: False)
+    assert (set(children(client(store, other), "r1")), set(children(client(store, other), "r2"))) == ({""}, set())
+    assert (set(children(client(store), "r1")), set(children(client(store), "r2"))) == (set(), {""})
 
 
 @pytest.mark.slow
