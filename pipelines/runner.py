@@ -373,15 +373,15 @@ class Run:
                 figures=outcome.figures,
                 curves=outcome.curves,
                 operational=stage.operational() | ({"engine": "torch", "ranks": 1} if self.options.inline and stage.kind.trains() else {}),
-                versions=versions(),
+                versions=outcome.versions or versions(),
                 restarts=outcome.restarts,
                 resumed_from_step=outcome.resumed_from_step,
                 forced=decision.forced,
                 started_ms=running.started_ms,
                 seconds=round(seconds, 3),
-                host=socket.gethostname(),
+                host=outcome.host or socket.gethostname(),
                 user=user_name(),
-                pid=os.getpid(),
+                pid=outcome.pid or os.getpid(),
             )
         )
         self.store.note_latest(action.pipeline, stage.name, action.key, action.number)

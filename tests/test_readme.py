@@ -1,0 +1,68 @@
+"""The README tells the truth: its map is the tree, its commands exist, its metrics are those that are logged."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+METRIC = re.compile(r"(?:train|val|eval|rollout|reward|time|system)/[a-z0-9_]+")
+
+
+def tracked(*under: str) -> list[str]:
+    listed = subprocess.run(["git", "ls-files", *under], cwd=ROOT, capture_output=True, text=True, check=True)
+    return listed.stdout.split()
+
+
+def test_the_map_names_every_module_and_nothing_else():
+    section = README.split("## The map")[1].split("```")[1]
+    named: set[str] = set()
+    folders: list[str] = []  # by depth, two spaces each
+    for line in section.splitlines():
+        if match := re.match(r"( *)([\w./-]+)(\s|$)", line):
+            depth = len(match[1]) // 2
+            path = "".join(folders[:depth]) + match[2]
+            if match[2].endswith("/"):
+                folders[depth:] = [match[2]]
+            named.add(path)
+    modules = {name for name in tracked("pipelines", "gpt", "cluster") if name.endswith(".py") and not name.endswith("__init__.py")}
+    assert {name for name in named if name.endswith(".py")} == modules
+    assert {f"{name.split('/')[0]}/" for name in tracked() if "/" in name} - {".ci/"} <= named
+    assert all((ROOT / name).exists() for name in named)
+
+
+def test_every_command_that_is_shown_exists():
+    shown = set(re.findall(r"^(?:\.venv/bin/)?gptline (\w+)", README, re.MULTILINE)) | set(re.findall(r"`gptline (\w+)", README))
+    assert {"run", "plan", "rerun", "lineage", "ui", "doctor", "sample", "sync"} <= shown
+    for verb in shown:
+        assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0, verb
+    targets = set(re.findall(r"`?make (\w+)", README)) & {"quickstart", "test", "unit", "install", "lint", "clean"}
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"quickstart", "test"} <= targets
+    assert all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_every_metric_that_is_logged_is_explained_and_no_other():
+    section = README.split("## Metrics")[1].split("\n## ")[0]
+    logged = {
+        name
+        for file in tracked("gpt", "pipelines/stages")
+        if file.endswith(".py")
+        for name in METRIC.findall((ROOT / file).read_text())
+        if f'"{name}"' in (ROOT / file).read_text()
+    }
+    assert set(METRIC.findall(section)) == logged
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/architecture.md", "configs/README.md", "benchmarks/README.md"])
+def test_links_between_our_own_pages_lead_somewhere(path: str):
+    text = (ROOT / path).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / path).parent / target).exists(), target
