@@ -260,9 +260,14 @@ class Code:
             name
             for where, expression in expressions
             for chain in _chains(expression)
-            for name in self._resolved(self._named(self._module(where[0]), chain, self._definition(where).imports))
+            for name in self._resolved(self._meant(where, chain))
             if self._is_settings(name)
         ]
+
+    def _meant(self, where: Name, chain: tuple[str, ...]) -> Iterable[Name]:
+        if chain == ("cls",):  # a class method builds its own class
+            return [where]
+        return self._named(self._module(where[0]), chain, self._definition(where).imports)
 
     def _is_settings(self, name: Name) -> bool:
         return ("gpt.settings", "Settings") in self._ancestry(name)

@@ -224,8 +224,15 @@ def test_what_no_dump_of_the_config_holds_counts_as_code(kind: Path, old: str, n
     assert [name for name in after if after[name] != before.get(name)] == [changed]
 
 
-def test_settings_that_the_config_extends_count_whole_once_the_code_builds_them_itself(kind: Path):
-    write(kind, "model", KIND.replace("return Made", "Base(), Made"))
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("return Made", "return Base(), Made"),
+        ("def twice(self):", "@classmethod\n    def small(cls):\n        return cls()\n\n    def twice(self):"),
+    ],
+)
+def test_settings_in_the_config_count_whole_once_the_code_builds_them_itself(kind: Path, old: str, new: str):
+    write(kind, "model", KIND.replace(old, new))
     before = leaves(kind)
     write(kind, "parts", SETTINGS.replace("b: int = 1", "b: int = 2"))
     assert leaves(kind)["gpt.parts:Base"] != before["gpt.parts:Base"]
