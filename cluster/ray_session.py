@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import secrets
+import socket
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Event = dict[str, Any]
+
+LOOPBACK = ("127.", "localhost", "[::1]")
+KNOCK_S = 5.0
 T = TypeVar("T")
 
 
@@ -59,8 +63,11 @@ def start(
     if not (code_path / "cluster").is_dir():
         raise ValueError(f"code_path = {code_path} has no folder cluster/: want the folder that holds our packages")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if address != "local":
+        _knock(address)
     if address == "local":
         _secret_for_this_process()
+    if address == "local" or address.startswith(LOOPBACK):
         # Ray's switch for laptops: off, every one of its processes listens on the loopback interface alone. Read at import.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
@@ -81,11 +88,18 @@ def start(
         with contextlib.chdir(code_path), _environment(inherited):
             ray.init(configure_logging=False, **options)
         session = Session(address=ray.get_runtime_context().gcs_address, local=address == "local")
-        if session.local and not session.address.startswith(("127.", "[::1]", "localhost")):
+        if session.local and not session.address.startswith(LOOPBACK):
             raise RuntimeError(f"the local Ray session would listen on {session.address}: import cluster.ray_session's start before ray")
         yield session
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """ConnectionError at once where nothing listens; Ray itself would try for minutes. Names such as "auto" are Ray's to look up."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 def _worker_environment(code_path: Path, environment: Mapping[str, str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ Set = Annotated[
 ]
 Use = Annotated[list[str] | None, typer.Option("--use", metavar="STAGE=REF", help="Take this artifact as a stage's output.")]
 Root = Annotated[Path, typer.Option("--store", metavar="DIR", help="The store's folder.")]
-Uri = Annotated[str, typer.Option("--tracking", metavar="URI", help="Where MLflow is: sqlite, or http://...")]
+Uri = Annotated[str | None, typer.Option("--tracking", metavar="URI", help="Another MLflow than each run's own: sqlite, http://...")]
 
 
 @app.callback()
@@ -66,28 +66,27 @@ def plan(config: Config, set_: Set = None, use: Use = None) -> None:
 
 
 @app.command()
-def sync(store: Root = Path(".gptline"), tracking: Uri = "sqlite") -> None:
+def sync(store: Root = Path(".gptline"), tracking: Uri = None) -> None:
     """Deliver what MLflow missed, and set right the status of runs whose driver is gone."""
     from pipelines.runner import dead_runs
-    from pipelines.tracking import resolve_uri
     from pipelines.tracking import sync as deliver
 
     opened = _store(store)
-    _print(*deliver(opened, resolve_uri(tracking, opened.root), dead_runs(opened)))
+    _print(*deliver(opened, tracking, dead_runs(opened)))
 
 
 @app.command()
 def ui(
     store: Root = Path(".gptline"),
-    tracking: Uri = "sqlite",
+    tracking: Uri = None,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
 ) -> None:
     """The MLflow UI on this store."""
     from pipelines.runner import dead_runs
-    from pipelines.tracking import resolve_uri, serve_ui
+    from pipelines.tracking import serve_ui
 
     opened = _store(store)
-    raise typer.Exit(serve_ui(opened, resolve_uri(tracking, opened.root), port, _print, dead_runs(opened)))
+    raise typer.Exit(serve_ui(opened, tracking, port, _print, dead_runs(opened)))
 
 
 @app.command()

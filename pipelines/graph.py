@@ -359,12 +359,17 @@ def _check_files(stages: dict[str, _Draft]) -> list[Fault]:
     known: dict[str, Path] = {}
     for stage in stages.values():
         folder = stage.kind.file.parent if stage.kind.file else None
-        files = Code(ROOT, folder).files([stage.kind.entry()]) if folder else []
+        if folder is None:
+            continue
+        try:
+            files = Code(ROOT, folder).files([stage.kind.entry()])
+        except ValueError as error:
+            faults.append(Fault(f"stages.{stage.name}.uses", str(error)))
+            continue
         for file in files:
-            if folder and file.is_relative_to(folder):
-                name = file.relative_to(folder).as_posix()
-                if known.setdefault(name, file) != file:
-                    faults.append(Fault(f"stages.{stage.name}.uses", f"{file} and {known[name]} have one name; call one something else"))
+            name = file.relative_to(folder).as_posix()
+            if known.setdefault(name, file) != file:
+                faults.append(Fault(f"stages.{stage.name}.uses", f"{file} and {known[name]} have one name; call one something else"))
     return faults
 
 

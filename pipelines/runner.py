@@ -197,9 +197,9 @@ class Run:
         self._tracker = self._start_tracking()
 
     def _start_tracking(self) -> Any:
-        from pipelines.tracking import resolve_uri, start_tracking
+        from pipelines.tracking import start_tracking
 
-        return start_tracking(self.store, self.run, resolve_uri(self.graph.loaded.file.tracking.uri, self.store.root))
+        return start_tracking(self.store, self.run, self.graph.loaded.file.tracking.uri)
 
     def _resolved(self) -> dict[str, Any]:
         """The whole config with every default filled in."""
@@ -456,7 +456,7 @@ class Run:
         for name in self.graph.stages:
             if name in self._outputs and name not in self._planner_of_run.given:
                 made = self.store.artifact(self._outputs[name])
-                if isinstance(made, Model) and made.metadata["role"] == "policy":
+                if isinstance(made, Model) and made.metadata.get("role") == "policy":
                     self.store.point(self.graph.loaded.file.pipeline, "newest", made.digest)
 
     def _write(self, type: str, **fields: Any) -> None:

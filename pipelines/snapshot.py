@@ -65,8 +65,7 @@ def freeze(graph: Graph, store: Store) -> Snapshot:
         # a file outside the TOML's folder gets a place of its own, numbered in the order of the stages
         inside = file.parent.is_relative_to(graph.user_folder())
         place = places.setdefault(file.parent, file.parent.relative_to(graph.user_folder()) if inside else Path(f"outside-{len(places)}"))
-        reached = [path for path in Code(ROOT, file.parent).files([stage.kind.entry()]) if path.is_relative_to(file.parent)]
-        _copy(reached, file.parent, folder / "user" / place)
+        _copy(Code(ROOT, file.parent).files([stage.kind.entry()]), file.parent, folder / "user" / place)
         name = (place / file.name).as_posix()
         (folder / f"gptline_user_{file.stem}.py").write_text(_SHIM.format(file=name))
         of_stage[stage.name] = place.as_posix()

@@ -1,0 +1,96 @@
+"""A run on a cluster that was there before it: another machine's, as far as one machine can show it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+TOML = """
+pipeline = "elsewhere"
+[cluster]
+address = "127.0.0.1:{port}"
+
+[stages.documents]
+uses = "ingest"
+source = "text"
+unit = "line"
+files = ["*.txt"]
+hold_out = {{ share = 0.2, by = "record" }}
+
+[stages.tokenizer]
+algorithm = "bytes"
+inputs = {{ documents = "documents" }}
+
+[stages.tokenize]
+inputs = {{ documents = "documents", tokenizer = "tokenizer" }}
+
+[stages.pretrain]
+inputs = {{ tokens = "tokenize" }}
+preset = "gpt2-nano"
+engine = "torch"
+steps = 4
+global_batch_size = 4
+lr = 1e-3
+"""
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory, wait_for: Callable[..., None]) -> Iterator[int]:
+    """A Ray head of two CPUs in processes of its own, on the loopback interface; its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path_factory.mktemp("head")
+    words = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    environment = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("ray")), *words],
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        wait_for(lambda: "block forever" in (folder / "log").read_text(), "the head is up")
+        yield port
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+@pytest.fixture
+def program(new_program: Callable[..., Any], head: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    made = new_program()
+    (made.folder / "a.txt").write_text("".join(f"line {n} of a text that repeats itself\n" for n in range(200)))
+    (made.folder / "there.toml").write_text(TOML.format(port=head))
+    return made
+
+
+def test_an_address_in_the_config_runs_the_line_on_that_cluster(program: Any):
+    said = program.run("run", "there.toml")
+    assert "joining the Ray cluster 127.0.0.1:" in said
+    assert "4 made" in said
+
+
+def test_what_the_cluster_can_never_hold_is_said_at_once(program: Any):
+    said = program.run("run", "there.toml", "--set", "stages.pretrain.resources.ranks=4", code=2)
+    assert "stages.pretrain.resources: pretrain asks for 4 ranks" in said
+    assert "the cluster has room for 2 of them" in said
+    assert not program.store.runs()
+
+
+def test_an_address_where_nothing_listens_is_a_fault_of_the_config(program: Any):
+    said = program.run("run", "there.toml", "--set", "cluster.address=127.0.0.1:1", code=2)
+    assert "cluster.address: '127.0.0.1:1' can't be joined" in said
