@@ -13,6 +13,7 @@ behind `StageContext` and `Rank` (store, gang, runner) is not followed, since it
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import itertools
 import json
@@ -97,12 +98,11 @@ class _Definition:
 class _Module:
     name: str
     package: str
+    tree: ast.Module
     nodes: dict[str, list[ast.stmt]] = field(default_factory=lambda: {LOOSE: []})
     """Top-level definitions by name; LOOSE holds the statements that define nothing."""
     imports: dict[str, list[str]] = field(default_factory=dict)
     """What the module binds by importing, at its top or in loose statements."""
-    needs: list[str] = field(default_factory=list)
-    """Dotted targets of all its imports, those inside functions too."""
 
 
 class Code:
@@ -146,7 +146,8 @@ class Code:
             path = self._path(name)
             if path is not None:
                 found[name] = path
-                waiting += self._module(name).needs
+                module = self._module(name)
+                waiting += _needs(module.tree, module.package)
         return sorted({path for path in found.values() if path.is_file()})
 
     def _reach(self, entries: Iterable[Name]) -> list[Name]:
@@ -216,7 +217,7 @@ class Code:
         if name not in self._definitions:
             module = self._module(name[0])
             nodes = self._counted(name, ())
-            imports, stars = _imports([each for node in nodes for each in ast.walk(node)], module.package)
+            imports, stars = _imports([each for node in nodes for each in _walk(node)], module.package)
             self._definitions[name] = _Definition(frozenset(chain for node in nodes for chain in _chains(node)), imports, stars)
         return self._definitions[name]
 
@@ -319,7 +320,7 @@ class Code:
         if name not in self._modules:
             path = self._path(name)
             assert path is not None, f"{name} is not ours"
-            self._modules[name] = _Module(name, package=name) if path.is_dir() else _parse(name, path)
+            self._modules[name] = _Module(name, name, ast.Module([], [])) if path.is_dir() else _parse(name, path)
         return self._modules[name]
 
 
@@ -328,8 +329,7 @@ def _parse(name: str, path: Path) -> _Module:
         tree = ast.parse(path.read_bytes(), filename=str(path))
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{path} can't be read as Python: {error}") from error
-    module = _Module(name, package=name if path.name == "__init__.py" else name.rpartition(".")[0])
-    module.needs = _needs(tree, module.package)
+    module = _Module(name, name if path.name == "__init__.py" else name.rpartition(".")[0], tree)
     top: list[ast.stmt] = []  # what binds names in the whole module by importing
     waiting = tree.body[::-1]
     while waiting:
@@ -349,7 +349,7 @@ def _parse(name: str, path: Path) -> _Module:
             case _ if not _is_text(node):
                 module.nodes[LOOSE].append(node)
                 top.append(node)
-    module.imports, _ = _imports([each for node in top for each in ast.walk(node)], module.package)
+    module.imports, _ = _imports([each for node in top for each in _walk(node)], module.package)
     return module
 
 
@@ -419,7 +419,7 @@ def _annotations(function: ast.FunctionDef) -> list[ast.expr]:
 
 def _called(node: ast.stmt) -> list[ast.expr]:
     """What is called in it: `C(a)` gives C, `C.model_validate(a)` gives C.model_validate."""
-    return [each.func for each in ast.walk(node) if isinstance(each, ast.Call) and isinstance(each.func, ast.Name | ast.Attribute)]
+    return [each.func for each in _walk(node) if isinstance(each, ast.Call) and isinstance(each.func, ast.Name | ast.Attribute)]
 
 
 def _assigned(node: ast.Assign | ast.AnnAssign) -> list[str]:
@@ -462,7 +462,7 @@ def _add(bound: dict[str, list[str]], name: str, target: str) -> None:
 def _needs(tree: ast.Module, package: str) -> list[str]:
     """Dotted targets of every import in a file, wherever it stands."""
     found = []
-    for node in ast.walk(tree):
+    for node in _walk(tree):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -479,8 +479,23 @@ def _base(node: ast.ImportFrom, package: str) -> str:
     return base
 
 
-def _chains(node: ast.AST) -> Iterator[tuple[str, ...]]:
+@functools.cache
+def _walk(node: ast.AST) -> tuple[ast.AST, ...]:
+    """The nodes of a tree, as `ast.walk` gives them but three times as fast, and once: a plan comes back to each definition."""
+    found = [node]
+    for each in found:
+        for value in vars(each).values():
+            if isinstance(value, ast.AST):
+                found.append(value)
+            elif isinstance(value, list):
+                found += [item for item in value if isinstance(item, ast.AST)]
+    return tuple(found)
+
+
+@functools.cache
+def _chains(node: ast.AST) -> frozenset[tuple[str, ...]]:
     """Every dotted name that is read: `F.relu(x).sum()` gives ("F", "relu") and ("x",)."""
+    chains = set()
     stack: list[ast.AST] = [node]
     while stack:
         each = stack.pop()
@@ -490,6 +505,13 @@ def _chains(node: ast.AST) -> Iterator[tuple[str, ...]]:
             attributes.append(inner.attr)
             inner = inner.value
         if isinstance(inner, ast.Name):
-            yield (inner.id, *reversed(attributes))
+            chains.add((inner.id, *reversed(attributes)))
+        elif inner is not each:
+            stack.append(inner)
         else:
-            stack += [inner] if inner is not each else list(ast.iter_child_nodes(each))
+            for value in vars(each).values():
+                if isinstance(value, ast.AST):
+                    stack.append(value)
+                elif isinstance(value, list):
+                    stack += [item for item in value if isinstance(item, ast.AST)]
+    return frozenset(chains)

@@ -440,7 +440,11 @@ class Run:
         self._write("run_ended", status=status, exit_code=code, text=text)
         from pipelines.page import render
 
-        self.store.backend.put(f"runs/{self.run}/page.html", render(self.store, self.run).encode())
+        page = f"runs/{self.run}/page.html"
+        self.store.backend.put(page, render(self.store, self.run).encode())
+        for name, figure in self._figures().items():
+            self._say({"type": "said", "text": f"{name} = {figure:.4g}"})
+        self._say({"type": "said", "text": f"the run's page: {self.graph.loaded.file.store.root}/{page}"})
         # a run that only reused ends at once: what delivers it is a process of its own
         if self._made:
             self._say_of_tracking(self._tracker.finish(TRACKING_DEADLINE_S))
@@ -450,6 +454,15 @@ class Run:
         if sentence is not None and sentence != self._tracking_said:
             self._tracking_said = sentence
             self._say({"type": "said", "text": sentence})
+
+    def _figures(self) -> dict[str, float]:
+        """What this run's evaluations measured, or had measured."""
+        found: dict[str, float] = {}
+        for name in self._outputs:
+            latest = self.store.latest(self.graph.loaded.file.pipeline, name)
+            if latest is not None and latest.output == self._outputs[name]:
+                found |= latest.figures
+        return found
 
     def _name_newest_model(self) -> None:
         """`model:<pipeline>@newest` is the policy that stands last in the line, of those that this run made or reused."""
