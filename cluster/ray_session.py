@@ -37,14 +37,6 @@ class Session:
     """Started here, and ends with this process."""
 
 
-@dataclass(frozen=True)
-class Resources:
-    cpus: float
-    gpus: float
-    memory_gib: float
-    nodes: int
-
-
 @contextlib.contextmanager
 def start(
     address: str = "local",
@@ -129,15 +121,6 @@ def _secret_for_this_process() -> None:
     if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
-def resources() -> Resources:
-    """All that the cluster has, in use or not."""
-    import ray
-
-    total = ray.cluster_resources()
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0) / 2**30, len(alive))
 
 
 class Task:

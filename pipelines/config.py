@@ -154,10 +154,7 @@ def validate(model: type[M], values: Any, where: str) -> tuple[M | None, list[Fa
 
 
 def _fault(model: type[BaseModel], error: Any, where: str) -> Fault:
-    # pydantic puts the tag of a union's branch between the names; those are no part of the file
-    location = [
-        str(part) for part in error["loc"] if not (isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool")))
-    ]
+    location = [str(part) for part in error["loc"] if not UNION_BRANCH.fullmatch(str(part))]
     place = ".".join([*([where] if where else []), *location]) or "file"
     if error["type"] == "extra_forbidden":
         known = _fields_at(model, error["loc"][:-1])

@@ -256,6 +256,7 @@ def identity(stage: Stage, *, inline: bool = False) -> dict[str, Any]:
         "engine": engine,
         "zero_stage": config.zero_stage if engine == "deepspeed" else None,
         "precision": config.precision,
+        "versions": versions(),  # for the record: they are not compared
     }
 
 

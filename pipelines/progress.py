@@ -273,20 +273,6 @@ class Progress:
         return round(1000 * self._clock())
 
 
-def summary(view: RunView) -> str:
-    """The table after a run: what was reused or made, how long it took, what came out."""
-    rows = [("stage", "", "seconds", "output", "why")]
-    for stage in view.stages.values():
-        seconds = "" if stage.seconds is None or stage.status == "reused" else f"{stage.seconds:.1f}"
-        rows.append((stage.name, _word(stage), seconds, stage.output[:12], _printable(stage.error or stage.reason)))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        f"{name:<{widths[0]}}  {word:<{widths[1]}}  {seconds:>{widths[2]}}  {output:<{widths[3]}}  {why}".rstrip()
-        for name, word, seconds, output, why in rows
-    ]
-    return "\n".join([*lines, "", tally(view)])
-
-
 def tally(view: RunView) -> str:
     """`4 reused, 2 made in 1:35`"""
     counts: dict[str, int] = {}

@@ -477,7 +477,6 @@ class Sender:
             "gptline.decision": event.get("decision"),
             "gptline.reason": event.get("reason"),
             "gptline.key": event.get("key"),
-            "gptline.attempt": event.get("attempt"),
         }
 
     def _stage_params(self, stage: str) -> dict[str, str]:

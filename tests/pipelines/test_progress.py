@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from pipelines.planner import Decision
-from pipelines.progress import Progress, RunView, StageView, plan_lines, seconds_left, summary
+from pipelines.progress import Progress, StageView, plan_lines, seconds_left
 
 
 def event(type: str, time_ms: int = 0, **fields: Any) -> dict[str, Any]:
@@ -121,23 +121,6 @@ def test_a_terminal_has_a_row_for_each_stage() -> None:
     progress.close()
     assert "pretrain  run  new" in out.getvalue()
     assert "evaluate  run  0:00" in out.getvalue()
-
-
-def test_the_table_in_the_end_tells_what_was_made_and_what_was_reused() -> None:
-    view = RunView("r1")
-    view.add(event("run_started", 0, pipeline="line"))
-    view.add(ended("documents", status="reused", decision="reuse", reason="nothing changed", seconds=0.1))
-    view.add(ended("pretrain", reason="lr: 0.1 -> 0.2", seconds=93.4))
-    view.add(ended("evaluate", status="blocked", decision="blocked", reason="pretrain", output=None, number=None, seconds=None))
-    view.add(event("run_ended", 95_000, status="FINISHED"))
-    assert summary(view).splitlines() == [
-        "stage               seconds  output        why",
-        "documents  reuse             abababababab  nothing changed",
-        "pretrain   run         93.4  abababababab  lr: 0.1 -> 0.2",
-        "evaluate   blocked                         pretrain",
-        "",
-        "1 reused, 1 made, 1 blocked in 1:35",
-    ]
 
 
 def test_a_plan_is_a_line_for_each_stage_and_what_it_comes_to() -> None:
