@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-METRIC_NAME = re.compile(r"(train|val|eval|rollout|reward|time|system)/[a-z0-9_]+")
+METRIC_NAME = re.compile(r"(data|train|val|eval|rollout|reward|time|system)/[a-z0-9_]+")
 
 
 def check_metric_name(name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shlex
 import sys
@@ -50,6 +51,9 @@ def run(
 @app.command()
 def rerun(config: Config, stage: Annotated[str, typer.Argument(metavar="STAGE")], set_: Set = None) -> None:
     """Make one stage afresh, and what follows from it as needed. The earlier making is kept."""
+    if stage not in (known := _graph(config, set_).stages):
+        near = difflib.get_close_matches(stage, known, n=1)
+        raise StageFailure(f"there is no stage {stage!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"))
     _run(config, set_, None, until=None, fresh=[stage], inline=False)
 
 
@@ -111,7 +115,7 @@ def lineage(
 def sample(
     ref: Annotated[str, typer.Argument(metavar="REF", help="model:<pipeline>@newest, run:<id>/<stage> or sha256:<digest>")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
-    tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 200,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
     store: Root = Path(".gptline"),

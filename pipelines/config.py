@@ -201,6 +201,8 @@ def _apply(raw: dict[str, Any], override: str) -> list[Fault]:
         value = text
     table: Any = raw
     parts = name.strip().split(".")
+    if parts[0] not in PipelineFile.model_fields and parts[0] in raw.get("stages", {}):
+        return [Fault(f"--set {override}", f"did you mean --set stages.{override}?")]
     for depth, part in enumerate(parts[:-1]):
         if parts[0] == "stages" and depth == 1 and part not in table:
             near = difflib.get_close_matches(part, list(table))

@@ -40,6 +40,7 @@ def examine(store: Store) -> list[Finding]:
 
 
 def _python() -> Iterator[Finding]:
+    yield Finding("gptline", importlib.metadata.version("gptline"))
     advice = "" if sys.version_info >= (3, 11) else "gptline needs Python 3.11 or newer"
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}", advice)
 

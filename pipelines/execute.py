@@ -117,7 +117,7 @@ def execute(job: Job, emit: Callable[[Event], None], should_stop: Callable[[], b
         if kind.stage_parameter:
             arguments[kind.stage_parameter] = context
         for name, wanted in kind.inputs.items():
-            given = [store.artifact(digest) for digest in job.inputs.get(name, [])]
+            given = [store.artifact(digest, wanted.artifact) for digest in job.inputs.get(name, [])]
             arguments[name] = given if wanted.many else given[0] if given else None
         with _threads(job.resources.cpus_per_rank if kind.trains() else job.resources.cpus):
             result = kind.function(**arguments)
@@ -245,7 +245,7 @@ class Context:
             raise StageFailure(f"{self._job.uses} publishes {kind.kind} {fault}")
         published = self._store.publish(self.output, kind.kind, metadata)
         self._output = None
-        return cast(A, published)
+        return kind(published.path, published.digest, published.metadata)
 
     def discard(self) -> None:
         """Drop what was written and never published."""
@@ -303,9 +303,9 @@ def _breach(kind: type[Artifact], folder: Path, metadata: dict[str, Any]) -> str
             return f"without {name}: write it into stage.output; {kind.__name__} holds {', '.join(kind.files)}"
     for name, example in kind.required.items():
         if not _alike(metadata.get(name), example):
-            found = f"with metadata `{name}` = {metadata[name]!r}" if name in metadata else f"without metadata `{name}`"
+            found = f"with metadata {name} = {metadata[name]!r}" if name in metadata else f"without metadata {name}"
             others = "".join(f", {other}=..." for other in kind.required if other != name)
-            return f"{found}: stage.publish({kind.__name__}, {name}={example!r}{others})"
+            return f"{found}; wanted, for example, stage.publish({kind.__name__}, {name}={example!r}{others})"
     return None
 
 
@@ -319,6 +319,8 @@ def _in_words(error: Exception, job: Job) -> str:
     if isinstance(error, StageFailure) or type(error).__name__ == "GangFailure":
         return str(error)
     places = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    own = [frame for frame in places if Path(frame.filename).is_relative_to(job.user_folder)]  # a user's own line says most
+    places = own or places
     where = f" ({Path(places[-1].filename).name}, line {places[-1].lineno})" if places else ""
     return f"{type(error).__name__}: {error}{where}"
 
@@ -327,5 +329,5 @@ def _of_type(value: Any) -> str:
     if value is None:
         return "nothing"
     if isinstance(value, Artifact):
-        return f"a {type(value).__name__}" if value.digest else f"an unpublished {type(value).__name__}"
+        return f"artifact {type(value).__name__}" if value.digest else f"an unpublished {type(value).__name__}"
     return f"a {type(value).__name__}"

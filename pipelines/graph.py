@@ -34,7 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DIGEST = re.compile(r"sha256:([0-9a-f]{8,64})")
 RUN_STAGE = re.compile(r"run:([A-Za-z0-9_.-]+)/([A-Za-z0-9_-]+)")
 MODEL_ALIAS = re.compile(r"model:([A-Za-z0-9_-]+)@([A-Za-z0-9_-]+)")
-REFERENCES = "a stage's name, sha256:<digest>, run:<id>/<stage> or model:<pipeline>@newest"
+BARE_DIGEST = re.compile(r"([0-9a-f]{12,64})")
+ARTIFACTS = "sha256:<at least 8 digits>, run:<id>/<stage> or model:<pipeline>@newest"
+REFERENCES = f"a stage's name, {ARTIFACTS}"
 ENGINES = {"torch": "gpt.torch_engine:TorchEngine", "deepspeed": "cluster.deepspeed_engine:DeepSpeedEngine"}
 """The engines that a training stage may run on: by name for the gang, and all of them in the key of every training stage."""
 

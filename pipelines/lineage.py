@@ -174,7 +174,9 @@ def _uses(lineage: Lineage, digest: str, indent: str, shown: set[str]) -> list[s
         last = at == len(made) - 1
         known = each in shown
         shown.add(each)
-        when = f"  {_when(lineage.nodes[each].makers[0])}" if lineage.nodes[each].makers else ""
+        # an output that several makings came to: the newest one that read this input
+        makers = [maker for maker in lineage.nodes[each].makers if any(digest in given for given in maker.inputs.values())]
+        when = f"  {_when(makers[0])}" if makers else ""
         lines.append(f"{indent}{'└─' if last else '├─'} {_title(lineage.nodes[each])}{when}{'  (shown above)' if known else ''}")
         if not known:
             lines += _uses(lineage, each, indent + ("   " if last else "│  "), shown)

@@ -16,10 +16,9 @@ from cluster.checkpoint import attempts, newest_checkpoint
 from gpt.settings import TrainSettings
 from pipelines.config import ConfigError, Fault
 from pipelines.fingerprint import Code, differences, flat, key_of
-from pipelines.graph import DIGEST, MODEL_ALIAS, REFERENCES, RUN_STAGE, Graph, Stage
+from pipelines.graph import ARTIFACTS, BARE_DIGEST, DIGEST, MODEL_ALIAS, RUN_STAGE, Graph, Stage
 from pipelines.journal import read_journal
 from pipelines.lease import Watch, describe
-from pipelines.stage import StageFailure
 from pipelines.store import Action, Store
 
 Word = Literal["reuse", "run", "resume", "wait", "blocked"]
@@ -163,6 +162,8 @@ class Planner:
         return self._external[reference] if ":" in reference else outputs[reference]
 
     def _not_yet(self, stage: Stage, above: Decision) -> Decision:
+        if above.word == "run" and self.store.latest(self.graph.loaded.file.pipeline, stage.name) is None:
+            return Decision(stage.name, "run", "never made here")
         word: Word = "blocked" if above.word == "blocked" else "run"
         verb = {"run": "is made anew", "resume": "is not finished", "wait": "is being made", "blocked": "can't be made"}[above.word]
         return Decision(stage.name, word, f"its input {above.stage} {verb}", expected_s=self._seconds(stage))
@@ -213,15 +214,15 @@ class Planner:
         """The digest of a reference to an artifact of this kind, or why there is none."""
         try:
             digest = resolve(self.store, reference)
-            kind = self.store.artifact(digest).kind
-        except (ValueError, StageFailure) as error:
+            kind = self.store.kind_of(digest)
+        except ValueError as error:
             return "", str(error)
         return digest, None if kind == wanted else f"{reference!r} is {kind}, wanted {wanted}"
 
 
 def resolve(store: Store, reference: str) -> str:
     """The digest that a reference names; ValueError says what there is instead."""
-    if match := DIGEST.fullmatch(reference):
+    if match := DIGEST.fullmatch(reference) or BARE_DIGEST.fullmatch(reference):
         found = [digest for digest in store.digests() if digest.startswith(match[1])]
         if len(found) == 1:
             return found[0]
@@ -243,7 +244,7 @@ def resolve(store: Store, reference: str) -> str:
             return digest
         known = sorted(each.removeprefix("aliases/").removesuffix(".json").replace("/", "@") for each in store.backend.list("aliases"))
         raise ValueError(f"{reference!r}: no model is called so; there are {', '.join(f'model:{each}' for each in known) or 'none yet'}")
-    raise ValueError(f"{reference!r} is no reference; wanted {REFERENCES}")
+    raise ValueError(f"{reference!r} names no artifact; wanted {ARTIFACTS}")
 
 
 def identity(stage: Stage, *, inline: bool = False) -> dict[str, Any]:

@@ -188,11 +188,20 @@ class Store:
         data = self.backend.get(f"artifacts/{digest}/manifest.json")
         return None if data is None else json.loads(data)
 
-    def artifact(self, digest: str) -> Artifact:
+    def artifact(self, digest: str, kind: type[Artifact] | None = None) -> Artifact:
+        """As an instance of `kind`, which a signature names and which may be a user's own; else of the class that ours has for it."""
         manifest = self.manifest(digest)
         if manifest is None:
             raise StageFailure(f"artifact sha256:{digest[:12]} is not in the store {self.root}: it was deleted, or is another store's")
-        return KINDS.get(manifest["kind"], Artifact)(self.root / "artifacts" / digest, digest, manifest["metadata"])
+        chosen = kind or KINDS.get(manifest["kind"], Artifact)
+        return chosen(self.root / "artifacts" / digest, digest, manifest["metadata"])
+
+    def kind_of(self, digest: str) -> str:
+        """ValueError where there is no such artifact."""
+        manifest = self.manifest(digest)
+        if manifest is None:
+            raise ValueError(f"artifact sha256:{digest[:12]} is not in the store {self.root}")
+        return str(manifest["kind"])
 
     def intact(self, digest: str) -> str | None:
         """Why an artifact can't be reused (a file is gone or has another size), or None. Sizes only: cheap enough for every plan."""

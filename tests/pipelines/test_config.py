@@ -81,7 +81,11 @@ def test_a_right_file_gives_stages_in_the_order_of_their_inputs(tmp_path: Path):
         ("steps = 10", "steps = 10\nprecision = 'fp16'", "needs a GPU"),
         ('algorithm = "bytes"', 'algorithm = "bpe"', "vocab_size is missing"),
         ("seed = 1", "seed = 1\n[tracking]\nuri = 'http://me:hush@host'", "tracking.uri: holds a password"),
-        ('"tokenize"', '"sha:12"', "is no reference; wanted a stage's name, sha256:<digest>, run:<id>/<stage> or model:<pipeline>@newest"),
+        (
+            '"tokenize"',
+            '"sha:12"',
+            "is no reference; wanted a stage's name, sha256:<at least 8 digits>, run:<id>/<stage> or model:<pipeline>@newest",
+        ),
     ],
 )
 def test_each_fault_says_where_it_is_what_was_found_and_what_was_wanted(tmp_path: Path, old: str, new: str, wanted: str):

@@ -107,12 +107,12 @@ TOKENS = FILES.format(("train.bin", "held_out.bin", "tokenizer.json"))
         (
             "Documents",
             DOCUMENTS + "return stage.publish(Documents)",
-            "documents without metadata `train`: stage.publish(Documents, train={'documents': 3, 'bytes': 120}, held_out=...)",
+            "documents without metadata train; wanted, for example, stage.publish(Documents, train={'documents': 3, 'bytes': 120}, held_out=...)",
         ),
         (
             "Documents",
             DOCUMENTS + "return stage.publish(Documents, train=COUNTS, held_out={'documents': 1})",
-            "documents with metadata `held_out` = {'documents': 1}: "
+            "documents with metadata held_out = {'documents': 1}; wanted, for example, "
             "stage.publish(Documents, held_out={'documents': 1, 'bytes': 40}, train=...)",
         ),
         (
@@ -123,12 +123,12 @@ TOKENS = FILES.format(("train.bin", "held_out.bin", "tokenizer.json"))
         (
             "Tokens",
             TOKENS + "return stage.publish(Tokens, dtype='uint16', tokenizer='6b1f')",
-            "tokens without metadata `vocab_size`: stage.publish(Tokens, vocab_size=4096, dtype=..., tokenizer=...)",
+            "tokens without metadata vocab_size; wanted, for example, stage.publish(Tokens, vocab_size=4096, dtype=..., tokenizer=...)",
         ),
         (
             "Tokenizer",
             FILES.format(("tokenizer.json",)) + "return stage.publish(Tokenizer, vocab_size='many')",
-            "tokenizer with metadata `vocab_size` = 'many': stage.publish(Tokenizer, vocab_size=4096)",
+            "tokenizer with metadata vocab_size = 'many'; wanted, for example, stage.publish(Tokenizer, vocab_size=4096)",
         ),
         (
             "Model",

@@ -237,7 +237,10 @@ def test_an_artifact_of_another_run_is_an_input(small: Small):
     [
         ("broken", "KeyError: 'no such word' (kinds.py, line "),
         ("careful", "the words are all the same; bring others"),
-        ("wrong", "./kinds.py:wrong returned a Documents, its signature says Report: end it with `return stage.publish(Report, ...)`"),
+        (
+            "wrong",
+            "./kinds.py:wrong returned artifact Documents, its signature says Report: end it with `return stage.publish(Report, ...)`",
+        ),
         ("empty", "./kinds.py:empty publishes report, but wrote nothing into stage.output"),
     ],
 )
@@ -364,3 +367,28 @@ def test_the_newest_model_is_none_where_no_stage_makes_one(small: Small):
     small.run()
     with pytest.raises(ValueError, match="no model is called so; there are none yet"):
         resolve(small.store, "model:small@newest")
+
+
+def test_a_users_own_kind_of_artifact_goes_from_stage_to_stage(small: Small):
+    own = (
+        "\nfrom pipelines.artifacts import Artifact\n\n\nclass Letters(Artifact):\n    kind = 'letters'\n\n\n"
+        "def spell(documents: Documents, stage: StageContext) -> Letters:\n    (stage.output / 'letters').write_text('abc')\n"
+        "    return stage.publish(Letters)\n\n\n"
+        "def count(letters: Letters, stage: StageContext) -> Report:\n    assert type(letters) is Letters\n"
+        "    (stage.output / 'report.json').write_text('3')\n    return stage.publish(Report)\n"
+    )
+    small.write("kinds.py", KINDS + own)
+    text = TOML + '\n[stages.spell]\nuses = "./kinds.py:spell"\ninputs = { documents = "words" }\n'
+    small.write("small.toml", text + '\n[stages.count]\nuses = "./kinds.py:count"\ninputs = { letters = "spell" }\n')
+    assert small.run()[0] == 0
+    run = small.store.runs()[0]
+    small.write("small.toml", text + f'\n[stages.count]\nuses = "./kinds.py:count"\ninputs = {{ letters = "run:{run}/spell" }}\n')
+    assert small.run()[1]["count"] == "reused"
+
+
+def test_a_bare_digest_as_it_is_printed_is_a_reference(small: Small):
+    small.run()
+    digest = resolve(small.store, f"run:{small.store.runs()[0]}/cut")
+    assert resolve(small.store, digest[:12]) == digest
+    with pytest.raises(ValueError, match="names no artifact; wanted sha256:<at least 8 digits>, run:<id>/<stage> or model:"):
+        resolve(small.store, "cut")

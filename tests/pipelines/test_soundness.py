@@ -186,7 +186,7 @@ STAGES = [
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_function_that_ran_is_in_the_stages_key(ran: dict[str, tuple[set[tuple[str, str]], set[str]]], stage: str):
     functions, key = ran[stage]
-    assert len(functions) > 3, "the profiler saw next to nothing"
+    assert any(module.startswith("pipelines.stages.") for module, _ in functions), "the profiler did not see the stage's own function"
     missing = sorted(f"{module}:{name}" for module, name in functions if f"{module}:{name}" not in key)
     assert missing == []
 
