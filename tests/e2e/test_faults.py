@@ -198,7 +198,7 @@ def test_an_mlflow_that_is_not_there_costs_a_sentence_and_sync_delivers_each_poi
     from mlflow import MlflowClient
 
     for _ in ("delivered", "nothing left to deliver"):
-        program.run("sync")
+        program.run("sync", "--tracking", "sqlite")  # instead of the one that is not there
     client = MlflowClient(f"sqlite:///{program.store.root}/mlflow.db")
     experiment = client.get_experiment_by_name("small")
     tag = f"tags.`gptline.run` = '{program.last_run()}'"
