@@ -183,7 +183,7 @@ def _graph(config: Path, set_: list[str] | None) -> Graph:
 
 
 def _store_of(graph: Graph) -> Store:
-    return Store(Path(graph.loaded.file.store.root))
+    return Store(Path(graph.loaded.file.store.root).expanduser())
 
 
 def _store(root: Path) -> Store:

@@ -56,6 +56,13 @@ class StoreConfig(Settings):
     root: str = ".gptline"
     """A folder, relative to the working directory."""
 
+    @field_validator("root")
+    @classmethod
+    def _root_is_a_folder(cls, value: str) -> str:
+        if "://" in value or value.startswith("file:"):
+            raise ValueError(f"is {value!r}; a store is a folder, on this machine or on one that all nodes share")
+        return value
+
 
 class TrackingConfig(Settings):
     uri: str = "sqlite"
@@ -120,6 +127,8 @@ class Loaded:
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
     """Read a pipeline file; ConfigError lists every fault that can be seen without knowing the kinds."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(path, [Fault("file", "is no regular file; wanted a pipeline file such as configs/quickstart.toml")])
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -129,7 +138,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
         raise ConfigError(path, [Fault("file", f"can't be read: {error}")]) from None
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(path, [Fault("TOML", f"can't be parsed: {error}")]) from None
     faults = [fault for override in overrides for fault in _apply(raw, override)]
     file, found = validate(PipelineFile, raw, "")

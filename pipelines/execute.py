@@ -129,7 +129,9 @@ def execute(job: Job, emit: Callable[[Event], None], should_stop: Callable[[], b
         return replace(context.outcome, output=result.digest, output_kind=result.kind)
     except Stopped:
         return Outcome(stopped=True)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a stage that calls sys.exit has failed like any other
         # a gang's failure brings its own paragraph and the rank's traceback
         trace = getattr(error, "traceback", None) or traceback.format_exc()
         return replace(context.outcome if context else Outcome(), error=_in_words(error, job), traceback=trace)
@@ -198,15 +200,14 @@ class Context:
             self._emit({"type": "progress", "done": done, "total": total, "unit": unit})
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        for name in values:
-            check_metric_name(name)
+        values = {name: _number(name, value) for name, value in values.items()}
+        step = int(step)
         now_ms = time.time_ns() // 1_000_000
         self._keep([[name, step, value, now_ms] for name, value in values.items()])
         self._emit({"type": "points", "points": [[name, step, value, now_ms] for name, value in values.items()]})
 
     def figure(self, name: str, value: float) -> None:
-        check_metric_name(name)
-        self.outcome = replace(self.outcome, figures=self.outcome.figures | {name: value})
+        self.outcome = replace(self.outcome, figures=self.outcome.figures | {name: _number(name, value)})
 
     def gang(self, function: Callable[..., dict[str, Any] | None], *arguments: Any) -> dict[str, Any]:
         from cluster.gang import GangSpec, run_gang, run_inline
@@ -315,14 +316,26 @@ def _alike(found: Any, example: Any) -> bool:
     return isinstance(found, type(example))
 
 
-def _in_words(error: Exception, job: Job) -> str:
+def _number(name: str, value: Any) -> float:
+    check_metric_name(name)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"metric {name!r} is {value!r}, wanted a number") from None
+
+
+def _in_words(error: BaseException, job: Job) -> str:
     if isinstance(error, StageFailure) or type(error).__name__ == "GangFailure":
         return str(error)
     places = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
     own = [frame for frame in places if Path(frame.filename).is_relative_to(job.user_folder)]  # a user's own line says most
     places = own or places
     where = f" ({Path(places[-1].filename).name}, line {places[-1].lineno})" if places else ""
-    return f"{type(error).__name__}: {error}{where}"
+    try:
+        message = str(error)
+    except Exception:
+        message = "an exception without words"
+    return f"{type(error).__name__}: {message}{where}"
 
 
 def _of_type(value: Any) -> str:

@@ -217,7 +217,7 @@ def load_user_module(file: Path) -> types.ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ValueError(f"{file} can't be imported: {type(error).__name__}: {error}") from error
     return module
@@ -227,7 +227,7 @@ def read_signature(uses: str, function: Callable[..., Any], file: Path | None) -
     """What a kind's signature says; ValueError names the parameter that says nothing."""
     try:
         hints = typing.get_type_hints(function)
-    except NameError as error:
+    except (NameError, SyntaxError, AttributeError) as error:
         raise ValueError(f"{uses!r}: an annotation can't be resolved: {error}; import what it names at the top of the file") from error
     config: type[Settings] = NoConfig
     config_parameter = stage_parameter = None
@@ -307,8 +307,13 @@ def _read_sources(config: StageConfig, data: Path, where: str) -> tuple[list[Sou
         sources = list(config.sources(data))
     except ValueError as error:
         return [], [Fault(where, str(error))]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return [], [Fault(where, f"its sources can't be told: {type(error).__name__}: {error}")]
+    wrong = [each for each in sources if not (isinstance(each, Source) and isinstance(each.path, Path))]
+    if wrong:
+        return [], [Fault(where, f"its sources hold {wrong[0]!r}; wanted Source(name, path) with a Path")]
+    if len({source.name for source in sources}) < len(sources):
+        return [], [Fault(where, "two of its sources have one name; the key could not tell them apart")]
     unreadable = [source for source in sources if not (source.path.is_file() and os.access(source.path, os.R_OK))]
     return sources, [Fault(where, f"there is no readable file {source.path}") for source in unreadable]
 

@@ -56,7 +56,7 @@ class JournalWriter:
     def flush(self) -> None:
         with self._lock:
             if self._pending:
-                data = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in self._pending).encode()
+                data = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in self._pending).encode(errors="backslashreplace")
                 if not self._store.backend.put_if_absent(_segment(self.run, self._next), data):
                     raise Superseded(f"run {self.run} was taken over by another driver")
                 self._next += 1
@@ -81,7 +81,12 @@ class JournalReader:
         while (data := self._store.backend.get(_segment(self.run, self.cursor + 1))) is not None:
             self.cursor += 1
             for line in data.splitlines():
-                event = json.loads(line)
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    event = None
+                if not isinstance(event, dict) or "type" not in event:
+                    continue  # a damaged line tells nothing, and must not hide what the others tell
                 if event["type"] == "points":
                     event["points"] = self._fresh(event["stage"], event["points"])
                     if not event["points"]:

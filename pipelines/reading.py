@@ -21,6 +21,7 @@ import re
 import shutil
 import string
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -529,10 +530,12 @@ def _table_rows(name: str, stream: _Stream, settings: SourceSettings, limits: Re
                     header=None if settings.columns else 0,
                     features=Features({column: Value("string") for column in header}),
                     keep_default_na=False,
+                    index_col=False,  # or a first row with more fields than the header would shift all columns
                 )
+            warnings.filterwarnings("error", message="Length of header or names", module="datasets|pandas")
             for record, columns in enumerate(table, start=1):
                 yield Row(Place(name, record), dict(columns), replaced if record == 1 else 0)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, Warning) as error:
             raise StageFailure(f"{name}: not readable as {settings.source}: {error}") from error
 
 

@@ -354,7 +354,7 @@ class Run:
         if outcome.output is None or damage or running.lease.lost():
             error = outcome.error or damage or "its lease was taken over by another run, so its result was not recorded"
             if outcome.traceback:
-                self.store.backend.put(f"runs/{self.run}/{stage.name}.traceback.txt", outcome.traceback.encode())
+                self.store.backend.put(f"runs/{self.run}/{stage.name}.traceback.txt", outcome.traceback.encode(errors="backslashreplace"))
             self._finish(stage, "failed", decision, seconds=seconds, error=error)
             return
         assert decision.key is not None
@@ -441,7 +441,7 @@ class Run:
         from pipelines.page import render
 
         page = f"runs/{self.run}/page.html"
-        self.store.backend.put(page, render(self.store, self.run).encode())
+        self.store.backend.put(page, render(self.store, self.run).encode(errors="backslashreplace"))
         for name, figure in self._figures().items():
             self._say({"type": "said", "text": f"{name} = {figure:.4g}"})
         self._say({"type": "said", "text": f"the run's page: {self.graph.loaded.file.store.root}/{page}"})

@@ -13,9 +13,11 @@ Nothing here orders by clocks: numbers are given out by `put_if_absent`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -32,6 +34,7 @@ from pipelines.artifacts import KINDS, Artifact
 from pipelines.stage import StageFailure
 
 SCHEMA = 1
+RECORD = re.compile(r"/(\d{6})\.json$")
 RACY_S = 2.0
 
 
@@ -112,6 +115,7 @@ class Action(Settings):
         serialize_by_alias=True,
         validate_by_name=True,
         validate_by_alias=True,
+        allow_inf_nan=True,
     )
 
     schema_number: int = Field(default=SCHEMA, alias="schema")  # pydantic has a method of that name
@@ -180,13 +184,17 @@ class Store:
         if self.intact(digest) is not None:
             for file in files:
                 self.backend.put(f"{name}/{file.path}", folder / file.path)
-            self.backend.put_if_absent(f"{name}/manifest.json", data)
+            self.backend.put(f"{name}/manifest.json", data)
         shutil.rmtree(folder, ignore_errors=True)
         return self.artifact(digest)
 
     def manifest(self, digest: str) -> dict[str, Any] | None:
         data = self.backend.get(f"artifacts/{digest}/manifest.json")
-        return None if data is None else json.loads(data)
+        try:
+            manifest = None if data is None else json.loads(data)
+        except ValueError:
+            return None
+        return manifest if isinstance(manifest, dict) and "files" in manifest else None  # a damaged one is none
 
     def artifact(self, digest: str, kind: type[Artifact] | None = None) -> Artifact:
         """As an instance of `kind`, which a signature names and which may be a user's own; else of the class that ours has for it."""
@@ -229,11 +237,16 @@ class Store:
     # ---- actions ----
 
     def action_numbers(self, key: str) -> list[int]:
-        return sorted(int(name.rsplit("/", 1)[1].removesuffix(".json")) for name in self.backend.list(f"actions/{key}"))
+        names = [RECORD.search(name) for name in self.backend.list(f"actions/{key}")]
+        return sorted(int(name[1]) for name in names if name)
 
     def actions(self, key: str) -> list[Action]:
-        """Oldest first."""
-        return [self.action(key, number) for number in self.action_numbers(key)]
+        """Oldest first, those whose record can be read."""
+        found = []
+        for number in self.action_numbers(key):
+            with contextlib.suppress(ValueError):
+                found.append(self.action(key, number))
+        return found
 
     def action(self, key: str, number: int) -> Action:
         data = self.backend.get(f"actions/{key}/{number:06d}.json")
@@ -243,9 +256,10 @@ class Store:
 
     def all_actions(self) -> Iterator[Action]:
         for name in self.backend.list("actions"):
-            data = self.backend.get(name)
+            data = self.backend.get(name) if RECORD.search(name) else None
             if data is not None:
-                yield Action.model_validate_json(data)
+                with contextlib.suppress(ValueError):  # a damaged record speaks of nothing
+                    yield Action.model_validate_json(data)
 
     def record(self, action: Action) -> Action:
         """Write an action down under the next free number of its key."""
@@ -264,10 +278,10 @@ class Store:
         data = self.backend.get(f"latest/{pipeline}/{stage}.json")
         if data is None:
             return None
-        pointer = json.loads(data)
         try:
+            pointer = json.loads(data)
             return self.action(pointer["key"], pointer["number"])
-        except KeyError:
+        except (KeyError, ValueError, TypeError):
             return None
 
     def point(self, name: str, alias: str, digest: str) -> None:
@@ -312,7 +326,8 @@ class Store:
                     changed = True
             digests.append(entry[1])
         if changed and self.root.is_dir():
-            self.backend.put(cache_name, json.dumps(known, sort_keys=True).encode())
+            with contextlib.suppress(OSError):  # a store that can only be read serves a plan as well
+                self.backend.put(cache_name, json.dumps(known, sort_keys=True).encode())
         return digests
 
 

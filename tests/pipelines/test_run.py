@@ -392,3 +392,37 @@ def test_a_bare_digest_as_it_is_printed_is_a_reference(small: Small):
     assert resolve(small.store, digest[:12]) == digest
     with pytest.raises(ValueError, match="names no artifact; wanted sha256:<at least 8 digits>, run:<id>/<stage> or model:"):
         resolve(small.store, "cut")
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("raise BaseException('odd')", "BaseException: odd"),
+        ("stage.figure('eval/x', 'many')", "ValueError: metric 'eval/x' is 'many', wanted a number"),
+        ("raise ValueError('bad \\udcff name')", "ValueError: bad "),
+    ],
+)
+def test_no_way_to_fail_takes_the_run_along(small: Small, body: str, error: str):
+    small.write("kinds.py", KINDS.replace('    raise KeyError("no such word")', f"    {body}"))
+    small.write("small.toml", TOML + '\n[stages.last]\nuses = "./kinds.py:broken"\ninputs = { documents = "words" }\n')
+    assert small.run() == (1, {"words": "done", "cut": "done", "report": "done", "last": "failed"})
+    assert small.error().startswith(error)
+
+
+def test_one_damaged_record_or_journal_line_hides_nothing_else(small: Small):
+    small.run()
+    first = small.store.runs()[0]
+    small.store.backend.put(small.store.backend.list(f"runs/{first}/journal")[1], b'{"a":\n[]\n')
+    (small.store.root / "actions" / ".DS_Store").write_text("")
+    key = next(each.key for each in small.store.all_actions() if each.stage == "report")
+    small.store.backend.put(f"actions/{key}/000001.json", b"")
+    assert small.run() == (0, {"words": "reused", "cut": "reused", "report": "done"})
+
+
+def test_a_damaged_manifest_is_a_damaged_artifact(small: Small):
+    small.run()
+    digest = resolve(small.store, f"run:{small.store.runs()[0]}/cut")
+    (small.store.artifact(digest).path / "manifest.json").write_text('{"files"')
+    assert small.run() == (0, {"words": "reused", "cut": "done", "report": "reused"})
+    assert small.store.intact(digest) is None
