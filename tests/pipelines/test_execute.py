@@ -107,7 +107,8 @@ TOKENS = FILES.format(("train.bin", "held_out.bin", "tokenizer.json"))
         (
             "Documents",
             DOCUMENTS + "return stage.publish(Documents)",
-            "documents without metadata train; wanted, for example, stage.publish(Documents, train={'documents': 3, 'bytes': 120}, held_out=...)",
+            "documents without metadata train; wanted, for example, "
+            "stage.publish(Documents, train={'documents': 3, 'bytes': 120}, held_out=...)",
         ),
         (
             "Documents",
