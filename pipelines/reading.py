@@ -114,10 +114,6 @@ class SourceSettings(Settings):
             raise ValueError("; ".join(faults))
         return list(names)
 
-    def covers(self, name: str) -> bool:
-        """Whether one of the globs stands for this file."""
-        return any(re.fullmatch(_glob_as_regex(pattern), name) for pattern in self.files)
-
 
 def template_columns(template: str) -> list[str]:
     """The columns that a template such as "{title}: {text}" names; ValueError where its braces don't match."""
@@ -130,12 +126,6 @@ def template_columns(template: str) -> list[str]:
 
 def _natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name)]
-
-
-def _glob_as_regex(pattern: str) -> str:
-    regexes = {"**/": r"(?:[^/]+/)*", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^]]+\])", pattern)
-    return "".join(regexes.get(part) or (part.replace("[!", "[^") if part.startswith("[") else re.escape(part)) for part in parts)
 
 
 def _nothing_found(data: Path, pattern: str) -> str:
@@ -234,10 +224,10 @@ class Reader:
         self.empty_files = 0
         self.replaced_characters = 0
 
-    def rows(self, settings: SourceSettings) -> Iterator[Row | Reject]:
-        """The records of the stage's sources that these settings name, in order."""
+    def rows(self, settings: SourceSettings, part: int = 0) -> Iterator[Row | Reject]:
+        """The records of the stage's sources that this part of the mixture named, in order."""
         for source in self._stage.sources:
-            if settings.covers(source.name):
+            if source.part == part:
                 yield from self._file_rows(source, settings)
 
     def _file_rows(self, source: Source, settings: SourceSettings) -> Iterator[Row | Reject]:

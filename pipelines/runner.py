@@ -20,7 +20,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Any
@@ -35,7 +35,6 @@ from pipelines.lease import Lease, Watch, dead, describe, user_name
 from pipelines.planner import Decision, Planner, identity, versions
 from pipelines.preflight import lacks_here, lacks_in_cluster, room_of
 from pipelines.snapshot import freeze
-from pipelines.stage import Source
 from pipelines.store import Action, Store
 
 LOOK_EVERY_S = 0.1
@@ -312,7 +311,7 @@ class Run:
             user_folder=self.graph.user_folder() if inline else self._snapshot.user,
             config=stage.config.model_dump(mode="json"),
             inputs=decision.inputs,
-            sources=[Source(source.name, source.path, planned[source.name]) for source in stage.sources],
+            sources=[replace(source, sha256=planned[source.name]) for source in stage.sources],
             seed=self.graph.loaded.file.seed,
             store=self.store.root,
             key=decision.key,

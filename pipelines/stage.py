@@ -24,6 +24,8 @@ class Source:
     """How records and rejects call it: relative to the pipeline's `data`."""
     path: Path
     sha256: str = ""
+    part: int = 0
+    """Which of a mixture's sources named it."""
 
 
 class StageConfig(Settings):

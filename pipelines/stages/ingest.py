@@ -49,19 +49,19 @@ class IngestConfig(StageConfig, ReadSettings, SourceSettings):
 
     def sources(self, data: Path) -> list[Source]:
         """The files of all parts, in reading order; ValueError for what is missing, unreadable or in two parts."""
-        names: dict[str, None] = {}
+        found: dict[str, Source] = {}
         faults = []
-        for part in self.parts():
+        for part, settings in enumerate(self.parts()):
             try:
-                found = part.expand(data)
+                names = settings.expand(data)
             except ValueError as error:
                 faults.append(str(error))
                 continue
-            faults += [f"{name} is in two sources of the mixture; leave it in one, with a higher weight" for name in found if name in names]
-            names |= dict.fromkeys(found)
+            faults += [f"{name} is in two sources of the mixture; leave it in one, with a higher weight" for name in names if name in found]
+            found |= {name: Source(name, Path(os.path.abspath(data / name)), part=part) for name in names}
         if faults:
             raise ValueError("; ".join(faults))
-        return [Source(name, Path(os.path.abspath(data / name))) for name in names]
+        return list(found.values())
 
 
 def ingest(config: IngestConfig, stage: StageContext) -> Documents:
@@ -71,9 +71,9 @@ def ingest(config: IngestConfig, stage: StageContext) -> Documents:
     rejects = Rejects(stage.output / "rejects.jsonl", on_bad_record=config.on_bad_record, max_bad_share=config.max_bad_share)
     splits = Splits(stage.output, config.hold_out, stage.seed)
     with rejects, splits:
-        for part in config.parts():
+        for index, part in enumerate(config.parts()):
             with splits.source(part):
-                for row in reader.rows(part):
+                for row in reader.rows(part, index):
                     document = row if isinstance(row, Reject) else to_document(row, part, config.hold_out, config.max_record_bytes)
                     if isinstance(document, Reject):
                         rejects.add(document)

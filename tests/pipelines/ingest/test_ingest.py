@@ -284,3 +284,13 @@ def test_progress_ends_at_the_sources_size(ingested):
 def test_nothing_but_the_three_files_is_left_in_the_output(ingested):
     result = ingested({"a.txt": b"text"}, mixture=[{"source": "text", "files": ["a.txt"], "weight": 3}])
     assert sorted(path.name for path in result.stage.output.iterdir()) == ["held_out.jsonl", "rejects.jsonl", "train.jsonl"]
+
+
+def test_each_part_of_a_mixture_reads_what_its_own_glob_found(tmp_path):
+    """A glob leaves hidden files out, so the second part's file is not the first part's, though "*" could stand for its name."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "a.txt").write_text("one")
+    (tmp_path / "m" / ".h.txt").write_text("two")
+    parts = [{"source": "text", "files": ["m/*"], "license": "A"}, {"source": "text", "files": ["m/.h.txt"], "license": "B"}]
+    config = IngestConfig.model_validate({"mixture": parts})
+    assert [(source.name, source.part) for source in config.sources(tmp_path)] == [("m/a.txt", 0), ("m/.h.txt", 1)]
