@@ -70,7 +70,7 @@ class Room:
 class GangSpec(Room):
     """A gang's room, and what its ranks are given.
 
-    `GangSpec(name="pretrain", ranks=2, make_engine=DeepSpeedEngine, work=Path("store/work/ab12"), series=1, identity={})`
+    `GangSpec(name="pretrain", ranks=2, make_engine=DeepSpeedEngine, work=Path("work/ab12"), series=1, identity={})`
     """
 
     make_engine: Callable[..., Any]
