@@ -479,16 +479,20 @@ def _base(node: ast.ImportFrom, package: str) -> str:
     return base
 
 
+def _children(node: ast.AST) -> Iterator[ast.AST]:
+    for value in vars(node).values():
+        if isinstance(value, ast.AST):
+            yield value
+        elif isinstance(value, list):
+            yield from (item for item in value if isinstance(item, ast.AST))
+
+
 @functools.cache
 def _walk(node: ast.AST) -> tuple[ast.AST, ...]:
     """The nodes of a tree, as `ast.walk` gives them but three times as fast, and once: a plan comes back to each definition."""
     found = [node]
     for each in found:
-        for value in vars(each).values():
-            if isinstance(value, ast.AST):
-                found.append(value)
-            elif isinstance(value, list):
-                found += [item for item in value if isinstance(item, ast.AST)]
+        found += _children(each)
     return tuple(found)
 
 
@@ -509,9 +513,5 @@ def _chains(node: ast.AST) -> frozenset[tuple[str, ...]]:
         elif inner is not each:
             stack.append(inner)
         else:
-            for value in vars(each).values():
-                if isinstance(value, ast.AST):
-                    stack.append(value)
-                elif isinstance(value, list):
-                    stack += [item for item in value if isinstance(item, ast.AST)]
+            stack += _children(each)
     return frozenset(chains)
