@@ -20,12 +20,3 @@ def ray_session() -> Iterator[None]:
 
     with ray_session.start(code_path=REPOSITORY, cpus=2, environment={"PYTHONPATH": str(HERE)}):
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_process_group_is_left():
-    """An engine of one rank makes a group of its own in this process; the next module starts without it."""
-    yield
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
