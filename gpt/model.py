@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from gpt.settings import GPTConfig, ModelShape
 
 INIT_STD = 0.02
+
+M = TypeVar("M", bound="GPT")
 
 
 class GPT(nn.Module):
@@ -92,6 +94,31 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.ones_(parameter)
+
+
+class RewardModel(GPT):
+    """The same trunk with a score in place of the vocabulary: (B, T) -> scores (B, T), in whatever unit training gave them.
+
+    The score of a conversation is read at its end token. A value model is one of these, read at every token.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        """Empty: `from_policy` and `load_reward_model` fill it."""
+        super().__init__(config)
+        self.output = _empty(nn.Linear, config.n_embd, 1)
+
+    @classmethod
+    def from_policy(cls, policy: GPT, generator: torch.Generator) -> RewardModel:
+        """A policy's trunk and a head drawn from N(0, 1/(C + 1)), bias 0. Ziegler et al. 2019 (arXiv:1909.08593), section 2.1."""
+        model = cls(policy.config)
+        trunk = {name: weight for name, weight in policy.state_dict().items() if not name.startswith("output.")}
+        model.load_state_dict(trunk, strict=False)
+        nn.init.normal_(model.output.weight, std=(policy.config.n_embd + 1) ** -0.5, generator=generator)
+        nn.init.zeros_(model.output.bias)
+        return model
+
+    def forward(self, token_ids: Tensor, cache: Cache | None = None) -> Tensor:
+        return self.output(self.hidden_states(token_ids, cache)).squeeze(-1)  # (B, T)
 
 
 class Block(nn.Module):
@@ -260,11 +287,11 @@ def flops_per_token(config: GPTConfig) -> int:
     return 6 * (n_parameters - looked_up) + 12 * config.n_layer * config.n_embd * config.seq_len
 
 
-def save_model(folder: Path, config: GPTConfig, weights: Mapping[str, Tensor]) -> None:
+def save_model(folder: Path, config: GPTConfig, weights: Mapping[str, Tensor], kind: type[GPT] = GPT) -> None:
     """`model.safetensors` and `config.json`. `weights` are fp32, named as in `model.named_parameters()`: a tied one stands once."""
     from safetensors.torch import save_file
 
-    _check_weights(f"weights for {folder}", GPT(config), weights)
+    _check_weights(f"weights for {folder}", kind(config), weights)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -276,10 +303,19 @@ def load_config(folder: Path) -> GPTConfig:
 
 
 def load_model(folder: Path) -> GPT:
-    """The model of a folder that `save_model` wrote, in fp32 on the CPU and in evaluation mode."""
+    """The policy of a folder that `save_model` wrote, in fp32 on the CPU and in evaluation mode."""
+    return _load(GPT, folder)
+
+
+def load_reward_model(folder: Path) -> RewardModel:
+    """As `load_model`, of a reward model's folder. Its scores are the raw ones: the manifest has their mean and deviation."""
+    return _load(RewardModel, folder)
+
+
+def _load(kind: type[M], folder: Path) -> M:
     from safetensors.torch import load_file
 
-    model = GPT(load_config(folder))
+    model = kind(load_config(folder))
     path = folder / "model.safetensors"
     weights = load_file(path)
     _check_weights(str(path), model, weights)

@@ -30,22 +30,24 @@ class FakeRank:
         self.sections: list[str] = []
         self.saved: list[int] = []
         self._boundaries_left = stop_after
+        self._engines: dict[str, TorchEngine] = {}
 
     def engine(self, name: str, model: nn.Module, parameter_groups: Sequence[Mapping[str, Any]], settings: TrainSettings) -> TorchEngine:
-        self._engine = TorchEngine(model, parameter_groups, settings, device=self.device)
-        return self._engine
+        self._engines[name] = TorchEngine(model, parameter_groups, settings, device=self.device)
+        return self._engines[name]
 
     def restore(self) -> int:
         steps = sorted(int(path.name) for path in self.folder.iterdir())
-        if steps:
-            self._engine.load(self.folder / str(steps[-1]))
+        for name, engine in self._engines.items() if steps else ():
+            engine.load(self.folder / str(steps[-1]) / name)
         return steps[-1] if steps else 0
 
     def save(self, finished_steps: int) -> None:
         folder = self.folder / str(finished_steps)
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        self._engine.save(folder)
+        for name, engine in self._engines.items():
+            (folder / name).mkdir(parents=True)
+            engine.save(folder / name)
         self.saved.append(finished_steps)
 
     def log(self, step: int, *, sums: Mapping[str, Tensor | float] | None = None, values: Mapping[str, float] | None = None) -> None:

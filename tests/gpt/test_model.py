@@ -13,9 +13,11 @@ from gpt.model import (
     Attention,
     Block,
     FeedForward,
+    RewardModel,
     count_parameters,
     flops_per_token,
     load_model,
+    load_reward_model,
     rotary_angles,
     rotate,
     save_model,
@@ -278,6 +280,23 @@ def test_weights_that_do_not_fit_their_config_are_named(change, complaint, tmp_p
         load_model(tmp_path)
     with pytest.raises(ValueError, match=complaint):
         save_model(tmp_path / "again", model.config, weights)
+
+
+def test_a_reward_model_is_its_policys_trunk_and_scores_every_place(tmp_path):
+    policy = new("gpt2-tiny")
+    model = RewardModel.from_policy(policy, torch.Generator().manual_seed(1))
+    token_ids = torch.arange(10)[None]
+    assert torch.equal(model.hidden_states(token_ids), policy.hidden_states(token_ids))
+    scores = model(token_ids)
+    assert scores.shape == (1, 10)
+    assert scores[0, 3] == pytest.approx(float(model.hidden_states(token_ids)[0, 3] @ model.output.weight[0]), abs=1e-5)
+    assert float(model.output.weight.std()) == pytest.approx(129**-0.5, rel=0.2)  # n_embd = 128
+    assert model.output.weight.data_ptr() != model.token_embedding.weight.data_ptr()
+
+    save_model(tmp_path, model.config, dict(model.named_parameters()), RewardModel)
+    assert torch.equal(load_reward_model(tmp_path)(token_ids), scores)
+    with pytest.raises(ValueError, match=r"output\.weight is unknown"):
+        load_model(tmp_path)
 
 
 def test_a_config_with_an_unknown_key_is_refused(tmp_path):
