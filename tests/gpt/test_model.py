@@ -284,7 +284,7 @@ def test_weights_that_do_not_fit_their_config_are_named(change, complaint, tmp_p
 
 def test_a_reward_model_is_its_policys_trunk_and_scores_every_place(tmp_path):
     policy = new("gpt2-tiny")
-    model = RewardModel.from_policy(policy, torch.Generator().manual_seed(1))
+    model = RewardModel.from_policy(policy, torch.Generator().manual_seed(1)).requires_grad_(False)
     token_ids = torch.arange(10)[None]
     assert torch.equal(model.hidden_states(token_ids), policy.hidden_states(token_ids))
     scores = model(token_ids)
