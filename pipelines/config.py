@@ -27,6 +27,15 @@ SECRET = re.compile(r"(access_token|auth_token|secret|password|api_key|credentia
 UNION_BRANCH = re.compile(r"str|int|float|bool|.*\[.*|[A-Z]\w*(Config|Settings)")
 """pydantic puts the tag of a union's branch between the names of a location; those are no part of the file."""
 
+WANTED = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("list_type", "tuple_type", "set_type", "frozen_set_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "a table"),
+}
+"""What was wanted, in TOML's words, by pydantic's type of an error."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -173,7 +182,7 @@ def _fault(model: type[BaseModel], error: Any, where: str) -> Fault:
         return Fault(place, "is missing")
     if error["type"] == "value_error":
         return Fault(place, error["msg"].removeprefix("Value error, "))
-    wanted = error["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
+    wanted = WANTED.get(error["type"]) or error["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
     return Fault(place, f"is {error['input']!r}, wanted {wanted}")
 
 
