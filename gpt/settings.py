@@ -132,7 +132,7 @@ class TrainSettings(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     engine: Operational[Literal["deepspeed", "torch"]] = "deepspeed"
-    zero_stage: Operational[Literal[0, 1, 2, 3]] = 1
+    zero_stage: Operational[int] = Field(default=1, ge=0, le=3)
     """What DeepSpeed shards over ranks: 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: Operational[bool] = False
     """Optimizer state in host memory (ZeRO 1 to 3)."""
@@ -225,6 +225,74 @@ class PretrainSettings(TrainSettings):
     def shape(self) -> ModelShape:
         given = {name: getattr(self, name) for name in ModelShape.model_fields if getattr(self, name) is not None}
         return ModelShape(**{**PRESETS[self.preset].model_dump(), **given})
+
+
+class SftSettings(TrainSettings):
+    """`SftSettings(steps=400, global_batch_size=16, lr=1e-3)`; a batch is made of whole conversations."""
+
+    dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """In place of the policy's own."""
+    eval_conversations: Operational[int] = Field(default=256, ge=1)
+    """Held-out conversations that `val/loss` looks at, the same ones each time."""
+
+
+class RewardSettings(TrainSettings):
+    """`RewardSettings(steps=200, global_batch_size=16, lr=5e-4)`; a batch is made of whole pairs, or of ratings."""
+
+    dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """In place of the policy's own."""
+
+
+class RlSettings(TrainSettings):
+    """A step is one rollout phase with its updates; `global_batch_size` counts the rollouts of one update.
+
+    `RlSettings(steps=40, prompts_per_step=32, global_batch_size=32, max_response_tokens=48, lr=1e-4)`
+    """
+
+    algorithm: Literal["ppo", "reinforce"] = "ppo"
+    """"reinforce" is the theory's beginning: no value model, no clipping, no reuse of rollouts."""
+    prompts_per_step: int = Field(ge=1)
+    responses_per_prompt: int = Field(default=1, ge=1)
+    max_response_tokens: int = Field(ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    """Of sampling and of training alike."""
+    ppo_epochs: int = Field(default=1, ge=1)
+    """How often each rollout is learned from."""
+    clip_eps: float = Field(default=0.2, gt=0)
+    value_clip_eps: float = Field(default=0.2, gt=0)
+    value_lr: float | None = Field(default=None, gt=0)
+    """Highest learning rate of the value model. None: as the policy's."""
+    value_warmup_steps: int = Field(default=0, ge=0)
+    """First steps in which the value model alone learns."""
+    kl_coef: float = Field(default=0.05, ge=0)
+    """Price in reward of a nat that a token's logprob lies above the reference policy's. 0: no reference policy."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    missing_end_score: float = -1.0
+    """What a response that was cut off is scored, whatever it says."""
+    max_failed_share: float = Field(default=0.05, ge=0, le=1)
+    """Highest share of a step's responses that a reward function may fail on."""
+
+    @model_validator(mode="after")
+    def _rollouts_fill_updates(self) -> RlSettings:
+        rollouts = self.rollouts_per_step()
+        if rollouts % self.global_batch_size:
+            raise ValueError(
+                f"prompts_per_step * responses_per_prompt = {self.prompts_per_step} * {self.responses_per_prompt} = {rollouts} is not "
+                f"a multiple of global_batch_size = {self.global_batch_size}, the rollouts of an update"
+            )
+        if self.zero_stage == 3:
+            raise ValueError("zero_stage = 3 shards the weights that sampling needs whole at every token; RL takes 0, 1 or 2")
+        if self.algorithm == "reinforce" and (self.ppo_epochs > 1 or rollouts != self.global_batch_size):
+            raise ValueError(
+                'algorithm = "reinforce" learns once from the rollouts of its own policy: ppo_epochs = 1 and global_batch_size = '
+                f"prompts_per_step * responses_per_prompt = {rollouts}, found {self.ppo_epochs} and {self.global_batch_size}"
+            )
+        return self
+
+    def rollouts_per_step(self) -> int:
+        return self.prompts_per_step * self.responses_per_prompt
 
 
 def _nearest(size: int, unit: int) -> str:

@@ -29,21 +29,57 @@ class Artifact:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-class Documents(Artifact):
-    """Texts: `train.jsonl` and `held_out.jsonl` of `{"text", "source", ...fields}`, and `rejects.jsonl`."""
+class Records(Artifact):
+    """What ingest makes: `train.jsonl` and `held_out.jsonl`, a record a line, and `rejects.jsonl`."""
 
-    kind = "documents"
     files = ("train.jsonl", "held_out.jsonl")
-    required: ClassVar[dict[str, Any]] = {"train": {"documents": 3, "bytes": 120}, "held_out": {"documents": 1, "bytes": 40}}
 
     def records(self, split: str) -> Iterator[dict[str, Any]]:
         with open(self.path / f"{split}.jsonl", encoding="utf-8") as lines:
             for line in lines:
                 yield json.loads(line)
 
+
+class Documents(Records):
+    """Texts: `{"text", "source", ...fields}`."""
+
+    kind = "documents"
+    required: ClassVar[dict[str, Any]] = {"train": {"documents": 3, "bytes": 120}, "held_out": {"documents": 1, "bytes": 40}}
+
     def texts(self, split: str) -> Iterator[str]:
         for record in self.records(split):
             yield record["text"]
+
+
+class Conversations(Records):
+    """`{"messages": [{"role", "content"}, ...], "source", ...fields}`.
+
+    Roles are system (first, if at all), user and assistant in turn; the last message is an assistant's.
+    """
+
+    kind = "conversations"
+    required: ClassVar[dict[str, Any]] = {"train": {"conversations": 3}, "held_out": {"conversations": 1}}
+
+
+class Preferences(Records):
+    """Pairs: `{"prompt": [messages], "chosen": "...", "rejected": "...", "source", ...fields}`; a prompt ends with a user's message."""
+
+    kind = "preferences"
+    required: ClassVar[dict[str, Any]] = {"train": {"pairs": 3}, "held_out": {"pairs": 1}}
+
+
+class Ratings(Records):
+    """Responses that were scored: `{"prompt": [messages], "response": "...", "score": 0.0 to 1.0, "source", ...fields}`."""
+
+    kind = "ratings"
+    required: ClassVar[dict[str, Any]] = {"train": {"ratings": 3}, "held_out": {"ratings": 1}}
+
+
+class Prompts(Records):
+    """What is to be answered: `{"prompt": [messages], "reference": "..." or null, "source", ...fields}`."""
+
+    kind = "prompts"
+    required: ClassVar[dict[str, Any]] = {"train": {"prompts": 3}, "held_out": {"prompts": 1}}
 
 
 class Tokenizer(Artifact):
@@ -84,4 +120,6 @@ class HfCheckpoint(Artifact):
     files = ("config.json",)
 
 
-KINDS: dict[str, type[Artifact]] = {kind.kind: kind for kind in (Documents, Tokenizer, Tokens, Model, Report, HfCheckpoint)}
+KINDS: dict[str, type[Artifact]] = {
+    kind.kind: kind for kind in (Documents, Conversations, Preferences, Ratings, Prompts, Tokenizer, Tokens, Model, Report, HfCheckpoint)
+}
