@@ -37,12 +37,16 @@ class Checkpoint:
         differ = [key for key in _SETTINGS if key in identity and found.get(key) != identity[key]]
         if not differ:
             return None
-        made = ", ".join(f"{_SETTINGS[key]} = {found.get(key)}" for key in differ)
-        asked = ", ".join(f"{_SETTINGS[key]} = {identity[key]}" for key in differ)
+        made, asked = _in_words(found, differ), _in_words(identity, differ)
         return (
             f"the checkpoint at step {self.step} was made with {made} and this run asks for {asked}: its state can't be "
-            f"loaded so; ask for {made} to go on, or run the stage with --fresh to begin at step 0"
+            f"loaded so; ask for {made} to go on, or make the stage afresh to begin at step 0"
         )
+
+
+def _in_words(identity: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """ "engine = torch": an engine without ZeRO has no stage of it, and nobody can ask for none."""
+    return ", ".join(f"{_SETTINGS[key]} = {identity[key]}" for key in keys if identity.get(key) is not None)
 
 
 def step_folder(attempt: Path, step: int) -> Path:

@@ -245,7 +245,7 @@ def _next_start(spec: GangSpec, world_size: int, on_event: Callable[[Event], Non
         on_event({"type": "warning", "text": f"{spec.name}: {text}"})
     problem = start.fits(spec.full_identity(world_size)) if start else None
     if start is None and skipped:
-        problem = f"no checkpoint can be read ({'; '.join(skipped)}); run the stage with --fresh to begin at step 0"
+        problem = f"no checkpoint can be read ({'; '.join(skipped)}); make the stage afresh to begin at step 0"
     if problem:
         raise GangFailure(f"{spec.name}: {problem}", cause="checkpoint")
     return start, checkpoints.new_attempt(spec.work, spec.series)

@@ -24,6 +24,9 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="K=V", help="Override one setting: stages.pretrain.lr=3e-4. May be repeated.")
 ]
 Use = Annotated[list[str] | None, typer.Option("--use", metavar="STAGE=REF", help="Take this artifact as a stage's output.")]
+Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Make this stage and what it needs, no more.")]
+Fresh = Annotated[list[str] | None, typer.Option("--fresh", metavar="STAGE", help="Make this stage anew. May be repeated.")]
+Inline = Annotated[bool, typer.Option("--inline", help="In this process, one rank, plain torch: for a debugger.")]
 Root = Annotated[Path, typer.Option("--store", metavar="DIR", help="The store's folder.")]
 Uri = Annotated[str | None, typer.Option("--tracking", metavar="URI", help="Another MLflow than each run's own: sqlite, http://...")]
 
@@ -40,9 +43,9 @@ def run(
     config: Config,
     set_: Set = None,
     use: Use = None,
-    until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Make this stage and what it needs, no more.")] = None,
-    fresh: Annotated[list[str] | None, typer.Option("--fresh", metavar="STAGE", help="Make this stage anew. May be repeated.")] = None,
-    inline: Annotated[bool, typer.Option("--inline", help="In this process, one rank, plain torch: for a debugger.")] = False,
+    until: Until = None,
+    fresh: Fresh = None,
+    inline: Inline = False,
 ) -> None:
     """Make what is missing, reuse what is there."""
     _run(config, set_, use, until=until, fresh=fresh or [], inline=inline)
@@ -58,15 +61,15 @@ def rerun(config: Config, stage: Annotated[str, typer.Argument(metavar="STAGE")]
 
 
 @app.command()
-def plan(config: Config, set_: Set = None, use: Use = None) -> None:
+def plan(config: Config, set_: Set = None, use: Use = None, until: Until = None, fresh: Fresh = None, inline: Inline = False) -> None:
     """What would run, why, and about how long. Changes nothing."""
     from pipelines.graph import ROOT
     from pipelines.planner import Planner
     from pipelines.progress import plan_lines
 
     graph = _graph(config, set_)
-    decisions = Planner(graph, _store_of(graph), ROOT, given=_pairs(use)).plan()
-    _print(*plan_lines(decisions))
+    planner = Planner(graph, _store_of(graph), ROOT, given=_pairs(use), until=until, fresh=fresh or [], inline=inline)
+    _print(*plan_lines(planner.plan()))
 
 
 @app.command()

@@ -138,7 +138,9 @@ class Planner:
             if checkpoint is not None:
                 misfit = checkpoint.fits(identity(stage, inline=self.inline))
                 if misfit:
-                    return Decision(stage.name, "blocked", misfit, **common)
+                    other_way = "without --inline" if self.inline else "with --inline"
+                    advice = f". Or go on {other_way}" if checkpoint.fits(identity(stage, inline=not self.inline)) is None else ""
+                    return Decision(stage.name, "blocked", f"{misfit} (--fresh {stage.name}){advice}", **common)
                 return Decision(stage.name, "resume", f"goes on at step {checkpoint.step} of {stage.config.steps}", **common)
         why = damage or ("an asked-for rerun was interrupted" if rerun_interrupted else self._why(stage, leaves))
         return Decision(stage.name, "run", why, **common)

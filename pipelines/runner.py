@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Any
 
+from cluster.checkpoint import attempts, newest_checkpoint
 from gpt.settings import TrainSettings
 from pipelines.artifacts import Model
 from pipelines.config import ConfigError, Fault
@@ -347,7 +348,7 @@ class Run:
         stage, decision = running.stage, running.decision
         seconds = time.monotonic() - running.started_s
         if outcome.stopped:
-            self._finish(stage, "stopped", decision, seconds=seconds)
+            self._stopped(running, seconds=seconds)
             return
         damage = self.store.intact(outcome.output) if outcome.output else None
         if outcome.output is None or damage or running.lease.lost():
@@ -414,7 +415,7 @@ class Run:
                 running.task.cancel()
                 del self._running[running.stage.name]
                 running.lease.release()
-                self._finish(running.stage, "stopped", running.decision)
+                self._stopped(running)
 
     def _abandon(self) -> None:
         """Stop at once: what is on disk is what is kept."""
@@ -422,8 +423,16 @@ class Run:
             if not self.options.inline:
                 running.task.cancel()
             running.lease.release()
-            self._finish(running.stage, "stopped", running.decision)
+            self._stopped(running)
         self._running.clear()
+
+    def _stopped(self, running: _Running, **more: Any) -> None:
+        """A stage's last word is where it goes on next time, and no longer why it was begun."""
+        assert running.decision.key is not None
+        made_so_far = attempts(self.store.work(running.decision.key), running.decision.series)
+        checkpoint, _ = newest_checkpoint(made_so_far, verify=False)
+        reason = "begins again next time" if checkpoint is None else f"saved at step {checkpoint.step}"
+        self._finish(running.stage, "stopped", replace(running.decision, reason=reason), **more)
 
     def _end(self) -> int:
         failed = [name for name, how in self._failed.items() if how == "failed"]

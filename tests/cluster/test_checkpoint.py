@@ -63,6 +63,16 @@ def test_a_checkpoint_says_which_gang_can_load_it(tmp_path: Path) -> None:
     assert "made with ranks = 2, zero_stage = 1 and this run asks for ranks = 1, zero_stage = 3" in problem
 
 
+def test_an_engine_without_zero_has_no_stage_that_one_could_ask_for(tmp_path: Path) -> None:
+    write(tmp_path / "1.1", 50)
+    found, _ = checkpoint.newest_checkpoint([tmp_path / "1.1"], verify=False)
+    assert found is not None
+    assert found.fits({**IDENTITY, "engine": "torch", "zero_stage": None}) == (
+        "the checkpoint at step 50 was made with engine = deepspeed, zero_stage = 1 and this run asks for engine = torch: its state "
+        "can't be loaded so; ask for engine = deepspeed, zero_stage = 1 to go on, or make the stage afresh to begin at step 0"
+    )
+
+
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     for step in (10, 20, 30, 100000000):
         write(tmp_path, step)

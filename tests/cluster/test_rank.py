@@ -104,7 +104,7 @@ def test_when_every_checkpoint_is_damaged_nothing_starts_silently_from_scratch(t
     run.start(stop_after(3))
     for file in run.spec.work.rglob("history.json"):
         file.unlink()
-    with pytest.raises(GangFailure, match=r"no checkpoint can be read .*history.json is missing.*--fresh"):
+    with pytest.raises(GangFailure, match=r"no checkpoint can be read .*history.json is missing.*make the stage afresh"):
         run.start()
 
 

@@ -57,6 +57,14 @@ def test_a_pipe_gets_a_line_at_the_start_and_one_at_the_end_of_a_stage() -> None
     ]
 
 
+def test_a_stage_that_was_stopped_says_where_it_goes_on() -> None:
+    out = io.StringIO()
+    progress = Progress(out, clock=Clock())
+    progress.show(started("pretrain", steps=100))
+    progress.show(ended("pretrain", status="stopped", reason="saved at step 70", output=None))
+    assert out.getvalue().splitlines()[-1] == "pretrain    stopped: saved at step 70"
+
+
 def test_training_speaks_at_most_every_ten_seconds() -> None:
     out, clock = io.StringIO(), Clock()
     progress = Progress(out, clock=clock)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from pipelines.cli import app
 from pipelines.config import ConfigError, load
 from pipelines.graph import ROOT, Graph, build
 from pipelines.journal import read_journal
@@ -273,6 +275,7 @@ def test_ctrl_c_in_a_stage_ends_the_run_with_130_and_the_command_that_goes_on(sm
     code, status = small.run()
     assert code == 130
     assert status["cut"] == "stopped"
+    assert {event["reason"] for event in small.events if event.get("status") == "stopped"} == {"begins again next time"}
     assert small.events[-1]["status"] == "KILLED"
     assert small.events[-1]["text"] == "interrupted; go on with: gptline run small.toml"
     assert signal.getsignal(signal.SIGINT) is before
@@ -426,3 +429,70 @@ def test_a_damaged_manifest_is_a_damaged_artifact(small: Small):
     (small.store.artifact(digest).path / "manifest.json").write_text('{"files"')
     assert small.run() == (0, {"words": "reused", "cut": "done", "report": "reused"})
     assert small.store.intact(digest) is None
+
+
+DRILL = """
+
+from gpt.settings import PretrainSettings
+
+
+class DrillConfig(StageConfig, PretrainSettings):
+    pass
+
+
+def practise(rank, config):
+    import os, signal, torch
+
+    model = torch.nn.Linear(1, 1)
+    rank.engine("policy", model, [{"params": list(model.parameters())}], config)
+    if rank.restore() == 0:
+        rank.save(3)
+        os.kill(os.getpid(), signal.SIGINT)
+    return None if rank.should_stop() else {"steps": 10}
+
+
+def drill(config: DrillConfig, documents: Documents, stage: StageContext) -> Report:
+    (stage.output / "report.json").write_text(str(stage.gang(practise, config)))
+    return stage.publish(Report)
+"""
+DRILL_TOML = """
+[stages.drill]
+uses = "./kinds.py:drill"
+inputs = { documents = "words" }
+preset = "gpt2-nano"
+steps = 10
+global_batch_size = 4
+lr = 1e-3
+"""
+
+
+@pytest.fixture
+def drilled(small: Small) -> Small:
+    """A line whose training was stopped by Ctrl-C, in a run of one process, when it had saved step 3 of 10."""
+    small.write("kinds.py", KINDS + DRILL)
+    small.write("small.toml", TOML + DRILL_TOML)
+    code, status = small.run(until="drill")
+    assert (code, status) == (130, {"words": "done", "drill": "stopped"})
+    return small
+
+
+def test_a_training_that_was_stopped_says_at_which_step_it_was_saved(drilled: Small):
+    (last,) = [event for event in drilled.events if event["type"] == "stage_ended" and event["stage"] == "drill"]
+    assert (last["reason"], "error" in last) == ("saved at step 3", False)
+    assert drilled.run(until="drill") == (0, {"words": "reused", "drill": "done"})
+
+
+def test_a_plan_is_made_for_the_run_that_is_asked_for(drilled: Small):
+    def plan(*words: str) -> str:
+        drilled.graph()  # as in a process of its own
+        asked = ["plan", str(drilled.folder / "small.toml"), "--set", f"store.root={drilled.store.root}", *words]
+        return CliRunner().invoke(app, asked, catch_exceptions=False).output
+
+    assert "drill   resume  goes on at step 3 of 10" in plan("--inline")
+    assert (
+        "drill   blocked  the checkpoint at step 3 was made with engine = torch and this run asks for engine = deepspeed, zero_stage = 1: "
+        "its state can't be loaded so; ask for engine = torch to go on, or make the stage afresh to begin at step 0 (--fresh drill). "
+        "Or go on with --inline\n"
+    ) in plan()
+    assert "drill   run    asked for afresh" in plan("--fresh", "drill")
+    assert "drill" not in plan("--inline", "--until", "report")
