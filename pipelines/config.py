@@ -7,6 +7,7 @@ what pydantic found into sentences: the place, the value found, what was wanted.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 import types
@@ -27,6 +28,7 @@ SECRET = re.compile(r"(access_token|auth_token|secret|password|api_key|credentia
 UNION_BRANCH = re.compile(r"str|int|float|bool|.*\[.*|[A-Z]\w*(Config|Settings)")
 """pydantic puts the tag of a union's branch between the names of a location; those are no part of the file."""
 
+TOO_DEEP = "is nested too deeply to be read"
 WANTED = {
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "a number"),
@@ -150,8 +152,12 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
     except (ValueError, RecursionError) as error:
         raise ConfigError(path, [Fault("TOML", f"can't be parsed: {error}")]) from None
     faults = [fault for override in overrides for fault in _apply(raw, override)]
+    try:
+        secrets = list(_secrets(raw, ""))
+    except RecursionError:
+        raise ConfigError(path, [Fault("file", TOO_DEEP)]) from None
     file, found = validate(PipelineFile, raw, "")
-    faults += found + list(_secrets(raw, ""))
+    faults += found + secrets
     if file is None:  # go on with what can be read, so that the stages' faults are told too
         wrong = {fault.where.split(".")[0] for fault in found}
         file, found = validate(PipelineFile, {"pipeline": "unnamed", **{name: raw[name] for name in raw.keys() - wrong}}, "")
@@ -166,7 +172,8 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
 def validate(model: type[M], values: Any, where: str) -> tuple[M | None, list[Fault]]:
     """An instance of `model`, or every fault in `values` as a sentence."""
     try:
-        return model.model_validate(values), []
+        # As strict JSON: `true` and "3" are no numbers, and yet a list can become a tuple and a string a Path.
+        return model.model_validate_json(json.dumps(values, default=str), strict=True), []
     except ValidationError as error:
         return None, [_fault(model, each, where) for each in error.errors(include_url=False)]
 
@@ -178,6 +185,8 @@ def _fault(model: type[BaseModel], error: Any, where: str) -> Fault:
         known = _fields_at(model, error["loc"][:-1])
         near = difflib.get_close_matches(location[-1], known)
         return Fault(place, f"unknown key{_did_you_mean(near) or '; known here: ' + ', '.join(sorted(known))}")
+    if error["type"] == "json_invalid":
+        return Fault(place, TOO_DEEP)
     if error["type"] == "missing":
         return Fault(place, "is missing")
     if error["type"] == "value_error":

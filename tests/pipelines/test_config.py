@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,14 @@ def test_a_right_file_gives_stages_in_the_order_of_their_inputs(tmp_path: Path):
         ("lr = 1e-3", "", "stages.pretrain.lr: is missing"),
         ("steps = 10", "steps = 'ten'", "stages.pretrain.steps: is 'ten', wanted a whole number"),
         ("steps = 10", "steps = 10\nbias = 'maybe'", "stages.pretrain.bias: is 'maybe', wanted true or false"),
+        ("steps = 10", "steps = true", "stages.pretrain.steps: is True, wanted a whole number"),
+        ("steps = 10", "steps = '10'", "stages.pretrain.steps: is '10', wanted a whole number"),
+        ("steps = 10", "steps = 10.0", "stages.pretrain.steps: is 10.0, wanted a whole number"),
+        ("steps = 10", "steps = 10\nbias = 1", "stages.pretrain.bias: is 1, wanted true or false"),
+        ("steps = 10", "steps = 10\nzero_stage = true", "stages.pretrain.zero_stage: is True, wanted a whole number"),
+        ("steps = 10", "steps = 10\nresources.ranks = true", "stages.pretrain.resources.ranks: is True, wanted a whole number"),
+        ("lr = 1e-3", "lr = '1e-3'", "stages.pretrain.lr: is '1e-3', wanted a number"),
+        ("seed = 1", "seed = true", "seed: is True, wanted a whole number"),
         ('["*.txt"]', '"a.txt"', "stages.documents.files: is 'a.txt', wanted a list"),
         ("seed = 1", "seed = 1\ntracking = 'sqlite'", "tracking: is 'sqlite', wanted a table"),
         ("steps = 10", "steps = 10\nresources.labels = ['big']", "stages.pretrain.resources.labels: is ['big'], wanted a table"),
@@ -96,6 +105,23 @@ def test_a_right_file_gives_stages_in_the_order_of_their_inputs(tmp_path: Path):
 def test_each_fault_says_where_it_is_what_was_found_and_what_was_wanted(tmp_path: Path, old: str, new: str, wanted: str):
     assert old in LINE
     assert any(wanted in fault for fault in faults(tmp_path, LINE.replace(old, new, 1))), faults(tmp_path, LINE.replace(old, new, 1))
+
+
+def test_a_value_of_a_users_own_type_is_read_from_what_toml_has(tmp_path: Path):
+    (tmp_path / "mine.py").write_text(
+        "import datetime, pathlib\nfrom pipelines.artifacts import Documents\nfrom pipelines.stage import StageConfig\n\n"
+        "class C(StageConfig):\n    words: tuple[str, ...]\n    path: pathlib.Path\n    day: datetime.date\n    share: float\n\n"
+        "def mine(config: C) -> Documents: ...\n"
+    )
+    settings = "words = ['a', 'b']\npath = 'a/b'\nday = 2026-02-03\nshare = 1\n"
+    config = built(tmp_path, f'pipeline = "p"\n[stages.mine]\nuses = "./mine.py:mine"\n{settings}').stages["mine"].config
+    assert config.model_dump() == {"words": ("a", "b"), "path": Path("a/b"), "day": datetime.date(2026, 2, 3), "share": 1.0}
+    assert type(config).model_validate(config.model_dump(mode="json")) == config  # as a worker reads it
+
+
+@pytest.mark.parametrize("depth", [300, 3000])  # more than JSON's parser takes; more than Python's stack takes
+def test_tables_nested_too_deeply_are_a_fault(tmp_path: Path, depth: int):
+    assert faults(tmp_path, LINE + f"[stages.{'a.' * depth}a]") == ["file: is nested too deeply to be read"]
 
 
 def test_all_faults_are_told_at_once_and_nothing_is_written(tmp_path: Path):
