@@ -145,3 +145,25 @@ def held_out_batch(files: Sequence[np.ndarray], windows: Sequence[Window], seq_l
         token_ids[row, : len(tokens)] = torch.from_numpy(tokens)
         loss_mask[row, window.score_from - window.start - 1 : len(tokens) - 1] = True
     return Batch(token_ids[:, :-1], token_ids[:, 1:], loss_mask)
+
+
+class ShuffledRows:
+    """Which of n examples a step sees: each once an epoch, in an order of its own.
+
+    `ShuffledRows(1000, batch_size=16, seed=1, name="sft").of_step(7)` are 16 numbers below 1,000.
+    """
+
+    def __init__(self, n: int, *, batch_size: int, seed: int, name: str) -> None:
+        self._n = n
+        self._batch_size = batch_size
+        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(stream_seed(seed, name, epoch), n))
+
+    def of_step(self, step: int) -> list[int]:
+        places = (divmod(step * self._batch_size + row, self._n) for row in range(self._batch_size))
+        return [int(self._order(epoch)[place]) for epoch, place in places]
+
+
+def padded(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
+    """Token ids of unequal length as (B, T), padded on the right."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.int64)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.batching import TrainingBatches, held_out_batch, held_out_windows, micro_batch_rows, open_tokens
+from gpt.batching import ShuffledRows, TrainingBatches, held_out_batch, held_out_windows, micro_batch_rows, open_tokens, padded
 from gpt.random_streams import permutation, stream_seed
 
 
@@ -124,3 +124,15 @@ def test_a_held_out_row_counts_what_its_window_scores():
     assert batch.token_ids[0].tolist() == [10, 11, 12, 13]
     assert batch.targets[1].tolist() == [13, 14, 15, 16]
     assert batch.loss_mask[1].tolist() == [False, False, True, True]
+
+
+def test_shuffled_rows_visit_every_example_once_an_epoch_and_batches_may_straddle_two():
+    rows = ShuffledRows(5, batch_size=2, seed=1, name="test")
+    drawn = [row for step in range(5) for row in rows.of_step(step)]  # 10 of them: two epochs of 5
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == [0, 1, 2, 3, 4]
+    assert drawn[:5] != drawn[5:]
+    assert rows.of_step(3) == ShuffledRows(5, batch_size=2, seed=1, name="test").of_step(3)
+
+
+def test_unequal_rows_are_padded_on_the_right():
+    assert padded([[1, 2, 3], [4]], pad_id=9).tolist() == [[1, 2, 3], [4, 9, 9]]
