@@ -30,6 +30,12 @@ OPERATIONAL = _OperationalMark()
 T = TypeVar("T")
 Operational = Annotated[T, OPERATIONAL]
 
+# Far above what anyone trains: a digit too many is a fault of the file, not a MemoryError late in the line.
+Count = Annotated[int, Field(ge=1, le=2**12)]
+Width = Annotated[int, Field(ge=1, le=2**17)]
+Size = Annotated[int, Field(ge=1, le=2**24)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 class ModelShape(Settings):
     """A transformer's architecture, less the vocabulary that its tokenizer decides.
@@ -37,21 +43,21 @@ class ModelShape(Settings):
     `ModelShape(n_layer=2, n_head=4, n_embd=64, seq_len=64)` is a small GPT-2.
     """
 
-    n_layer: int = Field(ge=1)
-    n_head: int = Field(ge=1)
-    n_kv_head: int | None = Field(default=None, ge=1)
+    n_layer: Count
+    n_head: Count
+    n_kv_head: Count | None = None
     """Key and value heads; fewer than `n_head` is grouped-query attention. None: as many as `n_head`."""
-    n_embd: int = Field(ge=1)
+    n_embd: Width
     """Width C of the residual stream."""
-    seq_len: int = Field(ge=1)
+    seq_len: Size
     """Longest sequence, in tokens."""
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    dropout: Share = 0.0
     positions: Literal["learned", "sinusoidal", "rope"] = "learned"
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_first: bool = True
     """True: normalise before each sub-layer (GPT-2); False: after it (the 2017 paper)."""
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
-    n_hidden: int | None = Field(default=None, ge=1)
+    n_hidden: Size | None = None
     """Width of the feed-forward layer. None: 4 C, or 8/3 C rounded up to a multiple of 8 for SwiGLU."""
     bias: bool = True
     tied: bool = True
@@ -88,7 +94,7 @@ class ModelShape(Settings):
 class GPTConfig(ModelShape):
     """A transformer's whole architecture: what `config.json` beside the weights holds."""
 
-    vocab_size: int = Field(ge=1)
+    vocab_size: Size
 
 
 _LLAMA = dict(positions="rope", norm="rmsnorm", activation="swiglu", bias=False, tied=False)
@@ -111,7 +117,7 @@ class TrainSettings(Settings):
 
     steps: int = Field(ge=1)
     """Optimizer steps."""
-    global_batch_size: int = Field(ge=1)
+    global_batch_size: Size
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: Operational[int | None] = Field(default=None, ge=1)
     """Sequences per rank per forward pass. None: the rank's whole share of the batch at once."""
@@ -185,18 +191,18 @@ class PretrainSettings(TrainSettings):
 
     preset: str
     """A key of `PRESETS`."""
-    n_layer: int | None = None
+    n_layer: Count | None = None
     """This and what follows take the place of the preset's own values where they are given."""
-    n_head: int | None = None
-    n_kv_head: int | None = None
-    n_embd: int | None = None
-    seq_len: int | None = None
-    dropout: float | None = None
+    n_head: Count | None = None
+    n_kv_head: Count | None = None
+    n_embd: Width | None = None
+    seq_len: Size | None = None
+    dropout: Share | None = None
     positions: Literal["learned", "sinusoidal", "rope"] | None = None
     norm: Literal["layernorm", "rmsnorm"] | None = None
     norm_first: bool | None = None
     activation: Literal["gelu", "relu", "swiglu"] | None = None
-    n_hidden: int | None = None
+    n_hidden: Size | None = None
     bias: bool | None = None
     tied: bool | None = None
 
@@ -217,9 +223,8 @@ class PretrainSettings(TrainSettings):
         try:
             self.shape()
         except ValidationError as error:
-            # Pydantic would print a second report inside its own.
-            faults = (".".join(map(str, (*fault["loc"], ""))) + " " + fault["msg"] for fault in error.errors())
-            raise ValueError("; ".join(fault.removeprefix(" Value error, ") for fault in faults)) from None
+            # Pydantic would print a second report inside its own. Each size is in its bounds here: what is wrong is how they go together.
+            raise ValueError("; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())) from None
         return self
 
     def shape(self) -> ModelShape:

@@ -37,6 +37,7 @@ WANTED = {
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "a table"),
 }
 """What was wanted, in TOML's words, by pydantic's type of an error."""
+BOUNDS = {"greater_than": "more than", "greater_than_equal": "at least", "less_than": "less than", "less_than_equal": "at most"}
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,9 @@ def _fault(model: type[BaseModel], error: Any, where: str) -> Fault:
         return Fault(place, "is missing")
     if error["type"] == "value_error":
         return Fault(place, error["msg"].removeprefix("Value error, "))
+    if error["type"] in BOUNDS:
+        (bound,) = error["ctx"].values()
+        return Fault(place, f"is {error['input']}, wanted {BOUNDS[error['type']]} {bound}")
     wanted = WANTED.get(error["type"]) or error["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
     return Fault(place, f"is {error['input']!r}, wanted {wanted}")
 

@@ -244,7 +244,7 @@ def test_settings_in_the_config_count_whole_once_the_code_builds_them_itself(kin
         ("gpt/settings.py", "class TrainSettings(Settings):\n", "class TrainSettings(Settings):\n    noise: Operational[int] = 1\n", False),
         ("gpt/settings.py", "    preset: str\n", "    preset: str\n    noise: Operational[int] = 1\n", False),
         ("pipelines/stages/pretrain.py", "    pass\n", "    noise: Operational[int] = 1\n", False),
-        ("gpt/settings.py", "dropout: float = Field(default=0.0", "dropout: float = Field(default=0.1", True),
+        ("gpt/settings.py", "dropout: Share = 0.0", "dropout: Share = 0.1", True),
         ("gpt/settings.py", '"gpt2-nano": ModelShape(n_layer=2', '"gpt2-nano": ModelShape(n_layer=3', True),
     ],
 )
