@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
@@ -24,6 +25,7 @@ from gpt.settings import Operational, Settings
 M = TypeVar("M", bound=BaseModel)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+TRACKING = re.compile(r"sqlite|https?://[^\s/:][^\s/]*(/\S*)?|sqlite:///.+|(postgresql|mysql|mssql)(\+\w+)?://.+")
 SECRET = re.compile(r"(access_token|auth_token|secret|password|api_key|credential)s?$", re.IGNORECASE)
 UNION_BRANCH = re.compile(r"str|int|float|bool|.*\[.*|[A-Z]\w*(Config|Settings)")
 """pydantic puts the tag of a union's branch between the names of a location; those are no part of the file."""
@@ -78,7 +80,21 @@ class StoreConfig(Settings):
 
 class TrackingConfig(Settings):
     uri: str = "sqlite"
-    """"sqlite": a file inside the store; or the address of an MLflow server: http://mlflow.example:5000."""
+    """"sqlite": a file inside the store; or the address of an MLflow server: http://mlflow.example:5000; or of a database."""
+
+    @field_validator("uri")
+    @classmethod
+    def _uri_is_one_that_mlflow_takes(cls, value: str) -> str:
+        try:
+            known = TRACKING.fullmatch(value) and urlsplit(value).port != 0
+        except ValueError:  # what stands where a port should
+            known = False
+        if not known:
+            raise ValueError(
+                f"is {value!r}, wanted 'sqlite' (a file inside the store), a server such as 'http://mlflow.example:5000', "
+                "or a database such as 'sqlite:////data/mlflow.db'"
+            )
+        return value
 
 
 class ClusterConfig(Settings):

@@ -133,6 +133,26 @@ def test_tables_nested_too_deeply_are_a_fault(tmp_path: Path, depth: int):
     assert faults(tmp_path, LINE + f"[stages.{'a.' * depth}a]") == ["file: is nested too deeply to be read"]
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("", "nonsense", "./mlruns", "file:///tmp/mlruns", "ftp://host", "databricks", "sqlite:", "sqlite://"),
+        *("http://", "http:host", "http:///path", "http://:5000", "http://host:port", "http://host:99999", "http://my host"),
+    ],
+)
+def test_an_address_that_is_no_mlflow_is_refused_as_the_file_is_read(tmp_path: Path, uri: str):
+    (fault,) = faults(tmp_path, LINE, f"tracking.uri={uri!r}")
+    assert fault.startswith(f"tracking.uri: is {uri!r}, wanted 'sqlite' (a file inside the store), a server such as")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["sqlite", "sqlite:////data/mlflow.db", "http://127.0.0.1:5000", "https://me@mlflow.example/team/", "postgresql+psycopg2://host/runs"],
+)
+def test_an_address_that_mlflow_takes_is_left_as_it_is(tmp_path: Path, uri: str):
+    assert built(tmp_path, LINE, f"tracking.uri={uri!r}").loaded.file.tracking.uri == uri
+
+
 def test_all_faults_are_told_at_once_and_nothing_is_written(tmp_path: Path):
     text = LINE.replace("steps = 10", "stepps = 10").replace("lr = 1e-3", "lr = -1").replace('"bytes"', '"byte"')
     found = faults(tmp_path, text)
