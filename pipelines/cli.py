@@ -75,8 +75,8 @@ def plan(config: Config, set_: Set = None, use: Use = None, until: Until = None,
 @app.command()
 def sync(store: Root = Path(".gptline"), tracking: Uri = None) -> None:
     """Deliver what MLflow missed, and set right the status of runs whose driver is gone."""
+    from pipelines.delivery import sync as deliver
     from pipelines.runner import dead_runs
-    from pipelines.tracking import sync as deliver
 
     opened = _store(store)
     _print(*deliver(opened, tracking, dead_runs(opened)))
@@ -89,8 +89,8 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
 ) -> None:
     """The MLflow UI on this store."""
+    from pipelines.delivery import serve_ui
     from pipelines.runner import dead_runs
-    from pipelines.tracking import serve_ui
 
     opened = _store(store)
     raise typer.Exit(serve_ui(opened, tracking, port, _print, dead_runs(opened)))

@@ -197,7 +197,7 @@ class Run:
         self._tracker = self._start_tracking()
 
     def _start_tracking(self) -> Any:
-        from pipelines.tracking import start_tracking
+        from pipelines.delivery import start_tracking
 
         return start_tracking(self.store, self.run, self.graph.loaded.file.tracking.uri)
 

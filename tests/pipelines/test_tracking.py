@@ -1,4 +1,4 @@
-"""MLflow is a view of the journal: it may be dead, late or killed, and shows each thing once all the same."""
+"""tracking.py and delivery.py: MLflow is a view of the journal. It may be dead, late or killed, and shows each thing once all the same."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from cluster.commit import canonical_json
+from pipelines.delivery import Delivery, Sender, follow, serve_ui, start_tracking, sync, ui_command
 from pipelines.journal import JournalWriter
 from pipelines.store import Action, Store
-from pipelines.tracking import Sender, follow, resolve_uri, serve_ui, start_tracking, sync, ui_command, unreachable
+from pipelines.tracking import Door, resolve_uri, unreachable
 
 START_MS = 1_790_000_000_000
 
@@ -125,10 +126,10 @@ def test_a_dead_server_costs_one_sentence_and_no_time(store: Store) -> None:
     began_s = time.monotonic()
     delivery = Sender(store, "r1", uri).deliver()
     assert time.monotonic() - began_s < 1
-    assert (delivery.sent, delivery.remaining) == (0, 16)  # 1 run_started, 2 x (started, ended), 10 x points, 1 run_ended
-    assert delivery.error == (
+    assert delivery == Delivery(
+        0,
         f"MLflow {uri} not reachable (connection refused): what happens is kept in the run's journal "
-        f"and sent when it is back, at the next run or `gptline sync`"
+        f"and sent when it is back, at the next run or `gptline sync`",
     )
 
 
@@ -139,14 +140,19 @@ def test_a_server_that_takes_connections_and_never_answers_is_given_up_in_second
         assert unreachable(f"http://127.0.0.1:{mute.getsockname()[1]}") == "no answer in time"
 
 
-def test_importing_tracking_imports_no_mlflow() -> None:
-    subprocess.run([sys.executable, "-c", "import pipelines.tracking, sys; assert 'mlflow' not in sys.modules"], check=True)
+def test_a_cursor_written_by_another_version_is_read_for_what_this_one_knows(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(store, "r1").flush()
+    monkeypatch.setattr("pipelines.delivery.unreachable", lambda uri: "gone")
+    assert Sender(store, "r1", "http://there").deliver().error is not None
+    [cursor] = (store.root / "runs" / "r1").glob("tracking-*.json")
+    cursor.write_text('{"segments": 1, "parent": "what older versions wrote"}')
+    assert Sender(store, "r1", "http://there").deliver() == Delivery(0)  # the one segment was delivered
 
 
 def test_sync_speaks_of_each_run_to_its_own_mlflow_unless_one_is_named_for_all(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for run, uri in (("r1", "http://there:5000"), ("r2", None), ("r3", "http://there:5000"), ("r4", "http://elsewhere")):
         begin(store, run, uri=uri).flush()
-    monkeypatch.setattr("pipelines.tracking.unreachable", lambda uri: "gone")
+    monkeypatch.setattr("pipelines.delivery.unreachable", lambda uri: "gone")
     told = [line.split(" not reachable")[0] for line in sync(store, None)]
     assert told == ["MLflow http://there:5000", "MLflow sqlite", "MLflow http://elsewhere"]
     assert [line.split(" not reachable")[0] for line in sync(store, "http://other")] == ["MLflow http://other"]
@@ -155,7 +161,7 @@ def test_sync_speaks_of_each_run_to_its_own_mlflow_unless_one_is_named_for_all(s
 def test_ui_names_the_servers_of_runs_that_are_seen_elsewhere(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(store, "r1", uri="http://old:5000").flush()
     begin(store, "r2", uri="http://new:5000/").flush()
-    monkeypatch.setattr("pipelines.tracking.sync", lambda store, uri, dead: [])
+    monkeypatch.setattr("pipelines.delivery.sync", lambda store, uri, dead: [])
     said: list[str] = []
     assert serve_ui(store, None, 5001, said.append) == 0
     assert said == [f"http://{host}:5000/#/experiments?workflowType=machine_learning" for host in ("new", "old")]
@@ -219,9 +225,24 @@ def test_a_run_is_shown_whole_and_sending_it_again_changes_nothing(store: Store)
     }  # fmt: skip
 
     again = Sender(store, "r1", "sqlite").deliver(again=True)
-    assert (again.sent, again.error) == (16, None)
+    assert again == Delivery(16)  # 1 run_started, 2 x (started, ended), 10 x points, 1 run_ended
     assert picture() == first
     assert Sender(store, "r1", "sqlite").deliver().sent == 0
+
+
+@pytest.mark.slow
+def test_the_config_arrives_though_the_first_delivery_broke_off_before_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(store, "r1").flush()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Door, "log", broken)
+        assert "did not take this run (disk full)" in str(Sender(store, "r1", "sqlite").deliver().error)
+    assert children(client(store), "r1")[""].data.params == {}  # the run was made, and no more
+    assert Sender(store, "r1", "sqlite").deliver() == Delivery(1)
+    assert children(client(store), "r1")[""].data.params == {"seed": "1"}
 
 
 @pytest.mark.slow
@@ -329,7 +350,7 @@ def test_a_fresh_database_under_the_same_name_gets_everything_again(store: Store
     sync(store, "sqlite")
     (store.root / "mlflow.db").unlink()
     # this process keeps the old file open; a person's next command is a process of its own
-    subprocess.run([sys.executable, "-c", f"from pipelines.store import *; from pipelines.tracking import *; sync(Store(Path({str(store.root)!r})), 'sqlite')"], check=True)  # fmt: skip  # noqa: E501
+    subprocess.run([sys.executable, "-c", f"from pipelines.store import *; from pipelines.delivery import *; sync(Store(Path({str(store.root)!r})), 'sqlite')"], check=True)  # fmt: skip  # noqa: E501
     counted = (
         "from mlflow import MlflowClient as M; m = M({!r}); print(len(m.search_runs([m.get_experiment_by_name('line').experiment_id])))"
     )
@@ -342,7 +363,7 @@ def test_a_fresh_database_under_the_same_name_gets_everything_again(store: Store
 @pytest.mark.slow
 def test_two_senders_at_once_on_one_fresh_database_show_one_run(store: Store) -> None:
     a_pretraining(store, "r1", points=50)
-    command = [sys.executable, "-m", "pipelines.tracking", str(store.root), "r1", "sqlite", "--driver", str(os.getpid())]
+    command = [sys.executable, "-m", "pipelines.delivery", str(store.root), "r1", "sqlite", "--driver", str(os.getpid())]
     both = [subprocess.Popen(command) for _ in range(2)]
     assert [each.wait(120) for each in both] == [0, 0]
     mlflow = client(store)
@@ -364,7 +385,7 @@ def test_the_senders_process_ends_by_itself_with_the_run(store: Store) -> None:
 def test_the_sender_outlives_a_killed_driver_and_delivers_what_it_wrote(store: Store) -> None:
     driver = (
         "import os, signal, sys; from pathlib import Path; from pipelines.store import Store; from pipelines.journal import JournalWriter\n"
-        "from pipelines.tracking import start_tracking\n"
+        "from pipelines.delivery import start_tracking\n"
         "store = Store(Path(sys.argv[1])); tracker = start_tracking(store, 'r1', 'sqlite'); writer = JournalWriter(store, 'r1')\n"
         "writer.write('run_started', pipeline='line'); writer.write('stage_started', stage='pretrain', decision='run')\n"
         "writer.write('points', stage='pretrain', points=[['train/loss', s, 1.0, s] for s in range(100)]); writer.flush()\n"
