@@ -87,6 +87,7 @@ class Run:
         self._failed: dict[str, str] = {}
         self._signal: int | None = None
         self._made = False
+        self._broken = False
         self._tracking_said: str | None = None
 
     def execute(self) -> int:
@@ -110,13 +111,19 @@ class Run:
             stack.enter_context(self._signals())  # after the session: Ray puts a SIGTERM handler of its own in place
             lease = Watch(self.store, f"run-{self.run}").take(run=self.run)
             assert lease is not None
-            stack.callback(lease.release)
+            stack.callback(self._try_to, "give the run's lease back", lease.release)
             self._begin(plan)
             self._waiting = {name: stage for name, stage in self.graph.stages.items() if name in planner.chosen}
             try:
                 self._loop()
             except KeyboardInterrupt:
                 self._signal = self._signal or signal.SIGINT
+                self._abandon()
+            except OSError as error:
+                if not self._made:
+                    raise
+                self._broken = True
+                self._say({"type": "said", "text": f"can't go on: {error}"})
                 self._abandon()
             return self._end()
 
@@ -335,6 +342,8 @@ class Run:
         del self._running[running.stage.name]
         try:
             self._record(running, outcome)
+        except OSError as error:
+            self._finish(running.stage, "failed", running.decision, error=f"what came of it can't be recorded: {error}")
         finally:
             running.lease.release()
 
@@ -422,8 +431,8 @@ class Run:
         for running in list(self._running.values()):
             if not self.options.inline:
                 running.task.cancel()
-            running.lease.release()
-            self._stopped(running)
+            self._try_to(f"give back the lease of {running.stage.name}", running.lease.release)
+            self._try_to(f"write down that {running.stage.name} was stopped", self._stopped, running)
         self._running.clear()
 
     def _stopped(self, running: _Running, **more: Any) -> None:
@@ -435,17 +444,40 @@ class Run:
         self._finish(running.stage, "stopped", replace(running.decision, reason=reason), **more)
 
     def _end(self) -> int:
+        """The last words, each for itself: of a store that is full or gone, what can still be said is said."""
+        self._try_to("name the newest model", self._name_newest_model)
         failed = [name for name, how in self._failed.items() if how == "failed"]
+        go_on = f"go on with: {self.options.go_on}"
         if self._signal is not None:
-            status, code = "KILLED", 128 + self._signal
-            text = f"interrupted; go on with: {self.options.go_on}"
+            status, code, text = "KILLED", 128 + self._signal, f"interrupted; {go_on}"
         elif failed:
             status, code = "FAILED", 1
-            text = f"{' and '.join(failed)} failed; the other results are kept. Mend it, then go on with: {self.options.go_on}"
+            text = f"{' and '.join(failed)} failed; the other results are kept. Mend it, then {go_on}"
+        elif self._broken:
+            status, code = "FAILED", 1
+            text = f"the store {self.store.root} failed; what it has is kept. Mend it, then {go_on}"
         else:
             status, code, text = "FINISHED", 0, ""
-        self._name_newest_model()
-        self._write("run_ended", status=status, exit_code=code, text=text)
+        ended = {"status": status, "exit_code": code, "text": text}
+        if not self._try_to("write down how the run ended", self._write, "run_ended", **ended):
+            self._say({"type": "run_ended", "time_ms": _now_ms(), **ended})
+        self._try_to("make the run's page", self._render_page)
+        # a run that only reused ends at once: what delivers it is a process of its own
+        if self._made:
+            self._try_to("wait for MLflow", lambda: self._say_of_tracking(self._tracker.finish(TRACKING_DEADLINE_S)))
+        return code or int(self._broken)
+
+    def _try_to(self, what: str, action: Callable[..., object], *arguments: Any, **named: Any) -> bool:
+        """Where it can't be done, a sentence says so, and the exit code: who comes next has something to do of its own."""
+        try:
+            action(*arguments, **named)
+        except Exception as error:
+            self._broken = True
+            self._say({"type": "said", "text": f"could not {what}: {type(error).__name__}: {error}"})
+            return False
+        return True
+
+    def _render_page(self) -> None:
         from pipelines.page import render
 
         page = f"runs/{self.run}/page.html"
@@ -453,10 +485,6 @@ class Run:
         for name, figure in self._figures().items():
             self._say({"type": "said", "text": f"{name} = {figure:.4g}"})
         self._say({"type": "said", "text": f"the run's page: {self.graph.loaded.file.store.root}/{page}"})
-        # a run that only reused ends at once: what delivers it is a process of its own
-        if self._made:
-            self._say_of_tracking(self._tracker.finish(TRACKING_DEADLINE_S))
-        return code
 
     def _say_of_tracking(self, sentence: str | None) -> None:
         if sentence is not None and sentence != self._tracking_said:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from pipelines.graph import ROOT, Graph, build
 from pipelines.journal import read_journal
 from pipelines.planner import Planner, resolve
 from pipelines.runner import Options, Run, dead_runs
-from pipelines.store import Store
+from pipelines.store import FolderBackend, Store
 
 KINDS = '''
 from pipelines.artifacts import Documents, Report
@@ -125,13 +127,18 @@ class Small:
     def run(self, *overrides: str, **options: Any) -> tuple[int, dict[str, str]]:
         """Exit code, and what was done about each stage."""
         asked = Options("gptline rerun small.toml cut", "gptline run small.toml", inline=True, **options)
-        run = Run(self.graph(*overrides), self.store, asked, lambda event: None)
+        self.said: list[dict[str, Any]] = []
+        run = Run(self.graph(*overrides), self.store, asked, self.said.append)
         code = run.execute()
         self.events = read_journal(self.store, run.run)
         return code, {event["stage"]: event["status"] for event in self.events if event["type"] == "stage_ended"}
 
     def plan(self, *overrides: str, **options: Any) -> dict[str, tuple[str, str]]:
         return {each.stage: (each.word, each.reason) for each in Planner(self.graph(*overrides), self.store, ROOT, **options).plan()}
+
+    def told(self) -> str:
+        """What people were told beside the rows."""
+        return "\n".join(event["text"] for event in self.said if event["type"] == "said")
 
     def error(self) -> str:
         return next(event["error"] for event in self.events if event["type"] == "stage_ended" and event["status"] == "failed")
@@ -496,3 +503,42 @@ def test_a_plan_is_made_for_the_run_that_is_asked_for(drilled: Small):
     ) in plan()
     assert "drill   run    asked for afresh" in plan("--fresh", "drill")
     assert "drill" not in plan("--inline", "--until", "report")
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_page_that_cannot_be_made_takes_nothing_along(small: Small, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipelines.page.render", full)
+    assert small.run() == (1, {"words": "done", "cut": "done", "report": "done"})
+    assert small.events[-1]["status"] == "FINISHED"
+    assert small.told() == "could not make the run's page: OSError: [Errno 28] No space left on device"
+
+
+def test_what_a_full_disk_cannot_record_has_failed_and_the_run_says_how_to_go_on(small: Small, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Store, "record", full)
+    assert small.run() == (1, {"words": "failed", "cut": "blocked", "report": "blocked"})
+    assert small.error() == "what came of it can't be recorded: [Errno 28] No space left on device"
+    assert small.events[-1]["text"].endswith("Mend it, then go on with: gptline run small.toml")
+
+
+def test_a_disk_that_is_full_in_the_middle_ends_the_run_with_its_last_words(small: Small, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Run, "_heard", lambda *_: monkeypatch.setattr(FolderBackend, "put_if_absent", full))
+    code, status = small.run()
+    assert (code, status) == (1, {"words": "done"})  # then `cut` had something to tell, and the disk was full
+    assert small.told().startswith("can't go on: [Errno 28] No space left on device\n")
+    (last,) = [event for event in small.said if event["type"] == "run_ended"]  # on the screen, where the journal can't have it
+    assert (last["status"], last["exit_code"]) == ("FAILED", 1)
+    assert last["text"] == "cut failed; the other results are kept. Mend it, then go on with: gptline run small.toml"
+
+
+def test_a_store_that_is_deleted_while_a_run_uses_it_fails_the_run_and_nothing_worse(small: Small):
+    small.write(
+        "kinds.py",
+        KINDS.replace("    text = (documents.path", "    import shutil; shutil.rmtree(stage._store.root)\n    text = (documents.path"),
+    )
+    code, _ = small.run()
+    assert code == 1
+    (last,) = [event for event in small.said if event["type"] == "run_ended"]
+    assert last["text"].startswith("cut failed; ")
