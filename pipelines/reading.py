@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gpt.settings import Settings
 from pipelines.stage import Source, StageContext, StageFailure
@@ -71,9 +71,16 @@ class SourceSettings(Settings):
     fields: tuple[str, ...] = ()
     """Further columns, kept in the record."""
     delimiter: str = ","
-    """source = "csv": what stands between two columns."""
+    """source = "csv": the one character that stands between two columns."""
     columns: tuple[str, ...] = ()
     """source = "csv": the columns' names, where the file has no header."""
+
+    @field_validator("delimiter")
+    @classmethod
+    def _delimiter_can_part_columns(cls, value: str) -> str:
+        if len(value) != 1 or value in '"\r\n\0':
+            raise ValueError(f'is {value!r}, wanted one character that is no quote and no end of a line, such as ";" or "\\t"')
+        return value
 
     @model_validator(mode="after")
     def _keys_have_an_effect(self) -> SourceSettings:
