@@ -1,20 +1,23 @@
-"""Export: a gpt2-* model as a folder that `transformers` opens as GPT2LMHeadModel, with equal logits and equal token ids.
+"""To and from `transformers`: a gpt2-* model as a folder that it opens as GPT2LMHeadModel, and such a folder as a model of ours.
 
-Writes the files directly, so that it needs no transformers. Left out: other architectures, and import.
+Both ways with equal logits and equal token ids, and without transformers: the files are written and read directly. Left out: other
+architectures. Which folders can be read says `gpt.hf_folder`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpt.model import GPT, load_model
+from gpt.hf_folder import TOKENIZER, read_config, weight_files
+from gpt.model import GPT, load_model, save_model
 from gpt.settings import GPTConfig
-from gpt.tokenizer import Tokenizer, special_text
+from gpt.tokenizer import Tokenizer, read_gpt2, special_text
 
 # In transformers' GPT-2, Conv1D keeps a linear layer's weight as (in, out).
 _BLOCK = {
@@ -25,6 +28,8 @@ _BLOCK = {
     "feed_forward.up": ("mlp.c_fc", True),
     "feed_forward.down": ("mlp.c_proj", True),
 }
+_MASK = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+"""The causal mask, which older versions saved with the weights."""
 
 
 def write_checkpoint(model_folder: Path, folder: Path) -> None:
@@ -86,24 +91,102 @@ def _config(config: GPTConfig, document_id: int, pad_id: int) -> dict[str, Any]:
     }
 
 
-def _weights(model: GPT) -> dict[str, Tensor]:
-    ours: dict[str, Tensor] = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
-    theirs = {
-        "transformer.wte.weight": ours["token_embedding.weight"],
-        "transformer.wpe.weight": ours["position_embedding.weight"],
+def read_checkpoint(folder: Path, output: Path) -> int:
+    """Write model.safetensors (fp32), config.json and tokenizer.json of ours to `output`; the number of parameters.
+
+    Ordinary tokens keep their ids and rows, and <|endoftext|>'s become those of <|document|> (`read_gpt2`). Rows beyond the tokenizer's
+    ids, as padded vocabularies have them, are dropped; each special token that is new has the mean of all rows. ValueError says what
+    can't be read or can't be ours.
+    """
+    config = read_config(folder)
+    tokenizer, known = read_gpt2((folder / TOKENIZER).read_text(encoding="utf-8"))
+    if known > config.vocab_size:
+        raise ValueError(f"{TOKENIZER} has {known:,} tokens, the model rows for {config.vocab_size:,}; take both from one checkpoint")
+    weights = _read_weights(folder, config)
+    for name in weights.keys() & {"token_embedding.weight", "output.weight"}:
+        rows = weights[name][:known]  # (V, C)
+        mean = rows.mean(dim=0, keepdim=True, dtype=torch.float64).to(rows.dtype)
+        weights[name] = torch.cat([rows, mean.expand(tokenizer.vocab_size - known, -1)])
+    save_model(output, config.model_copy(update={"vocab_size": tokenizer.vocab_size}), weights)
+    tokenizer.save(output / TOKENIZER)
+    return sum(weight.numel() for weight in weights.values())
+
+
+def _read_weights(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
+    """In fp32 and by our names; ValueError lists what is missing, unknown or of another shape, by theirs."""
+    found = _their_weights(folder)
+    faults: list[str] = []
+    if config.tied and "lm_head.weight" in found:
+        output = found.pop("lm_head.weight")
+        if not torch.equal(output, found.get("transformer.wte.weight", output)):
+            faults.append("lm_head.weight differs from wte.weight, though config.json ties them (tie_word_embeddings)")
+    names = _names(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in GPT(config).named_parameters()}
+    wanted = {theirs: shapes[ours][::-1] if transposed else shapes[ours] for ours, (theirs, transposed) in names.items()}
+    faults += [f"{name} is missing" for name in wanted if name not in found]
+    faults += [f"{name} is unknown" for name in found if name not in wanted]
+    for name in wanted.keys() & found.keys():
+        if tuple(found[name].shape) != wanted[name]:
+            faults.append(f"{name} is of shape {tuple(found[name].shape)}, wanted {wanted[name]}")
+        if found[name].dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            faults.append(f"{name} is {found[name].dtype}, wanted float32, float16 or bfloat16")
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ValueError(f"the weights are not those of the GPT-2 that config.json describes: {'; '.join(sorted(faults)[:5])}{more}")
+    return {
+        ours: (found[theirs].T if transposed else found[theirs]).to(torch.float32).contiguous()
+        for ours, (theirs, transposed) in names.items()
     }
-    if not model.config.tied:
-        theirs["lm_head.weight"] = ours["output.weight"]
+
+
+def _their_weights(folder: Path) -> dict[str, Tensor]:
+    """As they are on disk, named as in GPT2LMHeadModel; without the masks."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    found: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        if not file.endswith(".safetensors"):
+            continue
+        try:
+            part = load_file(folder / file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} can't be read as safetensors: {error}") from error
+        for name, weight in part.items():
+            # A GPT2Model that was saved without its head names its weights without the prefix.
+            full_name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+            if full_name in found:
+                raise ValueError(f"{full_name} is there twice, the second time in {file}")
+            if not _MASK.fullmatch(full_name):
+                found[full_name] = weight
+    return found
+
+
+def _names(config: GPTConfig) -> dict[str, tuple[str, bool]]:
+    """Our parameters' names to theirs, biases included, and whether theirs lies transposed."""
+    names = {"token_embedding.weight": ("transformer.wte.weight", False), "position_embedding.weight": ("transformer.wpe.weight", False)}
+    if not config.tied:
+        names["output.weight"] = ("lm_head.weight", False)
     layers = {"final_norm": ("transformer.ln_f", False)}
-    for number in range(model.config.n_layer):
+    for number in range(config.n_layer):
         for name, (their_name, transposed) in _BLOCK.items():
             layers[f"blocks.{number}.{name}"] = (f"transformer.h.{number}.{their_name}", transposed)
     for name, (their_name, transposed) in layers.items():
-        weight = ours[f"{name}.weight"]
-        theirs[f"{their_name}.weight"] = weight.T if transposed else weight
-        # Theirs always has biases: a model without them has zeros there.
-        theirs[f"{their_name}.bias"] = ours.get(f"{name}.bias", torch.zeros(len(weight)))
-    return {name: weight.to(torch.float32).contiguous() for name, weight in theirs.items()}
+        names[f"{name}.weight"] = (f"{their_name}.weight", transposed)
+        names[f"{name}.bias"] = (f"{their_name}.bias", False)
+    return names
+
+
+def _weights(model: GPT) -> dict[str, Tensor]:
+    ours: dict[str, Tensor] = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    theirs = {}
+    for name, (their_name, transposed) in _names(model.config).items():
+        if name in ours:
+            weight = ours[name].T if transposed else ours[name]
+        else:  # theirs always has biases: a model without them has zeros there
+            weight = torch.zeros(len(ours[name.removesuffix("bias") + "weight"]))
+        theirs[their_name] = weight.to(torch.float32).contiguous()
+    return theirs
 
 
 def _refuse_what_gpt2_is_not(config: GPTConfig) -> None:
