@@ -12,6 +12,7 @@ import os
 import queue
 import secrets
 import socket
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -242,7 +243,8 @@ def streamed(work: Callable[[Callable[[Event], None]], T]) -> Generator[Event, N
 
     def run() -> None:
         try:
-            outcome[:] = [True, work(events.put)]
+            with _own_output():
+                outcome[:] = [True, work(events.put)]
         except BaseException as error:
             outcome[:] = [False, error]
         finally:
@@ -257,6 +259,21 @@ def streamed(work: Callable[[Callable[[Event], None]], T]) -> Generator[Event, N
     if not succeeded:
         raise value
     return value
+
+
+@contextlib.contextmanager
+def _own_output() -> Iterator[None]:
+    """What `work` does to stdout and stderr ends with it: Ray writes there before each later task of this process, or dies of it."""
+    kept = {number: os.dup(number) for number in (1, 2)}
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, errors="backslashreplace", closefd=False) for number in kept)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
 
 
 def _translated(name: str, error: Exception) -> BaseException:
@@ -284,7 +301,10 @@ def death_in_words(error: Exception) -> str:
     if isinstance(error, rays.TaskCancelledError):
         return "cancelled"
     if isinstance(error, (rays.WorkerCrashedError, rays.ActorDiedError)):
-        return "its process died without a word: SIGKILL (often the kernel's out-of-memory killer), or a crash in native code"
+        return (
+            "its process died without a word: it was killed (by SIGKILL, as the kernel does when memory runs out), "
+            "it crashed in native code, or its code called os._exit"
+        )
     return f"{type(error).__name__}: {_first_line(error)}"
 
 

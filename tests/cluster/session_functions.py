@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -45,6 +46,27 @@ def die(payload: str) -> Generator[dict[str, Any], None, None]:
     yield {"before": "the end"}
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave(payload: str) -> Generator[dict[str, Any], None, None]:
+    yield {"before": "the end"}
+    os._exit(3)
+
+
+def break_output(payload: str) -> Generator[dict[str, Any], None, str]:
+    def work(emit: Any) -> str:
+        if payload == "closed":
+            sys.stdout.close()
+            sys.stderr.close()
+        elif payload == "none":
+            sys.stdout = sys.stderr = None  # type: ignore[assignment]
+        else:
+            os.close(1)
+            os.close(2)
+        emit({"broken": payload})
+        return "done"
+
+    return (yield from ray_session.streamed(work))
 
 
 def wait_for_ever(rank: Any) -> None:

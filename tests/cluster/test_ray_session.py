@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,10 +81,40 @@ def test_an_exception_of_the_function_comes_back_as_itself(session: Session) -> 
         task.result()
 
 
+def test_a_task_that_breaks_its_output_leaves_it_whole_to_the_next_one(session: Session) -> None:
+    for how in ("closed", "none", "descriptors"):
+        task = submit(session_functions.break_output, how, name=how, cpus=2)
+        assert finished(task) == [{"broken": how}]
+        assert task.result() == "done"
+    task = submit(session_functions.count, 1, name="count", cpus=2)  # in the same process, as a rule
+    finished(task)
+    assert task.result() == "counted to 1"
+
+
+@pytest.mark.parametrize("how", ["closed", "none", "descriptors"])
+def test_what_work_does_to_its_output_ends_with_it(how: str) -> None:
+    before = sys.stdout, sys.stderr
+    assert list(session_functions.break_output(how)) == [{"broken": how}]
+    assert (sys.stdout, sys.stderr) == before
+    assert os.write(1, b"") == 0
+    assert not sys.stdout.closed
+
+
+def test_a_task_that_ends_its_process_is_told_what_that_may_have_been(session: Session) -> None:
+    task = submit(session_functions.leave, "", name="ingest")
+    finished(task)
+    with pytest.raises(TaskDied) as caught:
+        task.result()
+    assert str(caught.value) == (
+        "ingest: its process died without a word: it was killed (by SIGKILL, as the kernel does when memory runs out), "
+        "it crashed in native code, or its code called os._exit"
+    )
+
+
 def test_a_killed_task_is_told_in_words(session: Session) -> None:
     task = submit(session_functions.die, "", name="tokenize")
     finished(task)
-    with pytest.raises(TaskDied, match=r"^tokenize: its process died without a word: SIGKILL"):
+    with pytest.raises(TaskDied, match=r"^tokenize: its process died without a word: it was killed"):
         task.result()
 
 
