@@ -107,19 +107,18 @@ class SourceSettings(Settings):
 
     def expand(self, data: Path) -> list[str]:
         """The files' names in reading order; ValueError names what is missing, what can't be read, and the nearest names."""
-        names: dict[str, None] = {}
+        names: dict[str, str] = {}  # by the file itself: one that has several names is read once, by its first
         faults = []
         for pattern in self.files:
-            found = [name for name in glob.glob(pattern, root_dir=data, recursive=True) if (data / name).is_file()]
+            found = {name for name in _matches(pattern, data) if (data / name).is_file()}
             if not found:
                 faults.append(_nothing_found(data, pattern))
             for name in sorted(found, key=_natural_order):
-                names[name] = None
-                if fault := _unreadable(data / name):
+                if names.setdefault(os.path.realpath(data / name), name) == name and (fault := _unreadable(data / name)):
                     faults.append(f"{name}: {fault}")
         if faults:
             raise ValueError("; ".join(faults))
-        return list(names)
+        return list(names.values())
 
 
 def template_columns(template: str) -> list[str]:
@@ -129,6 +128,35 @@ def template_columns(template: str) -> list[str]:
         for _, name, spec, conversion in string.Formatter().parse(template)
         if name is not None
     ]
+
+
+def _matches(pattern: str, root: Path) -> Iterator[str]:
+    """As `glob` has it, but `**` enters a folder once: there are 2^40 paths through two links to their own folder."""
+    stars = re.search(r"(?:^|(?<=/))\*\*(?:/+|$)", pattern)
+    if stars is None:
+        yield from glob.iglob(pattern, root_dir=root)
+        return
+    before, after = pattern[: stars.start()], pattern[stars.end() :] or "*"
+    for top in glob.iglob(before, root_dir=root) if before else [""]:
+        for folder in _folders(root / top):
+            for name in _matches(after, root / top / folder):
+                yield os.path.join(top, folder, name)
+
+
+def _folders(root: Path) -> Iterator[str]:
+    """`root` and each folder below that isn't hidden, relative to it: by its own name, or by a link's where it has no other there."""
+    entered = set()
+    tops = [""]
+    for top in tops:  # grows by the links, which so come after all that can be reached without them
+        for path, below, _ in os.walk(root / top):
+            if (itself := os.path.realpath(path)) in entered:
+                below.clear()
+                continue
+            entered.add(itself)
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            folder = os.path.relpath(path, root)
+            yield folder if folder != "." else ""
+            tops += [os.path.join(folder, name) for name in below if os.path.islink(os.path.join(path, name))]
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:

@@ -1,6 +1,8 @@
 """Which documents enter the artifact, which are held out, and what is counted."""
 
+import glob
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipelines.documents import Document, HoldOut, Splits, WeightedSource
+from pipelines.reading import SourceSettings
 from pipelines.stage import StageFailure
 from pipelines.stages.ingest import IngestConfig
 
@@ -231,6 +234,39 @@ def test_what_is_missing_or_unreadable_is_said_with_the_nearest_names(data, patt
         (data / name).write_text("")
     with pytest.raises(ValueError, match=message):
         IngestConfig(source="json", files=[pattern]).sources(data)
+
+
+def test_links_that_lead_in_circles_give_each_file_once_by_its_own_name(data):
+    (data / "books").mkdir()
+    for name in ("b.txt", "books/a.txt", "books/c.txt"):
+        (data / name).write_text(name)
+    for link, to in (("again", "."), ("books/2up", ".."), ("books/3up", ".."), ("1books", "books")):
+        (data / link).symlink_to(to)
+    for pattern in ("**/*.txt", "**", "**/**/*.txt"):
+        assert SourceSettings(files=(pattern,)).expand(data) == ["b.txt", "books/a.txt", "books/c.txt"]
+    assert SourceSettings(files=("books/**/*.txt",)).expand(data) == ["books/2up/b.txt", "books/a.txt", "books/c.txt"]
+    assert SourceSettings(files=("b*/c.txt", "1books/*.txt")).expand(data) == ["books/c.txt", "1books/a.txt"]
+
+
+def test_links_to_files_and_folders_elsewhere_are_followed(data, tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    for name in ("one.txt", "deep/two.txt"):
+        (tmp_path / "elsewhere" / name).write_text(name)
+    (data / "linked").symlink_to(tmp_path / "elsewhere")
+    (data / "three.txt").symlink_to(tmp_path / "elsewhere" / "one.txt")
+    assert SourceSettings(files=("linked/**/*.txt",)).expand(data) == ["linked/deep/two.txt", "linked/one.txt"]
+    assert SourceSettings(files=("**/two.txt", "*.txt")).expand(data) == ["linked/deep/two.txt", "three.txt"]
+    assert SourceSettings(files=(f"{data}/**/*.txt",)).expand(tmp_path) == [f"{data}/linked/deep/two.txt", f"{data}/linked/one.txt"]
+
+
+def test_two_stars_go_through_folders_as_glob_goes(data):
+    (data / ".hidden").mkdir()
+    (data / "a" / "b").mkdir(parents=True)
+    for name in (".hidden/1.txt", "2.txt", "a/3.txt", "a/b/4.txt", "a/b/.5.txt"):
+        (data / name).write_text(name)
+    for pattern in ("**", "**/*.txt", "a/**", "a/**/b/*.txt", "*/**/*.txt", "**/b/**", "a**/3.txt", "./**/*.txt", "a//**/*.txt"):
+        expected = {os.path.normpath(name) for name in glob.glob(pattern, root_dir=data, recursive=True) if (data / name).is_file()}
+        assert {os.path.normpath(name) for name in SourceSettings(files=(pattern,)).expand(data)} == expected
 
 
 def test_a_missing_data_folder_is_said_as_such(data):
