@@ -227,17 +227,24 @@ def read_signature(uses: str, function: Callable[..., Any], file: Path | None) -
     """What a kind's signature says; ValueError names the parameter that says nothing."""
     try:
         hints = typing.get_type_hints(function)
-    except (NameError, SyntaxError, AttributeError) as error:
-        raise ValueError(f"{uses!r}: an annotation can't be resolved: {error}; import what it names at the top of the file") from error
-    config: type[Settings] = NoConfig
-    config_parameter = stage_parameter = None
+    except Exception as error:  # an annotation may be any expression
+        raise ValueError(
+            f"{uses!r}: an annotation can't be resolved: {type(error).__name__}: {error}; import what it names at the top of the file"
+        ) from error
+    contexts: list[str] = []
+    configs: dict[str, type[Settings]] = {}
     inputs: dict[str, Input] = {}
-    for name in inspect.signature(function).parameters:
+    for name, parameter in inspect.signature(function).parameters.items():
         hint = hints.get(name)
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ValueError(
+                f"{uses!r}: parameter {name!r} of {function.__name__} can't be given by its name, as a kind's parameters are; "
+                "remove the '*' before it or the '/' after it"
+            )
         if hint is StageContext:
-            stage_parameter = name
+            contexts.append(name)
         elif isinstance(hint, type) and issubclass(hint, Settings):
-            config, config_parameter = hint, name
+            configs[name] = hint
         elif (read := _read_input(hint)) is not None:
             inputs[name] = read
         else:
@@ -245,10 +252,14 @@ def read_signature(uses: str, function: Callable[..., Any], file: Path | None) -
                 f"{uses!r}: parameter {name!r} of {function.__name__} is annotated {hint!r}; "
                 "wanted a Settings class, StageContext, or a kind of pipelines.artifacts: Documents, list[Documents], Model | None"
             )
+    for what, found in (("Settings class", list(configs)), ("StageContext", contexts)):
+        if len(found) > 1:
+            raise ValueError(f"{uses!r}: {function.__name__} has {len(found)} parameters with a {what}: {', '.join(found)}; a kind has one")
     output = hints.get("return")
     if not (isinstance(output, type) and issubclass(output, Artifact)):
         raise ValueError(f"{uses!r}: {function.__name__} must say which artifact it returns, such as `-> Documents`; it says {output!r}")
-    return Kind(uses, function, config, config_parameter, stage_parameter, inputs, output, file)
+    config_parameter, config = next(iter(configs.items()), (None, NoConfig))
+    return Kind(uses, function, config, config_parameter, next(iter(contexts), None), inputs, output, file)
 
 
 def _read_input(hint: Any) -> Input | None:
@@ -258,7 +269,7 @@ def _read_input(hint: Any) -> Input | None:
         if len(rest) != 1:
             return None
         optional, hint = True, rest[0]
-    if typing.get_origin(hint) is list:
+    if typing.get_origin(hint) is list and typing.get_args(hint):
         many, hint = True, typing.get_args(hint)[0]
     return Input(hint, many, optional) if isinstance(hint, type) and issubclass(hint, Artifact) else None
 

@@ -229,11 +229,27 @@ def test_ranks_must_share_the_batch(tmp_path: Path):
         ("def clean(documents: Documents, stage: StageContext): ...", "must say which artifact it returns"),
         ("def clean(documents: Documents, stage: StageContext) -> str: ...", "must say which artifact it returns"),
         ("def other(documents: Documents) -> Documents: ...", "has no function 'clean'; it has other"),
+        ("def clean(documents: Documents, /) -> Documents: ...", "parameter 'documents' of clean can't be given by its name"),
+        ("def clean(*documents: Documents) -> Documents: ...", "parameter 'documents' of clean can't be given by its name"),
+        ("def clean(**documents: Documents) -> Documents: ...", "parameter 'documents' of clean can't be given by its name"),
+        (
+            "def clean(a: C, documents: Documents, b: C) -> Documents: ...",
+            "2 parameters with a Settings class: a, b; a kind has one",
+        ),
+        (
+            "def clean(a: StageContext, b: StageContext) -> Documents: ...",
+            "clean has 2 parameters with a StageContext: a, b",
+        ),
+        ("def clean(documents: List) -> Documents: ...", "parameter 'documents' of clean is annotated typing.List"),
+        ("def clean(documents: 'Documents | 3') -> Documents: ...", "an annotation can't be resolved: TypeError"),
         ("import no_such_module", "can't be imported: ModuleNotFoundError"),
     ],
 )
 def test_a_users_function_that_is_no_kind_says_why(tmp_path: Path, source: str, wanted: str):
-    (tmp_path / "mine.py").write_text(f"from pipelines.artifacts import Documents\nfrom pipelines.stage import StageContext\n\n{source}\n")
+    (tmp_path / "mine.py").write_text(
+        "from typing import List\nfrom pipelines.artifacts import Documents\nfrom pipelines.stage import StageConfig, StageContext\n\n"
+        f"class C(StageConfig): ...\n\n{source}\n"
+    )
     text = DOCUMENTS + '\n[stages.clean]\nuses = "./mine.py:clean"\ninputs = { documents = "documents" }\n'
     assert any(wanted in fault for fault in faults(tmp_path, text))
 
