@@ -266,7 +266,7 @@ def _own_output() -> Iterator[None]:
     """What `work` does to stdout and stderr ends with it: Ray writes there before each later task of this process, or dies of it."""
     kept = {number: os.dup(number) for number in (1, 2)}
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, errors="backslashreplace", closefd=False) for number in kept)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, errors="backslashreplace", closefd=False) for number in kept)
     try:
         yield
     finally:

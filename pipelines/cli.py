@@ -119,7 +119,7 @@ def sample(
     ref: Annotated[str, typer.Argument(metavar="REF", help="model:<pipeline>@newest, run:<id>/<stage> or sha256:<digest>")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
     store: Root = Path(".gptline"),
 ) -> None:
@@ -128,7 +128,7 @@ def sample(
     from pipelines.sample import continue_prompt
 
     opened = _store(store)
-    for text in continue_prompt(opened.artifact(resolve(opened, ref)), prompt, tokens=tokens, temperature=temperature, seed=seed):
+    for text in continue_prompt(opened, resolve(opened, ref), prompt, tokens=tokens, temperature=temperature, seed=seed):
         sys.stdout.write(text)
         sys.stdout.flush()
     _print("")

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipelines.artifacts import Artifact, Model
+from pipelines.artifacts import Model
 from pipelines.stage import StageFailure
+from pipelines.store import Store
 
 SHOWN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 """What a model writes is data: a terminal must not obey its control characters, so their pictures are shown."""
 
 
-def continue_prompt(model: Artifact, prompt: str, *, tokens: int, temperature: float, seed: int) -> Iterator[str]:
-    """The prompt, then what follows, in whole characters; it ends where the model ends the document."""
+def continue_prompt(store: Store, digest: str, prompt: str, *, tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    """The prompt, then what follows, in whole characters; it ends where the model ends the document.
+
+    Every byte of the model is verified first: damaged weights write text as well, and nobody could tell.
+    """
+    model = store.artifact(digest)
     if not isinstance(model, Model):
-        raise StageFailure(f"artifact {model.digest[:12]} is {model.kind}, wanted a model")
+        raise StageFailure(f"artifact {digest[:12]} is {model.kind}, wanted a model")
+    if problems := store.verify(digest):
+        raise StageFailure(
+            f"model {digest[:12]} is damaged: {'; '.join(problems)}. Delete {model.path} and run its pipeline again: what is gone is made"
+        )
     from gpt.model import load_model
     from gpt.random_streams import stream_seed
     from gpt.sampling import sample_stream
