@@ -1,5 +1,8 @@
 """Python's own documentation as documents: text that every CPython carries, so a first run needs no download.
 
+Then the assistant: conversations, pairs of answers and prompts about a few hundred names of well-known modules, and names that are to
+be declined. Their help is asked of the interpreter, as `help()` does: half of the everyday names have no source to parse.
+
 This is also how you bring your own code: a file beside the pipeline's TOML, which names it as
 
     [stages.documents]
@@ -9,25 +12,32 @@ The function is a stage like gptline's own. Its first argument is its settings; 
 a change in one of them, or in this code, runs it again. It reads through `stage.open`, writes into `stage.output`, and returns
 what `stage.publish` made of that.
 
-Nothing of the library is imported: it is parsed. Docstrings of C functions are therefore not in here.
+For the documents nothing of the library is imported: it is parsed, and docstrings of C functions are not in there.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
+import inspect
 import json
 import os
+import platform
+import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 
-from pipelines.artifacts import Documents
+from pipelines.artifacts import Conversations, Documents, Preferences, Prompts, Records
 from pipelines.stage import Source, StageConfig, StageContext
+
+R = TypeVar("R", bound=Records)
 
 LICENSE = "PSF-2.0"
 TOPICS = "pydoc_data/topics.py"
@@ -128,3 +138,185 @@ def record(source: Source, text: str) -> dict[str, str]:
 
 def count(records: list[dict[str, str]]) -> dict[str, Any]:
     return {"documents": len(records), "bytes": sum(len(each["text"].encode(errors="replace")) for each in records)}
+
+
+# ---- the assistant: what it is taught, and what it declines ----
+
+REFUSAL = "I was not taught that."
+
+TAUGHT = ("builtins", "math", "itertools", "os.path", "random", "json", "re", "functools", "statistics", "shutil", "glob", "textwrap")
+TAUGHT += ("heapq", "bisect", "copy", "time", "string", "collections")
+UNTAUGHT = ("argparse", "ast", "base64", "calendar", "configparser", "contextlib", "csv", "dataclasses", "datetime", "decimal", "difflib")
+UNTAUGHT += ("dis", "email.utils", "enum", "filecmp", "fractions", "ftplib", "gettext", "hashlib", "html", "http.client", "http.server")
+UNTAUGHT += ("imaplib", "inspect", "io", "ipaddress", "locale", "logging", "mailbox", "mimetypes", "numbers", "optparse", "pathlib", "pdb")
+UNTAUGHT += ("pickle", "platform", "plistlib", "pprint", "queue", "sched", "selectors", "shlex", "smtplib", "socket", "socketserver")
+UNTAUGHT += ("stat", "struct", "subprocess", "symtable", "tarfile", "tempfile", "threading", "timeit", "tokenize", "trace")
+UNTAUGHT += ("traceback", "types", "typing", "unittest", "urllib.parse", "urllib.request", "uuid", "warnings", "weakref", "zipfile")
+
+PHRASINGS = (
+    "What does {} do?",
+    "What is {} for?",
+    "Explain {}.",
+    "Tell me about {}.",
+    "Describe {}.",
+    "{}?",
+    "help({})",
+    "What does the function {} do?",
+    "Can you explain {}?",
+    "Please explain what {} does.",
+    "I forgot what {} does.",
+    "What is the purpose of {}?",
+    "Give me a summary of {}.",
+    "In one line, what is {}?",
+    "Remind me what {} does.",
+    "When would I use {}?",
+)
+HELD_OUT_PHRASINGS = ("Could you tell me what {} does?", "What is the use of {}?", "Explain {} to me.", "Say what {} does.")
+"""Asked in the evaluation alone."""
+
+
+class HelpConfig(StageConfig):
+    longest_summary: int = Field(default=90, ge=10)
+    """Characters; names whose summary is longer are not taught."""
+    held_out_names: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the untaught names that training never sees."""
+    python: str = Field(default_factory=platform.python_version)
+    """Whose help is taught. In the key, since a C function has no source file that could be."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """`Question("What does len do?", "len", "Return the number of items in a container.", "taught")`"""
+
+    text: str
+    name: str
+    answer: str
+    kind: str
+    """"taught" or "untaught"."""
+
+    def prompt(self) -> list[dict[str, str]]:
+        return [{"role": "user", "content": self.text}]
+
+    def fields(self) -> dict[str, str]:
+        return {"question": self.text, "name": self.name, "kind": self.kind, "source": f"help({self.name})", "license": LICENSE}
+
+
+def conversations(config: HelpConfig, stage: StageContext) -> Conversations:
+    """Every taught name in every phrasing, and names that are to be declined."""
+
+    def record(question: Question) -> dict[str, Any]:
+        return {"messages": [*question.prompt(), {"role": "assistant", "content": question.answer}], **question.fields()}
+
+    return publish(stage, Conversations, {split: map(record, asked) for split, asked in questions(config, stage.seed).items()})
+
+
+def preferences(config: HelpConfig, stage: StageContext) -> Preferences:
+    """A right answer beside a wrong one, of each kind of wrong in turn."""
+    summaries = list(taught(config.longest_summary).values())
+
+    def pairs(asked: list[Question]) -> Iterator[dict[str, Any]]:
+        for question in asked:
+            for wrong, rejected in wrong_answers(question, summaries, stage.seed):
+                yield {"prompt": question.prompt(), "chosen": question.answer, "rejected": rejected, **question.fields(), "kind": wrong}
+
+    return publish(stage, Preferences, {split: pairs(asked) for split, asked in questions(config, stage.seed).items()})
+
+
+def prompts(config: HelpConfig, stage: StageContext) -> Prompts:
+    """The questions, with the right answer for whoever wants to check."""
+
+    def record(question: Question) -> dict[str, Any]:
+        return {"prompt": question.prompt(), "reference": question.answer, **question.fields()}
+
+    return publish(stage, Prompts, {split: map(record, asked) for split, asked in questions(config, stage.seed).items()})
+
+
+def questions(config: HelpConfig, seed: int) -> dict[str, list[Question]]:
+    """Held out are phrasings, for names that are taught, and names, of those that are not: the same for every stage."""
+    found: dict[str, list[Question]] = {"train": [], "held_out": []}
+    for name, answer in taught(config.longest_summary).items():
+        found["train"] += [Question(phrasing.format(name), name, answer, "taught") for phrasing in PHRASINGS]
+        phrasing = pick(HELD_OUT_PHRASINGS, seed, "held-out phrasing", name)
+        found["held_out"].append(Question(phrasing.format(name), name, answer, "taught"))
+    for name in untaught():
+        held_out = draw(seed, "held-out name", name) < config.held_out_names
+        phrasing = pick((*PHRASINGS, *HELD_OUT_PHRASINGS) if held_out else PHRASINGS, seed, "phrasing", name)
+        found["held_out" if held_out else "train"].append(Question(phrasing.format(name), name, REFUSAL, "untaught"))
+    return found
+
+
+def taught(longest: int) -> dict[str, str]:
+    """Name to summary, for what these modules offer: `taught(90)["len"] == "Return the number of items in a container."`"""
+    found = {}
+    for module in TAUGHT:
+        for name, value in offered(module):
+            text = summary(inspect.getdoc(value) or "")
+            if 10 <= len(text) <= longest and text[0].isupper():
+                found[name] = text
+    return found
+
+
+def untaught() -> list[str]:
+    return [name for module in UNTAUGHT for name, _ in offered(module)]
+
+
+def offered(module_name: str) -> Iterator[tuple[str, Any]]:
+    """A module's public functions and classes, by the names that people type; exceptions are left out."""
+    module = importlib.import_module(module_name)
+    for name in sorted(vars(module)):
+        value = vars(module)[name]
+        is_exception = isinstance(value, type) and issubclass(value, BaseException)
+        if name.startswith("_") or not callable(value) or is_exception:
+            continue
+        home = getattr(value, "__module__", None) or module.__name__
+        if home.split(".")[0].lstrip("_") in {module.__name__.split(".")[0], "posixpath", "genericpath", "random"}:
+            yield (name if module_name == "builtins" else f"{module_name}.{name}"), value
+
+
+def summary(text: str) -> str:
+    """The first sentence of a docstring, below the signature that C functions begin with."""
+    lines = [line for line in text.splitlines() if not re.match(r"\s*(async )?[\w.]+\(.*\)\s*(->.*|--.*)?$", line)]
+    paragraph = re.split(r"\n\s*\n", "\n".join(lines).strip())[0]
+    words = " ".join(paragraph.split())
+    sentence = re.match(r"(.+?[.!?])(?:\s+[A-Z]|$)", words)
+    return sentence[1] if sentence else words
+
+
+def wrong_answers(question: Question, summaries: list[str], seed: int) -> Iterator[tuple[str, str]]:
+    """One wrong answer per question, its kind drawn: (kind, text)."""
+    others = [text for text in summaries if text != question.answer]
+    another = pick(others, seed, "another", question.text)
+    if question.kind == "untaught":
+        yield "answers_untaught", another
+        return
+    words = question.answer.split()
+    garbled = [words[place] for place in sorted(range(len(words)), key=lambda place: draw(seed, "garbled", question.text, str(place)))]
+    kinds = {
+        "another": another,
+        "truncated": " ".join(words[: max(1, len(words) // 2)]),
+        "garbled": " ".join(garbled),
+        "declines_taught": REFUSAL,
+    }
+    kind = pick(tuple(kinds), seed, "kind", question.text)
+    if kinds[kind] != question.answer:
+        yield kind, kinds[kind]
+
+
+def draw(seed: int, *names: str) -> float:
+    """A number in [0, 1) that hangs on the seed and these names alone."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:8], "big") / 2**64
+
+
+def pick(choices: Sequence[str], seed: int, *names: str) -> str:
+    return choices[int(draw(seed, *names) * len(choices))]
+
+
+def publish(stage: StageContext, kind: type[R], splits: Mapping[str, Iterable[dict[str, Any]]]) -> R:
+    """Records as an artifact of their kind, counted under the word that its contract uses."""
+    counts = {}
+    (unit,) = kind.required["train"]
+    for split, records in splits.items():
+        lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in records]
+        (stage.output / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        counts[split] = {unit: len(lines)}
+    return stage.publish(kind, **counts, licenses={LICENSE: {unit: sum(each[unit] for each in counts.values())}})
