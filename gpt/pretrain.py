@@ -22,7 +22,7 @@ from gpt.engine import Engine, Rank
 from gpt.losses import lm_loss
 from gpt.model import GPT, count_parameters, load_model, parameter_groups, save_model
 from gpt.random_streams import stream_seed
-from gpt.schedule import lr_at
+from gpt.schedule import check_grad_norm, lr_at
 from gpt.settings import GPTConfig, PretrainSettings
 
 
@@ -76,6 +76,7 @@ def train(
                 loss_sum += loss.detach()
             lr = lr_at(step, config)
             grad_norm = engine.step(lr)
+            check_grad_norm(grad_norm, step + 1, config)
             step_seconds.append(time.monotonic() - started_at_s)
 
         finished = step + 1

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from gpt.model import GPT, load_model, parameter_groups, save_model
 from gpt.pretrain import train
+from gpt.schedule import check_grad_norm
 from gpt.settings import PRESETS, GPTConfig, ModelShape, PretrainSettings
 
 VOCAB = 16
@@ -211,3 +213,31 @@ def test_a_misspelt_preset_is_answered_with_the_nearest_one():
 def test_an_impossible_shape_is_refused_when_the_settings_are_read():
     with pytest.raises(ValueError, match="n_embd = 15 is not a multiple of n_head = 2"):
         settings(n_embd=15)
+
+
+def test_a_training_that_diverges_ends_before_it_saves_what_is_left_of_it(make_rank, make_tokens, tmp_path):
+    rank = make_rank()
+    config = settings(lr=1e30, warmup_steps=0, checkpoint_every=1)
+    with pytest.raises(ValueError, match=r"the gradient norm of step (\d+) is (nan|inf), .* a lower lr \(it is 1e\+30\), ") as caught:
+        train(rank, config, [make_tokens(sequence(100))], "uint16", VOCAB, None, 1, tmp_path / "model")
+    (diverged_at,) = re.findall(r"norm of step (\d+)", str(caught.value))
+    assert rank.saved == list(range(1, int(diverged_at)))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_weight_that_is_no_number_ends_the_first_step(make_rank, make_tokens, tmp_path):
+    config = GPTConfig(**settings().shape().model_dump(), vocab_size=VOCAB)
+    weights = dict(GPT(config, torch.Generator().manual_seed(1)).named_parameters())
+    with torch.no_grad():
+        next(iter(weights.values()))[:] = math.inf
+    save_model(tmp_path / "spoilt", config, weights)
+    with pytest.raises(ValueError, match="the gradient norm of step 1 is nan"):
+        train(make_rank(), settings(), [make_tokens(sequence(100))], "uint16", VOCAB, tmp_path / "spoilt", 1, tmp_path / "model")
+
+
+def test_fp16_may_skip_steps_whose_gradients_overflow():
+    check_grad_norm(math.inf, 1, settings(precision="fp16"))
+    check_grad_norm(1e30, 1, settings(precision="bf16"))
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(ValueError, match="the gradient norm of step 1 is inf"):
+            check_grad_norm(math.inf, 1, settings(precision=precision))
