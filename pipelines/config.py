@@ -193,6 +193,8 @@ def validate(model: type[M], values: Any, where: str) -> tuple[M | None, list[Fa
         return model.model_validate_json(json.dumps(values, default=str), strict=True), []
     except ValidationError as error:
         return None, [_fault(model, each, where) for each in error.errors(include_url=False)]
+    except (Exception, SystemExit) as error:  # a validator may be anyone's code
+        return None, [Fault(where, f"its settings can't be checked: {type(error).__name__}: {error}")]
 
 
 def _fault(model: type[BaseModel], error: Any, where: str) -> Fault:

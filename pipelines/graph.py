@@ -290,6 +290,8 @@ def _read_stage(name: str, table: dict[str, Any], loaded: Loaded) -> tuple[_Draf
         return None, [*faults, Fault(f"{where}.uses", str(error))]
     config, found = validate(kind.config, table, where)
     faults += found
+    if config is not None:
+        faults += _check_recordable(config, where)
     sources: list[Source] = []
     if isinstance(config, StageConfig):
         sources, found = _read_sources(config, loaded.data(), where)
@@ -310,6 +312,17 @@ def _read_inputs(value: Any, where: str) -> tuple[dict[str, list[str]], list[Fau
         else:
             faults.append(Fault(f"{where}.{parameter}", f"is {each!r}, wanted a reference or a list of references"))
     return references, faults
+
+
+def _check_recordable(config: Settings, where: str) -> list[Fault]:
+    """Keys, records and workers have the settings as JSON; a default may be what JSON can't hold, or no value of its own setting."""
+    faults = []
+    for name in type(config).model_fields:
+        try:
+            config.model_dump(mode="json", include={name}, warnings=False)
+        except Exception as error:
+            faults.append(Fault(f"{where}.{name}", f"is {getattr(config, name)!r}, which can't be recorded as JSON: {error}"))
+    return faults or validate(type(config), config.model_dump(mode="json", warnings=False), where)[1]
 
 
 def _read_sources(config: StageConfig, data: Path, where: str) -> tuple[list[Source], list[Fault]]:

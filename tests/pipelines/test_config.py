@@ -185,6 +185,28 @@ def test_a_users_function_that_names_missing_files_is_a_fault(tmp_path: Path, so
     assert any(wanted in each for each in faults(tmp_path, 'pipeline = "p"\n[stages.mine]\nuses = "./mine.py:mine"\n'))
 
 
+@pytest.mark.parametrize(
+    ("body", "wanted"),
+    [
+        ("@field_validator('size')\n    def check(cls, value): {}[value]", ": its settings can't be checked: KeyError: 3"),
+        ("@field_validator('size')\n    def check(cls, value): value + 'a'", ": its settings can't be checked: TypeError: "),
+        ("@model_validator(mode='after')\n    def check(self): raise SystemExit(4)", ": its settings can't be checked: SystemExit: 4"),
+        ("@field_serializer('size')\n    def write(self, value): {}[value]", ".size: is 3, which can't be recorded as JSON: "),
+        ("other: Any = object", ".other: is <class 'object'>, which can't be recorded as JSON: Unable to serialize"),
+        ("other: int = None", ".other: is None, wanted a whole number"),
+    ],
+)
+def test_a_users_settings_that_fail_by_themselves_are_a_fault(tmp_path: Path, body: str, wanted: str):
+    (tmp_path / "mine.py").write_text(
+        "from pathlib import Path\nfrom typing import Any\nfrom pydantic import field_serializer, field_validator, model_validator\n"
+        "from pipelines.artifacts import Documents\nfrom pipelines.stage import StageConfig\n\n"
+        f"class C(StageConfig):\n    size: int\n    path: Path = Path('a')\n    {body}\n\n"
+        "def mine(config: C) -> Documents: ...\n"
+    )
+    (fault,) = faults(tmp_path, 'pipeline = "p"\n[stages.mine]\nuses = "./mine.py:mine"\nsize = 3\n')
+    assert fault.startswith(f"stages.mine{wanted}")
+
+
 def test_two_neighbours_of_one_name_are_refused(tmp_path: Path):
     text = 'pipeline = "p"\n'
     for name in ("one", "two"):
