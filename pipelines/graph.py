@@ -217,8 +217,10 @@ def load_user_module(file: Path) -> types.ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, KeyboardInterrupt):  # no fault of the file
+            raise
         raise ValueError(f"{file} can't be imported: {type(error).__name__}: {error}") from error
     return module
 

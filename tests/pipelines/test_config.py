@@ -265,6 +265,8 @@ def test_ranks_must_share_the_batch(tmp_path: Path):
         ("def clean(documents: List) -> Documents: ...", "parameter 'documents' of clean is annotated typing.List"),
         ("def clean(documents: 'Documents | 3') -> Documents: ...", "an annotation can't be resolved: TypeError"),
         ("import no_such_module", "can't be imported: ModuleNotFoundError"),
+        ("raise GeneratorExit('enough')", "can't be imported: GeneratorExit: enough"),
+        ("class Mine(BaseException): ...\n\nraise Mine(3)", "can't be imported: Mine: 3"),
     ],
 )
 def test_a_users_function_that_is_no_kind_says_why(tmp_path: Path, source: str, wanted: str):
@@ -274,6 +276,12 @@ def test_a_users_function_that_is_no_kind_says_why(tmp_path: Path, source: str, 
     )
     text = DOCUMENTS + '\n[stages.clean]\nuses = "./mine.py:clean"\ninputs = { documents = "documents" }\n'
     assert any(wanted in fault for fault in faults(tmp_path, text))
+
+
+def test_ctrl_c_while_a_users_file_is_imported_is_no_fault_of_the_file(tmp_path: Path):
+    (tmp_path / "mine.py").write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        built(tmp_path, 'pipeline = "p"\n[stages.mine]\nuses = "./mine.py:mine"\n')
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path):
