@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import tomllib
 import types
@@ -30,6 +31,8 @@ SECRET = re.compile(r"(access_token|auth_token|secret|password|api_key|credentia
 UNION_BRANCH = re.compile(r"str|int|float|bool|.*\[.*|[A-Z]\w*(Config|Settings)")
 """pydantic puts the tag of a union's branch between the names of a location; those are no part of the file."""
 
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""What Python makes of bytes in a command line or a file's name that are not UTF-8."""
 TOO_DEEP = "is nested too deeply to be read"
 WANTED = {
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
@@ -155,6 +158,8 @@ class Loaded:
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
     """Read a pipeline file; ConfigError lists every fault that can be seen without knowing the kinds."""
+    if HALF_CHARACTER.search(real := os.path.realpath(path)):
+        raise ConfigError(path, [Fault("file", f"its path {real!r} is not UTF-8 and can't be recorded; rename it")])
     if path.exists() and not path.is_file():
         raise ConfigError(path, [Fault("file", "is no regular file; wanted a pipeline file such as configs/quickstart.toml")])
     try:
@@ -180,6 +185,8 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
         file, found = validate(PipelineFile, {"pipeline": "unnamed", **{name: raw[name] for name in raw.keys() - wrong}}, "")
     if file is None:
         raise ConfigError(path, faults)
+    if HALF_CHARACTER.search(root := os.path.realpath(os.path.expanduser(file.store.root))):
+        faults.append(Fault("store.root", f"its path {root!r} is not UTF-8 and can't be recorded; rename it"))
     for name in file.stages:
         if not NAME.fullmatch(name):
             faults.append(Fault(f"stages.{name}", "a stage's name is made of letters, digits, '_' and '-'"))
@@ -241,6 +248,8 @@ def _did_you_mean(near: list[str]) -> str:
 
 def _apply(raw: dict[str, Any], override: str) -> list[Fault]:
     """`stages.pretrain.lr=3e-4`: set one value. A value that isn't TOML is taken as a string."""
+    if HALF_CHARACTER.search(override):
+        return [Fault(f"--set {override!r}", "is not UTF-8 and can't be recorded; wanted text")]
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
         return [Fault(f"--set {override}", "wanted NAME=VALUE, for example --set stages.pretrain.lr=3e-4")]

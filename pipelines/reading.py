@@ -177,6 +177,10 @@ def _nothing_found(data: Path, pattern: str) -> str:
 
 
 def _unreadable(path: Path) -> str | None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8, and no record could hold it; rename it"
     name = path.name.lower()
     if name.endswith(ARCHIVES):
         return "an archive of files; unpack it first"

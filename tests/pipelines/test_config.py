@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,19 @@ def test_a_users_function_that_is_no_kind_says_why(tmp_path: Path, source: str, 
     )
     text = DOCUMENTS + '\n[stages.clean]\nuses = "./mine.py:clean"\ninputs = { documents = "documents" }\n'
     assert any(wanted in fault for fault in faults(tmp_path, text))
+
+
+def test_what_is_not_utf8_is_refused_before_it_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    byte = os.fsdecode(b"\xff")
+    assert faults(tmp_path, LINE, f"stages.documents.license={byte}") == [
+        r"--set 'stages.documents.license=\udcff': is not UTF-8 and can't be recorded; wanted text"
+    ]
+    assert faults(tmp_path, LINE, f"stages.{byte}.lr=1") == [r"--set 'stages.\udcff.lr=1': is not UTF-8 and can't be recorded; wanted text"]
+    (tmp_path / byte).mkdir()
+    with pytest.raises(ConfigError, match=r"file: its path '.*/\\udcff/test.toml' is not UTF-8 and can't be recorded; rename it"):
+        built(tmp_path / byte, LINE)
+    monkeypatch.chdir(tmp_path / byte)
+    assert faults(tmp_path, LINE) == [rf"store.root: its path '{tmp_path}/\udcff/.gptline' is not UTF-8 and can't be recorded; rename it"]
 
 
 def test_ctrl_c_while_a_users_file_is_imported_is_no_fault_of_the_file(tmp_path: Path):

@@ -236,6 +236,13 @@ def test_what_is_missing_or_unreadable_is_said_with_the_nearest_names(data, patt
         IngestConfig(source="json", files=[pattern]).sources(data)
 
 
+def test_a_file_whose_name_is_not_utf8_is_refused_before_it_is_read(data):
+    name = os.fsdecode(b"b\xff.txt")
+    (data / name).write_text("text")
+    with pytest.raises(ValueError, match="its name is not UTF-8, and no record could hold it; rename it"):
+        IngestConfig(source="text", files=["*.txt"]).sources(data)
+
+
 def test_links_that_lead_in_circles_give_each_file_once_by_its_own_name(data):
     (data / "books").mkdir()
     for name in ("b.txt", "books/a.txt", "books/c.txt"):
