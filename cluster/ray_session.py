@@ -312,6 +312,33 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def ask_nodes(question: Callable[[], str | None], deadline_s: float) -> dict[str, str]:
+    """Put a question to each node of the cluster, which holds nothing for it: {"node7 (10.0.0.7)": its answer}; None is left out.
+
+    A node that does not answer within `deadline_s` seconds, or can't, is told of in the same words. `question` reaches nodes that have
+    none of our packages when it is defined inside another function and imports what it needs: so Ray sends its code, not its name.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    asked = {}
+    for node in (node for node in ray.nodes() if node["Alive"]):
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ref = ray.remote(question).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote()
+        asked[ref] = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=deadline_s)
+    answers: dict[str, str | None] = {}
+    for ref in answered:
+        try:
+            answers[asked[ref]] = ray.get(ref)
+        except Exception as error:
+            answers[asked[ref]] = f"can't answer: {_translated('the question', error)}"
+    for ref in silent:
+        ray.cancel(ref, force=True)
+        answers[asked[ref]] = f"did not answer within {deadline_s:g} s"
+    return {node: answer for node, answer in answers.items() if answer is not None}
+
+
 GROUP_PREFIX = "gptline-gang"
 
 

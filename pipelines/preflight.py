@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pipelines.config import Fault
 from pipelines.graph import Stage
+from pipelines.store import Store
+
+NODE_DEADLINE_S = 20.0
 
 
 def room_of(stage: Stage) -> dict[str, Any]:
@@ -47,3 +51,36 @@ def lacks_in_cluster(stages: Iterable[Stage]) -> list[Fault]:
 
     rooms = [Room(**room_of(stage)) for stage in stages]
     return [Fault(f"stages.{room.name}.resources", sentence) for room in rooms if (sentence := shortfall(room))]
+
+
+def unshared(store: Store) -> list[Fault]:
+    """The nodes of the cluster that was joined which do not share the store: any of them may be given a stage, or a gang's rank.
+
+    A file is written here and looked for on each; it is gone afterwards.
+    """
+    from cluster.ray_session import ask_nodes
+
+    folder = store.new_folder()
+    probe = str(folder / "probe")
+
+    def look() -> str | None:
+        import os
+        import tempfile
+
+        if not os.path.exists(probe):
+            return "does not see what is written there"
+        try:
+            with tempfile.TemporaryFile(dir=os.path.dirname(probe)):
+                return None
+        except OSError as error:
+            return f"can't write there ({error})"
+
+    try:
+        Path(probe).touch()
+        answers = ask_nodes(look, NODE_DEADLINE_S)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [
+        Fault("store.root", f"{store.root}: node {node} {answer}; wanted a folder on storage that every node has at this same path")
+        for node, answer in answers.items()
+    ]

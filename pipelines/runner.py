@@ -34,7 +34,7 @@ from pipelines.graph import ROOT, Graph, Stage
 from pipelines.journal import Event, JournalWriter, Superseded, read_journal
 from pipelines.lease import Lease, Watch, dead, describe, user_name
 from pipelines.planner import Decision, Planner, identity, versions
-from pipelines.preflight import lacks_here, lacks_in_cluster, room_of
+from pipelines.preflight import lacks_here, lacks_in_cluster, room_of, unshared
 from pipelines.snapshot import freeze
 from pipelines.store import Action, Store
 
@@ -106,7 +106,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             if to_make and not self.options.inline:
                 stack.enter_context(self._session())
-                if remote and (faults := lacks_in_cluster(to_make)):
+                if remote and (faults := [*lacks_in_cluster(to_make), *unshared(self.store)]):
                     raise ConfigError(self.graph.loaded.path, faults)
             stack.enter_context(self._signals())  # after the session: Ray puts a SIGTERM handler of its own in place
             lease = Watch(self.store, f"run-{self.run}").take(run=self.run)

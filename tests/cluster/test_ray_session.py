@@ -17,6 +17,8 @@ import session_functions
 
 from cluster import ray_session
 from cluster.ray_session import Session, Task, TaskDied, submit
+from pipelines import preflight
+from pipelines.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -141,3 +143,30 @@ def test_when_a_stages_task_ends_so_do_its_gang_and_its_room(session: Session, t
         time.sleep(0.1)
     with pytest.raises(TaskDied, match="pretrain: cancelled" if end == "cancel" else "SIGKILL"):
         task.result()
+
+
+def test_every_node_answers_for_itself_though_it_lacks_the_askers_code(
+    session: Session, snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not (snapshot / "pipelines").exists()
+    monkeypatch.setattr(preflight, "NODE_DEADLINE_S", 60.0)  # for a machine with much else to do
+    store = Store(tmp_path / "shared")
+    assert preflight.unshared(store) == []
+    assert list((store.root / "tmp").iterdir()) == []
+
+    def answer() -> str:
+        return "has two eyes"
+
+    def fail() -> str:
+        raise ValueError("no idea")
+
+    def think() -> str:
+        import time
+
+        time.sleep(60)
+        return "late"
+
+    (node,) = ray_session.ask_nodes(answer, 60)
+    assert ray_session.ask_nodes(answer, 60) == {node: "has two eyes"}
+    assert ray_session.ask_nodes(fail, 60) == {node: "can't answer: no idea"}
+    assert ray_session.ask_nodes(think, 0.1) == {node: "did not answer within 0.1 s"}
