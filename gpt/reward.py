@@ -1,0 +1,338 @@
+"""The reward model: a policy's trunk that learns to score responses, from pairs, from ratings, or from both.
+
+    <|user|>Who are you?<|end|><|assistant|>A small model.<|end|>
+                                                           ^^^^^^^ the score of the response is read here, and nowhere else
+
+`train` is what every rank of the gang runs. A batch is made of whole items, each a pair or a rating; a pair's two responses go
+through the model in one pass. Scores have no origin and no unit (pairs know differences alone), so training ends with the mean
+and deviation of its own items' scores, and whoever uses the model takes the normalised ones: `RewardScorer`, `value_model`.
+
+Left out: margins between more than two responses, and scores of unfinished ones. Christiano et al. 2017 (arXiv:1706.03741);
+Ziegler et al. 2019 (arXiv:1909.08593); Ouyang et al. 2022 (arXiv:2203.02155), section 3.5.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from gpt.batching import ShuffledRows, micro_batch_rows, padded
+from gpt.chat import encode_prompt, encode_response
+from gpt.engine import Engine, Rank
+from gpt.losses import reward_pair_loss, reward_rating_loss
+from gpt.model import RewardModel, count_parameters, load_config, load_model, load_reward_model, parameter_groups, save_model
+from gpt.random_streams import stream_seed
+from gpt.schedule import lr_at
+from gpt.settings import RewardSettings
+from gpt.tokenizer import Tokenizer
+
+VAL_ITEMS = 256
+"""Held-out items that `val/loss` looks at, the same ones each time; the figures at the end are of all of them."""
+NORMALISED_ITEMS = 4096
+"""Training items whose scores make the mean and the deviation, if there are as many."""
+ROWS_PER_PASS = 16
+"""Conversations that are scored at a time, without gradients. Fixed, so that a score is the same for any ranks and micro-batch."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to one prompt, each as the whole conversation up to its end token."""
+
+    chosen: list[int]
+    rejected: list[int]
+    kind: str | None = None
+    """What sort of pair its record says it is, in a metric's letters."""
+
+
+@dataclass(frozen=True)
+class Rating:
+    """A response that was rated from 0.0 to 1.0, as the whole conversation up to its end token."""
+
+    token_ids: list[int]
+    rating: float
+
+
+Item = Pair | Rating
+
+
+def train(
+    rank: Rank,
+    config: RewardSettings,
+    policy: Path,
+    preferences: Sequence[Path],
+    ratings: Sequence[Path],
+    seed: int,
+    output: Path,
+) -> dict[str, Any] | None:
+    """Train on the pairs and the ratings and write the model to `output`; the model's metadata, or None when stopped before the end.
+
+    `policy` is the folder of the model that training starts from.
+    """
+    with rank.section("start", config.start_deadline_s):
+        tokenizer = Tokenizer.load(policy / "tokenizer.json")
+        model = _first_model(config, policy, seed)
+        items, counts = read_items(tokenizer, preferences, ratings, "train", model.config.seq_len)
+        held_out_items, held_out_counts = read_items(tokenizer, preferences, ratings, "held_out", model.config.seq_len)
+        if not items:
+            raise ValueError(
+                f"no training record is left to learn from: {counts['too_long']} are longer than the policy's seq_len = "
+                f"{model.config.seq_len} tokens, and {counts['alike']} are pairs of equal responses; "
+                "give shorter ones, or a policy with a longer seq_len"
+            )
+        order = ShuffledRows(len(items), batch_size=config.global_batch_size, seed=seed, name="reward")
+        accumulation_steps = config.gradient_accumulation_steps(rank.world_size)
+        row_slices = micro_batch_rows(rank.rank, rank.world_size, config.global_batch_size, accumulation_steps)
+        n_parameters = count_parameters(model)
+        engine = rank.engine("reward", model, parameter_groups(model, config.weight_decay), config)
+        start = rank.restore()
+
+    step_seconds: list[float] = []  # of the steps since the last log
+    tokens = 0  # in those steps, without padding
+    for step in range(start, config.steps):
+        # Before the step, not after the one before it: so a run that resumes from this step's checkpoint evaluates it too.
+        if step and step % config.eval_every == 0:
+            evaluate(rank, config, engine, held_out_items, step)
+
+        with rank.section("step", config.step_deadline_s):
+            started_at_s = time.monotonic()
+            engine.module.train()
+            loss_sum = torch.zeros((), device=rank.device)
+            batch = [items[index] for index in order.of_step(step)]
+            for micro_step, rows in enumerate(row_slices):
+                micro_batch = [batch[row] for row in rows]
+                # Named by its step, dropout needs no generator restored (see gpt/pretrain.py).
+                torch.manual_seed(stream_seed(seed, "dropout", step, rank.rank, micro_step))
+                scores = end_scores(engine, conversations(micro_batch), rank.device)
+                loss = items_loss(micro_batch, scores, global_count=config.global_batch_size)
+                engine.backward(loss)
+                loss_sum += loss.detach()
+            lr = lr_at(step, config)
+            grad_norm = engine.step(lr)
+            step_seconds.append(time.monotonic() - started_at_s)
+            tokens += sum(len(token_ids) for token_ids in conversations(batch))
+
+        finished = step + 1
+        if finished % config.log_every == 0 or finished == config.steps:
+            rank.log(
+                finished,
+                sums={"train/loss": loss_sum},
+                values={
+                    "train/lr": lr,
+                    "train/grad_norm": grad_norm,
+                    "train/tokens_per_s": tokens / sum(step_seconds),
+                    "time/step_s": sum(step_seconds) / len(step_seconds),
+                },
+            )
+            step_seconds.clear()
+            tokens = 0
+        stopping = finished < config.steps and rank.should_stop()
+        if stopping or finished % config.checkpoint_every == 0:
+            with rank.section("checkpoint", config.step_deadline_s):
+                rank.save(finished)
+        if stopping:
+            return None
+
+    evaluate(rank, config, engine, held_out_items, config.steps)
+    held_out_scores = all_scores(rank, config, engine, conversations(held_out_items))
+    mean, std = score_scale(all_scores(rank, config, engine, conversations(_evenly(items, NORMALISED_ITEMS))))
+    with rank.section("checkpoint", config.step_deadline_s):
+        weights = engine.full_weights()
+        if rank.rank == 0:
+            # With the dropout that the policy came with: another one for this stage should not reach the stages after it.
+            save_model(output, load_config(policy), weights, RewardModel)
+            shutil.copyfile(policy / "tokenizer.json", output / "tokenizer.json")
+    return {
+        "role": "reward",
+        "parameters": n_parameters,
+        "steps": config.steps,
+        "train": counts,
+        "held_out": held_out_counts,
+        "score_mean": mean,
+        "score_std": std,
+        "figures": held_out_figures(held_out_items, held_out_scores),
+    }
+
+
+def read_items(
+    tokenizer: Tokenizer, preferences: Sequence[Path], ratings: Sequence[Path], split: str, seq_len: int
+) -> tuple[list[Item], dict[str, int]]:
+    """The split's pairs, then its ratings; and how many there are of each, and how many records were left out, for which reason."""
+    pairs: list[Pair] = []
+    rated: list[Rating] = []
+    too_long = alike = 0
+    for record in _records(preferences, split):
+        prompt = encode_prompt(tokenizer, record["prompt"])
+        chosen, rejected = ([*prompt, *encode_response(tokenizer, record[name])] for name in ("chosen", "rejected"))
+        if max(len(chosen), len(rejected)) > seq_len:
+            too_long += 1
+        elif chosen == rejected:
+            alike += 1
+        else:
+            pairs.append(Pair(chosen, rejected, _as_in_a_metric(record.get("kind"))))
+    for record in _records(ratings, split):
+        token_ids = [*encode_prompt(tokenizer, record["prompt"]), *encode_response(tokenizer, record["response"])]
+        if len(token_ids) > seq_len:
+            too_long += 1
+        else:
+            rated.append(Rating(token_ids, record["score"]))
+    return [*pairs, *rated], {"pairs": len(pairs), "ratings": len(rated), "too_long": too_long, "alike": alike}
+
+
+def conversations(items: Sequence[Item]) -> list[list[int]]:
+    """The rows that these items are scored by: all chosen ones, then all rejected ones, then all that were rated."""
+    pairs = [item for item in items if isinstance(item, Pair)]
+    rated = [item.token_ids for item in items if isinstance(item, Rating)]
+    return [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs), *rated]
+
+
+def end_scores(model: Callable[[Tensor], Tensor], rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Raw scores (B,) in fp32, each read at the last token of its row."""
+    token_ids = padded(rows, 0).to(device)  # (B, T); with any id, since no token looks at a later one
+    last = torch.tensor([len(row) - 1 for row in rows], device=device)  # (B,)
+    return model(token_ids).gather(1, last[:, None]).squeeze(1).float()
+
+
+def items_loss(items: Sequence[Item], scores: Tensor, *, global_count: int) -> Tensor:
+    """The loss () of items whose `conversations` have these scores (B,), as their part of `global_count` items."""
+    chosen, rejected, rated = _by_place(items, scores)
+    ratings = scores.new_tensor([item.rating for item in items if isinstance(item, Rating)])
+    pair_loss = reward_pair_loss(chosen, rejected, global_count=global_count)
+    return pair_loss + reward_rating_loss(rated, ratings, global_count=global_count)
+
+
+@torch.no_grad()
+def all_scores(rank: Rank, config: RewardSettings, engine: Engine, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Raw scores (N,) of all rows, fp64 on the CPU of every rank; the ranks share the work, and their number changes no bit of it."""
+    engine.module.eval()
+    scores = torch.zeros(len(rows), dtype=torch.float64)
+    passes = [slice(first, first + ROWS_PER_PASS) for first in range(0, len(rows), ROWS_PER_PASS)]
+    for first in range(0, len(passes), rank.world_size):
+        with rank.section("evaluate", config.step_deadline_s):
+            mine = first + rank.rank
+            # A rank that has none left goes along with the last one: a sharded forward is collective.
+            rows_of_pass = passes[min(mine, len(passes) - 1)]
+            found = end_scores(engine, rows[rows_of_pass], rank.device)
+            if mine < len(passes):
+                scores[rows_of_pass] = found.double().cpu()
+    return rank.all_sum(scores)  # each row has been scored by one rank and is 0 on the others
+
+
+def evaluate(rank: Rank, config: RewardSettings, engine: Engine, items: Sequence[Item], step: int) -> None:
+    """Log val/loss, nats per item over the same held-out items each time, spread evenly and shared by the ranks."""
+    if items:
+        chosen_items = _evenly(items, VAL_ITEMS)
+        scores = all_scores(rank, config, engine, conversations(chosen_items))
+        rank.log(step, values={"val/loss": items_loss(chosen_items, scores, global_count=len(chosen_items)).item()})
+
+
+def held_out_figures(items: Sequence[Item], scores: Tensor) -> dict[str, float]:
+    """How well the scores (B,) of these items' `conversations` tell good from bad; nothing about what there is none of."""
+    figures: dict[str, float] = {}
+    chosen, rejected, rated = _by_place(items, scores)
+    wins = (chosen > rejected).double() + (chosen == rejected).double() / 2  # (pairs,)
+    if len(wins):
+        figures["eval/pair_accuracy"] = wins.mean().item()
+    kinds = [item.kind for item in items if isinstance(item, Pair)]
+    for kind in sorted({kind for kind in kinds if kind is not None}):
+        figures[f"eval/pair_accuracy_{kind}"] = wins[torch.tensor([each == kind for each in kinds])].mean().item()
+    is_good = torch.tensor([item.rating >= 0.5 for item in items if isinstance(item, Rating)], dtype=torch.bool)
+    good, bad = rated[is_good], rated[~is_good].sort().values
+    if len(good) and len(bad):
+        below = torch.searchsorted(bad, good) + torch.searchsorted(bad, good, right=True)  # twice the bad ones below; a tie counts once
+        figures["eval/rating_auc"] = below.double().mean().item() / (2 * len(bad))
+    return figures
+
+
+def score_scale(scores: Tensor) -> tuple[float, float]:
+    """Mean and (biased) standard deviation of scores (N,); ValueError where they are all equal, but for rounding in fp32."""
+    mean, std = scores.mean().item(), scores.std(correction=0).item()
+    if not std > 1e-6 * max(1.0, abs(mean)):  # also where they are no numbers
+        raise ValueError(
+            f"all scores are equal: {len(scores)} training responses have mean {mean:.6g} and deviation {std:.3g}, so this reward model "
+            "tells nothing apart. Look at its train/loss and its data; a lower lr, or pairs that differ, may help"
+        )
+    return mean, std
+
+
+class RewardScorer:
+    """Scores rollouts by a reward model: `RewardScorer(folder, mean=0.3, std=1.7).open(device).scores(prompts, responses, stopped)`.
+
+    `mean` and `std` are the manifest's score_mean and score_std. It holds no weights before it is opened, so it travels light.
+    """
+
+    def __init__(self, folder: Path, mean: float, std: float) -> None:
+        self._folder = folder
+        self._mean = mean
+        self._std = std
+        self._model: RewardModel | None = None
+        self._device: torch.device | None = None
+
+    def open(self, device: torch.device) -> RewardScorer:
+        """Load the model onto the device; the scorer itself."""
+        self._model = load_reward_model(self._folder).to(device)
+        self._device = device
+        return self
+
+    @torch.no_grad()
+    def scores(self, prompts: Sequence[list[int]], responses: Sequence[list[int]], stopped: Sequence[bool]) -> Tensor:
+        """Normalised scores (B,), each read at its response's last token; among the training items they had mean 0 and deviation 1.
+
+        One that was cut off (`stopped` False) ends without an end token, where training never looked: what it gets is the caller's to say.
+        """
+        assert self._model is not None, "open(device) comes first"
+        assert self._device is not None
+        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        passes = [rows[first : first + ROWS_PER_PASS] for first in range(0, len(rows), ROWS_PER_PASS)]
+        raw = torch.cat([end_scores(self._model, rows_of_pass, self._device) for rows_of_pass in passes])  # (B,)
+        return (raw - self._mean) / self._std
+
+
+def value_model(folder: Path, mean: float, std: float) -> RewardModel:
+    """The reward model as PPO's value model begins: its value at an end token is the normalised score, without a division of its own."""
+    model = load_reward_model(folder)
+    with torch.no_grad():
+        model.output.weight /= std
+        model.output.bias.sub_(mean).div_(std)
+    return model
+
+
+def _first_model(config: RewardSettings, policy: Path, seed: int) -> RewardModel:
+    trunk = load_model(policy)
+    if config.dropout is not None:
+        trunk.config = trunk.config.model_copy(update={"dropout": config.dropout})  # what the reward model is built by
+    model = RewardModel.from_policy(trunk, torch.Generator().manual_seed(stream_seed(seed, "reward head")))
+    model.activation_checkpointing = config.activation_checkpointing
+    return model
+
+
+def _by_place(items: Sequence[Item], scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The scores (B,) of `conversations(items)`: of the chosen, of the rejected, of the rated."""
+    n_pairs = sum(isinstance(item, Pair) for item in items)
+    chosen, rejected, rated = scores.split([n_pairs, n_pairs, len(items) - n_pairs])
+    return chosen, rejected, rated
+
+
+def _as_in_a_metric(kind: Any) -> str | None:
+    return None if kind is None else re.sub(r"[^a-z0-9]+", "_", str(kind).lower()).strip("_") or "other"
+
+
+def _records(folders: Sequence[Path], split: str) -> Iterator[dict[str, Any]]:
+    for folder in folders:
+        with open(folder / f"{split}.jsonl", encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+
+def _evenly(items: Sequence[T], at_most: int) -> list[T]:
+    n = min(len(items), at_most)
+    return [items[i * len(items) // n] for i in range(n)]

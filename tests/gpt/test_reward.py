@@ -1,0 +1,419 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpt.chat import encode_prompt, encode_response
+from gpt.model import GPT, RewardModel, load_config, load_reward_model, save_model
+from gpt.reward import (
+    Pair,
+    Rating,
+    RewardScorer,
+    all_scores,
+    conversations,
+    end_scores,
+    held_out_figures,
+    read_items,
+    score_scale,
+    train,
+    value_model,
+)
+from gpt.settings import GPTConfig, RewardSettings
+from gpt.tokenizer import byte_tokenizer
+from gpt.torch_engine import TorchEngine
+
+CPU = torch.device("cpu")
+TOKENIZER = byte_tokenizer()
+SHAPE = GPTConfig(n_layer=1, n_head=2, n_embd=16, seq_len=16, dropout=0.1, vocab_size=TOKENIZER.vocab_size)
+LETTERS = "cdefghijklmn"
+
+
+def settings(**changes) -> RewardSettings:
+    base = dict(steps=5, global_batch_size=4, lr=1e-2, warmup_steps=1, checkpoint_every=2, eval_every=2, log_every=2)
+    return RewardSettings(**{**base, **changes})
+
+
+def asked(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def pair(prompt: str, chosen: str, rejected: str, **fields) -> dict[str, Any]:
+    return {"prompt": asked(prompt), "chosen": chosen, "rejected": rejected, "source": "test", **fields}
+
+
+def rating(prompt: str, response: str, score: float) -> dict[str, Any]:
+    return {"prompt": asked(prompt), "response": response, "score": score, "source": "test"}
+
+
+PAIRS = [pair(letter, "aa", "bb") for letter in LETTERS]
+RATINGS = [rating(letter, *rated) for letter in LETTERS for rated in (("aa", 1.0), ("bb", 0.0))]
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    folder = tmp_path / "policy"
+    save_model(folder, SHAPE, dict(GPT(SHAPE, torch.Generator().manual_seed(1)).named_parameters()))
+    TOKENIZER.save(folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture
+def make_records(tmp_path: Path) -> Callable[..., Path]:
+    """The folder of preferences or ratings."""
+
+    def make(train: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]] = (), name: str = "records") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for split, records in (("train", train), ("held_out", held_out)):
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return folder
+
+    return make
+
+
+def saved_reward_model(folder: Path) -> RewardModel:
+    """A reward model that nobody trained, and its folder."""
+    generator = torch.Generator().manual_seed(2)
+    model = RewardModel.from_policy(GPT(SHAPE, generator), generator).eval()
+    save_model(folder, SHAPE, dict(model.named_parameters()), RewardModel)
+    return model
+
+
+def conversation(prompt: str, response: str) -> list[int]:
+    return [*encode_prompt(TOKENIZER, asked(prompt)), *encode_response(TOKENIZER, response)]
+
+
+@torch.no_grad()
+def slow_score(model: RewardModel, token_ids: list[int]) -> float:
+    """By itself, without padding."""
+    return model(torch.tensor([token_ids]))[0, -1].item()
+
+
+def test_a_preference_for_a_over_b_is_learned_and_holds_for_prompts_never_seen(policy, make_records, make_rank, tmp_path):
+    held_out = [pair(letter, "aa", "bb", kind="seen in training") for letter in "cd"]
+    held_out += [pair(letter, "aa", "bb", kind="New!") for letter in "xyz"]
+    rank = make_rank()
+    metadata = train(rank, settings(steps=40), policy, [make_records(PAIRS, held_out)], [], 1, tmp_path / "model")
+
+    assert metadata["figures"] == {"eval/pair_accuracy": 1.0, "eval/pair_accuracy_new": 1.0, "eval/pair_accuracy_seen_in_training": 1.0}
+    assert rank.curve("val/loss")[40] < 0.05 < 0.2 < rank.curve("val/loss")[2]
+    model = load_reward_model(tmp_path / "model")
+    assert slow_score(model, conversation("w", "aa")) > slow_score(model, conversation("w", "bb")) + 2
+    assert metadata["role"] == "reward"
+    assert metadata["steps"] == 40
+    assert metadata["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert metadata["train"] == {"pairs": 12, "ratings": 0, "too_long": 0, "alike": 0}
+    assert metadata["held_out"] == {"pairs": 5, "ratings": 0, "too_long": 0, "alike": 0}
+    assert (tmp_path / "model" / "tokenizer.json").read_text() == (policy / "tokenizer.json").read_text()
+
+
+def test_ratings_are_learned_as_log_odds(policy, make_records, make_rank, tmp_path):
+    held_out = [rating(letter, *rated) for letter in "xyz" for rated in (("aa", 0.9), ("bb", 0.2))]
+    metadata = train(make_rank(), settings(steps=40), policy, [], [make_records(RATINGS, held_out)], 1, tmp_path / "model")
+    assert metadata["figures"] == {"eval/rating_auc": 1.0}
+    model = load_reward_model(tmp_path / "model")
+    assert slow_score(model, conversation("w", "aa")) > 1 > -1 > slow_score(model, conversation("w", "bb"))
+
+
+def test_pairs_and_ratings_are_learned_from_together(policy, make_records, make_rank, tmp_path):
+    # The pairs say that "aa" is better than "bb", the ratings that "e" is better than "f": neither kind tells of the other's.
+    rated = [rating(letter, *each) for letter in LETTERS for each in (("ee", 1.0), ("ff", 0.0))]
+    pairs, ratings = make_records(PAIRS, PAIRS, "pairs"), make_records(rated, rated, "ratings")
+    rank = make_rank()
+    metadata = train(rank, settings(steps=80), policy, [pairs], [ratings], 1, tmp_path / "model")
+    assert metadata["figures"] == {"eval/pair_accuracy": 1.0, "eval/rating_auc": 1.0}
+    assert metadata["train"] == {"pairs": 12, "ratings": 24, "too_long": 0, "alike": 0}
+    assert rank.curve("val/loss")[80] < 0.2
+
+
+def test_a_run_stopped_after_any_step_ends_in_the_same_bits_and_the_same_curve(policy, make_records, make_rank, tmp_path):
+    pairs, ratings = make_records(PAIRS, PAIRS[:3], "pairs"), make_records(RATINGS, RATINGS[:3], "ratings")
+
+    def run(name: str, stop_after: int | None = None):
+        rank = make_rank(name, stop_after)
+        return rank, train(rank, settings(micro_batch_size=2), policy, [pairs], [ratings], 1, tmp_path / name)
+
+    whole, whole_metadata = run("whole")
+    for stop_after in range(1, 5):
+        name = f"stopped_after_{stop_after}"
+        first, nothing = run(name, stop_after)
+        assert nothing is None
+        assert first.saved[-1] == stop_after
+        assert not (tmp_path / name).exists()
+        second, metadata = run(name)
+        assert metadata == whole_metadata
+        ours, theirs = (load_file(tmp_path / each / "model.safetensors") for each in (name, "whole"))
+        assert all(torch.equal(ours[weight], theirs[weight]) for weight in theirs), stop_after
+        for metric in ("train/loss", "val/loss", "train/lr", "train/grad_norm"):
+            assert {**first.curve(metric), **second.curve(metric)} == whole.curve(metric), (stop_after, metric)
+
+
+def test_what_is_logged_and_when(policy, make_records, make_rank, tmp_path):
+    rank = make_rank()
+    train(rank, settings(), policy, [make_records(PAIRS, PAIRS)], [], 1, tmp_path / "model")
+    assert sorted(rank.curve("train/loss")) == sorted(rank.curve("train/tokens_per_s")) == [2, 4, 5]
+    assert sorted(rank.curve("val/loss")) == [2, 4, 5]
+    assert rank.saved == [2, 4]
+    assert set(rank.sections) == {"start", "step", "checkpoint", "evaluate"}
+    # A step has 4 pairs of 2 * (4 + 3) tokens: <|user|>, a letter, <|end|>, <|assistant|>, two letters, <|end|>.
+    for step, per_second in rank.curve("train/tokens_per_s").items():
+        assert per_second * rank.curve("time/step_s")[step] == pytest.approx(4 * 2 * 7)
+
+
+def test_validation_loss_is_the_mean_over_held_out_pairs_and_ratings_of_one_item_each(policy, make_records, make_rank, tmp_path):
+    pairs, ratings = make_records(PAIRS, [pair("x", "aa", "b")], "pairs"), make_records([], [rating("x", "aaaa", 0.25)], "ratings")
+    rank = make_rank()
+    train(rank, settings(), policy, [pairs], [ratings], 1, tmp_path / "model")
+    model = load_reward_model(tmp_path / "model")
+    chosen, rejected, rated = (torch.tensor(slow_score(model, conversation("x", text))) for text in ("aa", "b", "aaaa"))
+    of_pair = -(chosen - rejected).sigmoid().log()
+    of_rating = -0.25 * rated.sigmoid().log() - 0.75 * (1 - rated.sigmoid()).log()
+    assert rank.curve("val/loss")[5] == pytest.approx(((of_pair + of_rating) / 2).item(), rel=1e-4)
+
+
+def test_without_held_out_items_there_is_no_validation_loss_and_no_figure(policy, make_records, make_rank, tmp_path):
+    rank = make_rank()
+    metadata = train(rank, settings(), policy, [make_records(PAIRS)], [], 1, tmp_path / "model")
+    assert rank.curve("val/loss") == {}
+    assert metadata["figures"] == {}
+
+
+def test_the_metadata_has_the_mean_and_the_deviation_of_all_training_scores(policy, make_records, make_rank, tmp_path):
+    pairs = [pair("q", "a" * n, "b" * n) for n in range(1, 10)]
+    ratings = [rating("q", "c" * n, n / 10) for n in range(1, 10)]
+    metadata = train(
+        make_rank(), settings(), policy, [make_records(pairs, name="pairs")], [make_records(ratings, name="ratings")], 1, tmp_path / "model"
+    )
+    model = load_reward_model(tmp_path / "model")
+    scores = [slow_score(model, conversation("q", letter * n)) for letter in "abc" for n in range(1, 10)]
+    assert metadata["score_mean"] == pytest.approx(statistics.fmean(scores), rel=1e-5)
+    assert metadata["score_std"] == pytest.approx(statistics.pstdev(scores), rel=1e-5)
+
+
+def test_equal_scores_are_refused_since_they_tell_nothing_apart(policy, make_records, make_rank, tmp_path):
+    with pytest.raises(ValueError, match="all scores are equal: 1 training responses"):
+        train(make_rank(), settings(), policy, [], [make_records([rating("q", "a", 1.0)])], 1, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_scores_that_differ_by_rounding_or_are_no_numbers_have_no_scale():
+    assert score_scale(torch.tensor([1.0, 3.0], dtype=torch.float64)) == (2.0, 1.0)
+    for scores in ([100.0, 100.00001], [float("nan"), 1.0]):
+        with pytest.raises(ValueError, match="all scores are equal"):
+            score_scale(torch.tensor(scores, dtype=torch.float64))
+
+
+def test_what_is_too_long_or_has_nothing_to_prefer_is_left_out_whole_and_counted(make_records):
+    # Around a prompt and a response stand 4 tokens, so of 16 there are 12 for text.
+    fits, too_long = "a" * 11, "a" * 12
+    pairs = make_records([pair("q", fits, "b"), pair("q", too_long, "b"), pair("q", "b", too_long), pair("q", "a", "a")], name="pairs")
+    ratings = make_records([rating("q", fits, 0.5), rating("long prompts", "a", 0.5)], name="ratings")
+    items, counts = read_items(TOKENIZER, [pairs], [ratings], "train", 16)
+    assert items == [Pair(conversation("q", fits), conversation("q", "b")), Rating(conversation("q", fits), 0.5)]
+    assert counts == {"pairs": 1, "ratings": 1, "too_long": 3, "alike": 1}
+    assert len(conversation("q", fits)) == 16
+
+
+def test_records_of_which_none_can_be_used_are_refused_with_their_counts(policy, make_records, make_rank, tmp_path):
+    records = make_records([pair("q", "a" * 12, "b"), pair("q", "a", "a")])
+    with pytest.raises(ValueError, match="1 are longer than the policy's seq_len = 16 tokens, and 1 are pairs of equal responses"):
+        train(make_rank(), settings(), policy, [records], [], 1, tmp_path / "model")
+
+
+def test_the_score_is_read_at_the_end_token_whatever_is_padded_behind_it(tmp_path):
+    # The second response ends in the byte 0, which is also what rows are padded with.
+    model = saved_reward_model(tmp_path)
+    rows = [conversation("q", text) for text in ("a", "a\0\0", "abcdefg")]
+    assert [row[-1] for row in rows] == [TOKENIZER.special["end"]] * 3
+    together = end_scores(model, rows, CPU)
+    assert together.tolist() == pytest.approx([slow_score(model, row) for row in rows], abs=1e-6)
+    assert len({round(score, 3) for score in together.tolist()}) == 3
+
+
+def test_the_share_of_pairs_in_order_counts_a_tie_as_half_and_kinds_apart():
+    kinds = ("helpful", "helpful", "harmless", None)
+    items = [Pair([1], [2], kind) for kind in kinds]
+    scores = torch.tensor([3.0, 0.0, 1.0, 1.0, 2.0, 5.0, 1.0, 0.0])  # 3 > 2, 0 < 5, 1 = 1, 1 > 0
+    assert held_out_figures(items, scores) == {
+        "eval/pair_accuracy": 2.5 / 4,
+        "eval/pair_accuracy_helpful": 0.5,
+        "eval/pair_accuracy_harmless": 0.5,
+    }
+
+
+def test_a_kind_is_written_in_a_metrics_letters(make_records):
+    kinds = ["Helpful & honest", "安全", 3, None]
+    items, _ = read_items(TOKENIZER, [make_records([pair("q", "a", "b", kind=kind) for kind in kinds])], [], "train", 16)
+    assert [item.kind for item in items] == ["helpful_honest", "other", "3", None]
+
+
+def test_the_probability_that_a_good_response_is_scored_above_a_bad_one_by_counting():
+    items = [Rating([1], each) for each in (1.0, 0.5, 0.4, 0.0)]
+    scores = torch.tensor([3.0, 1.0, 2.0, 1.0])  # 3 > 2, 3 > 1, 1 < 2, 1 = 1: 2.5 of 4
+    assert held_out_figures(items, scores) == {"eval/rating_auc": 2.5 / 4}
+    assert held_out_figures(items[:2], scores[:2]) == {}  # nothing bad to compare with
+
+
+def test_one_step_moves_every_weight(policy, make_records, make_rank, tmp_path):
+    # Pairs alone would leave the head's bias where it is: they know differences only.
+    pairs = make_records([pair("q" * 9, "a", "b")], name="pairs")
+    ratings = make_records([rating("q" * 9, "ab", 1.0)], name="ratings")
+    config = settings(steps=1, warmup_steps=0, global_batch_size=2, weight_decay=0.0)
+    train(make_rank(), config, policy, [pairs], [ratings], 1, tmp_path / "after")
+    before = load_file(policy / "model.safetensors")
+    after = load_file(tmp_path / "after" / "model.safetensors")
+    assert {name for name in after if name not in before} == {"output.weight", "output.bias"}
+    for name, tensor in before.items():
+        assert not torch.equal(after[name], tensor), name
+    assert after["output.bias"].item() == pytest.approx(1e-2, rel=1e-3)  # from 0, Adam's first step, up: the response was good
+
+
+def test_another_dropout_is_this_stages_own_and_does_not_reach_those_after_it(policy, make_records, make_rank, tmp_path):
+    pairs = make_records(PAIRS)
+    for name, dropout in (("own", None), ("same", 0.1), ("other", 0.5)):
+        train(make_rank(name), settings(dropout=dropout), policy, [pairs], [], 1, tmp_path / name)
+        assert load_config(tmp_path / name) == SHAPE
+    own, same, other = (load_file(tmp_path / name / "model.safetensors")["output.weight"] for name in ("own", "same", "other"))
+    assert torch.equal(own, same)
+    assert not torch.equal(own, other)
+
+
+def test_recomputing_activations_changes_nothing(policy, make_records, make_rank, tmp_path):
+    pairs = make_records(PAIRS)
+    for recompute in (False, True):
+        config = settings(activation_checkpointing=recompute)
+        train(make_rank(str(recompute)), config, policy, [pairs], [], 1, tmp_path / str(recompute))
+    kept, recomputed = (load_file(tmp_path / name / "model.safetensors") for name in ("False", "True"))
+    torch.testing.assert_close(recomputed["output.weight"], kept["output.weight"], rtol=0, atol=1e-6)
+
+
+def test_a_scorer_normalises_the_score_at_the_end_and_travels_without_weights(tmp_path):
+    model = saved_reward_model(tmp_path)
+    responses = ["a" * (1 + n % 8) for n in range(40)]  # more than one pass, of unequal lengths
+    sent = pickle.dumps(RewardScorer(tmp_path, mean=0.5, std=2.0))
+    assert len(sent) < 1000
+    scores = (
+        pickle.loads(sent)
+        .open(CPU)
+        .scores(
+            [encode_prompt(TOKENIZER, asked("q"))] * 40,
+            [encode_response(TOKENIZER, response) for response in responses],
+            [True] * 40,
+        )
+    )
+    assert scores.tolist() == pytest.approx([(slow_score(model, conversation("q", each)) - 0.5) / 2.0 for each in responses], abs=1e-6)
+
+
+def test_the_value_model_starts_as_the_normalised_score(tmp_path):
+    saved_reward_model(tmp_path)
+    scorer = RewardScorer(tmp_path, mean=-0.7, std=0.25).open(CPU)
+    prompt, response = encode_prompt(TOKENIZER, asked("q")), encode_response(TOKENIZER, "abc")
+    with torch.no_grad():
+        values = value_model(tmp_path, mean=-0.7, std=0.25)(torch.tensor([[*prompt, *response]]))  # (1, T)
+    assert values[0, -1].item() == pytest.approx(scorer.scores([prompt], [response], [True]).item(), abs=1e-5)
+
+
+def test_the_loss_of_a_step_is_the_same_however_its_rows_are_split(policy, make_records, make_rank, tmp_path):
+    pairs, ratings = make_records(PAIRS, name="pairs"), make_records(RATINGS, name="ratings")
+    ends = {}
+    for size in (4, 2, 1):
+        config = settings(dropout=0.0, micro_batch_size=size, eps=1e-3, log_every=1)
+        rank = make_rank(str(size))
+        train(rank, config, policy, [pairs], [ratings], 1, tmp_path / str(size))
+        ends[size] = rank.curve("train/loss"), rank.curve("train/grad_norm"), load_file(tmp_path / str(size) / "model.safetensors")
+    for size in (2, 1):
+        for whole, split in zip(ends[4][:2], ends[size][:2], strict=True):
+            assert list(split.values()) == pytest.approx(list(whole.values()), rel=1e-4)
+        for name, tensor in ends[4][2].items():
+            torch.testing.assert_close(ends[size][2][name], tensor, rtol=0, atol=2e-5)
+
+
+class RankOfTwo:
+    """One of two processes, without checkpoints."""
+
+    world_size = 2
+    device = CPU
+
+    def __init__(self, rank: int, store: str) -> None:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+        self.rank = rank
+        self.losses: list[torch.Tensor] = []
+
+    def engine(self, name, model, parameter_groups, settings) -> TorchEngine:
+        return TorchEngine(model, parameter_groups, settings, device=CPU, world_size=2)
+
+    def restore(self) -> int:
+        return 0
+
+    def save(self, finished_steps: int) -> None: ...
+
+    def log(self, step: int, *, sums=None, values=None) -> None:
+        self.losses += [self.all_sum(value) for name, value in (sums or {}).items() if name == "train/loss"]
+
+    @contextlib.contextmanager
+    def section(self, name: str, deadline_s: float) -> Iterator[None]:
+        yield
+
+    def should_stop(self) -> bool:
+        return False
+
+    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
+def train_and_score(rank: Any, folder: Path, scored: Path, output: Path) -> tuple[dict[str, Any], torch.Tensor]:
+    """Its metadata; and what all ranks say of 40 conversations under given weights, in 3 passes: one rank has none in the last."""
+    config = settings(dropout=0.0, eps=1e-3, log_every=1)
+    metadata = train(rank, config, folder / "policy", [folder / "pairs"], [folder / "ratings"], 1, output)
+    engine = TorchEngine(load_reward_model(scored), [{"params": load_reward_model(scored).parameters()}], config, device=CPU)
+    rows = [conversation("q", "ab" * (1 + n % 4) + "c" * (n % 3)) for n in range(40)]
+    return metadata, all_scores(rank, config, engine, rows)
+
+
+def test_two_ranks_change_training_by_rounding_alone_and_the_scores_of_given_weights_not_at_all(policy, make_records, make_rank, tmp_path):
+    make_records(PAIRS, PAIRS[:5], "pairs")
+    make_records(RATINGS, RATINGS[:5], "ratings")
+    saved_reward_model(tmp_path / "scored")
+    alone = make_rank()
+    metadata, scores = train_and_score(alone, tmp_path, tmp_path / "scored", tmp_path / "alone")
+    program = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_reward as t; "
+        "t.train_and_score(t.RankOfTwo(1, sys.argv[2]), *map(Path, sys.argv[3:])); t.torch.distributed.destroy_process_group()"
+    )
+    folders = (tmp_path, tmp_path / "scored", tmp_path / "both")
+    other = subprocess.Popen([sys.executable, "-c", program, Path(__file__).parent, tmp_path / "store", *folders])
+    try:
+        rank = RankOfTwo(0, str(tmp_path / "store"))
+        metadata_of_two, scores_of_two = train_and_score(rank, *folders)
+        assert other.wait(timeout=60) == 0
+    finally:
+        other.kill()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert torch.equal(scores_of_two, scores)
+    assert [loss.item() for loss in rank.losses] == pytest.approx(list(alone.curve("train/loss").values()), rel=1e-5)
+    assert metadata_of_two["figures"] == metadata["figures"]
+    for name in ("score_mean", "score_std"):
+        assert metadata_of_two[name] == pytest.approx(metadata[name], abs=2e-5)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "both"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5)
+
+
+def test_the_rows_of_a_batch_are_all_chosen_then_all_rejected_then_all_rated():
+    items = [Pair([1], [2]), Rating([9], 0.5), Pair([3], [4])]
+    assert conversations(items) == [[1], [3], [2], [4], [9]]
