@@ -11,6 +11,8 @@ from gpt.losses import (
     mean_entropy,
     ppo_policy_loss,
     reinforce_loss,
+    reward_pair_loss,
+    reward_rating_loss,
     value_loss,
 )
 
@@ -156,3 +158,45 @@ def test_parts_of_a_batch_add_up_to_every_rl_loss_and_what_is_masked_may_be_nan(
         torch.testing.assert_close(parts, whole)
         for part, gradient in zip(torch.autograd.grad(parts, [logits, values]), gradients, strict=True):
             torch.testing.assert_close(part, gradient, equal_nan=True)
+
+
+def test_a_pair_of_equal_scores_costs_ln_2_and_the_better_chosen_the_less():
+    loss = reward_pair_loss(torch.tensor([0.7, math.log(3)]), torch.tensor([0.7, 0.0]), global_count=1)
+    assert loss.item() == pytest.approx(math.log(2) - math.log(3 / 4))  # odds of 3 to 1 are a share of 3/4
+
+
+def test_a_pair_loss_knows_differences_alone():
+    scores = torch.tensor([[0.5, -1.0], [0.25, 2.0]], requires_grad=True)  # sums with 3 are exact
+    losses = [reward_pair_loss(*(scores + shift), global_count=2) for shift in (0.0, 3.0)]
+    one, other = (torch.autograd.grad(loss, scores)[0] for loss in losses)
+    assert torch.equal(one, other)
+    assert torch.equal(one[0], -one[1])  # so what moves both scores alike has no gradient
+
+
+def test_a_hopeless_pair_costs_its_difference_and_not_infinity():
+    scores = torch.tensor([-1000.0], requires_grad=True)
+    loss = reward_pair_loss(scores, torch.tensor([1000.0]), global_count=1)
+    assert loss.item() == 2000.0
+    assert torch.autograd.grad(loss, scores)[0].item() == -1.0
+
+
+def test_a_rating_is_a_soft_target():
+    # Odds of 3 to 1 are a share of 3/4.
+    scores = torch.tensor([math.log(3)] * 3)
+    loss = reward_rating_loss(scores, torch.tensor([1.0, 0.0, 0.5]), global_count=3)
+    assert loss.item() == pytest.approx((-math.log(3 / 4) - math.log(1 / 4) - 0.5 * math.log(3 / 4) - 0.5 * math.log(1 / 4)) / 3)
+
+
+def test_a_score_at_its_ratings_log_odds_has_no_gradient():
+    scores = torch.tensor([math.log(3), 0.0], requires_grad=True)
+    [gradient] = torch.autograd.grad(reward_rating_loss(scores, torch.tensor([0.75, 0.5]), global_count=2), scores)
+    assert gradient.tolist() == pytest.approx([0.0, 0.0], abs=1e-7)
+
+
+@pytest.mark.parametrize("loss", [reward_pair_loss, reward_rating_loss])
+def test_parts_of_a_batch_of_scores_add_up_to_its_loss(loss):
+    first, second = torch.rand(2, 5, generator=torch.Generator().manual_seed(1))
+    whole = loss(first, second, global_count=5)
+    parts = [loss(first[rows], second[rows], global_count=5) for rows in (slice(0, 2), slice(2, 2), slice(2, 5))]
+    assert parts[1].item() == 0.0  # a part may be empty: a micro-batch need not have both kinds of item
+    torch.testing.assert_close(sum(parts), whole)
