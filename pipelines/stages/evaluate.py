@@ -1,13 +1,21 @@
-"""Evaluate: how well a model predicts the held-out documents, beside what compressors need for them, and some of its text."""
+"""Evaluate: what a model does with text and questions that it was not trained on, beside what others do with the same.
+
+With documents: its loss on the held-out ones, beside what compressors need for them, and some of its own text. With questions: how
+many of the held-out ones it answers right, beside a baseline's answers, and what a reward model says of both.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
-from pipelines.artifacts import Documents, Model, Report
-from pipelines.stage import StageConfig, StageContext, StageFailure
+from gpt.settings import Operational
+from pipelines.artifacts import Documents, Model, Prompts, Report
+from pipelines.stage import Source, StageConfig, StageContext, StageFailure
 
 
 class EvaluateConfig(StageConfig):
@@ -19,9 +27,60 @@ class EvaluateConfig(StageConfig):
     """What the model continues, for the report; an empty one begins a document. `[]`: no samples."""
     sample_tokens: int = Field(default=120, ge=1)
     temperature: float = Field(default=0.8, ge=0)
+    """Of these samples; questions are answered at temperature 0, and again at 1."""
+
+    questions_file: str | None = None
+    """Questions of your own: JSON lines of {"question": "...", "answer": "..."}, relative to the pipeline's `data`."""
+    refusal: str | None = None
+    """The one answer that declines: questions whose right answer it is are counted apart."""
+    answer_tokens: int = Field(default=64, ge=1)
+    """Most tokens of an answer; a longer one is cut off, and then not right."""
+    best_of: int | None = Field(default=None, ge=2)
+    """Also draw so many answers to each question, and take the one that the reward model likes best."""
+    missing_end_score: float = -1.0
+    """What an answer that was cut off is scored, whatever it says."""
+    samples: Operational[int] = Field(default=12, ge=0)
+    """Questions that the report shows with their answers."""
+
+    def sources(self, data: Path) -> list[Source]:
+        return [Source(self.questions_file, data / self.questions_file)] if self.questions_file else []
 
 
-def evaluate(config: EvaluateConfig, model: Model, documents: list[Documents], stage: StageContext) -> Report:
+def evaluate(
+    config: EvaluateConfig,
+    model: Model,
+    documents: list[Documents] | None,
+    questions: list[Prompts] | None,
+    reward_model: Model | None,
+    baseline: Model | None,
+    stage: StageContext,
+) -> Report:
+    """The report has figures and samples; the figures stand in the action record too."""
+    for each, role in ((model, "policy"), (baseline, "policy"), (reward_model, "reward")):
+        if each and each.metadata["role"] != role:
+            raise StageFailure(f"model {each.digest[:12]} has the role {each.metadata['role']}; here evaluate wants a {role} model")
+        if each and each.metadata["tokenizer"] != model.metadata["tokenizer"]:
+            raise StageFailure(
+                f"model {each.digest[:12]} has tokenizer {each.metadata['tokenizer'][:12]}, model {model.digest[:12]} has "
+                f"{model.metadata['tokenizer'][:12]}; they can be compared only with one and the same"
+            )
+    if config.best_of and not reward_model:
+        raise StageFailure("best_of needs a reward model to say which is best: inputs = { ..., reward_model = ['reward_model'] }")
+    asked = list(_asked(config, questions or [], stage))
+    if not documents and not asked:
+        raise StageFailure("evaluate has nothing to ask: give it documents, questions or a questions_file")
+    report: dict[str, Any] = {"figures": {}, "samples": []}
+    if documents:
+        _of_documents(config, model, documents, stage, report)
+    if asked:
+        _of_answers(config, model, baseline, reward_model, asked, stage, report)
+    for name, value in report["figures"].items():
+        stage.figure(name, value)
+    (stage.output / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    return stage.publish(Report, model=model.digest, **{name: value for name, value in report.items() if isinstance(value, int)})
+
+
+def _of_documents(config: EvaluateConfig, model: Model, documents: list[Documents], stage: StageContext, report: dict[str, Any]) -> None:
     """Every held-out token is scored once; bits per byte divide by the raw bytes of the documents."""
     import numpy as np
 
@@ -31,8 +90,6 @@ def evaluate(config: EvaluateConfig, model: Model, documents: list[Documents], s
     from gpt.sampling import sample
     from gpt.tokenizer import Tokenizer
 
-    if model.metadata["role"] != "policy":
-        raise StageFailure(f"model {model.digest[:12]} has the role {model.metadata['role']}; evaluate wants a policy")
     texts = [text for each in documents for text in each.texts("held_out")]
     held_out = "".join(texts).encode()
     if not held_out:
@@ -44,7 +101,7 @@ def evaluate(config: EvaluateConfig, model: Model, documents: list[Documents], s
     encoder = Tokenizer.load(model.path / "tokenizer.json")
     end = encoder.special["document"]
     token_ids = np.array([token for ids in encoder.encode_batch(texts) for token in (*ids, end)], dtype=np.int64)
-    network = load_model(model.path).to(stage.device).eval()
+    network = load_model(model.path).to(stage.device)
     nats, count = held_out_nats(network, token_ids, document_id=end, stride=config.stride)
     figures = {
         "eval/loss": nats / count,
@@ -62,12 +119,52 @@ def evaluate(config: EvaluateConfig, model: Model, documents: list[Documents], s
         temperature=config.temperature,
         stop_ids=(end,),
     )
-    samples = [
+    report["samples"] += [
         {"prompt": prompt, "text": encoder.stream().feed(*(token for token in response.token_ids if token != end))}
         for prompt, response in zip(config.prompts, responses, strict=True)
     ]
-    for name, value in figures.items():
-        stage.figure(name, value)
-    report = {"figures": figures, "samples": samples, "tokens": count, "bytes": len(held_out), "documents": len(texts)}
-    (stage.output / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    return stage.publish(Report, tokens=count, documents=len(texts), model=model.digest)
+    report["figures"] |= figures
+    report |= {"tokens": count, "bytes": len(held_out), "documents": len(texts)}
+
+
+def _asked(config: EvaluateConfig, questions: list[Prompts], stage: StageContext) -> Iterator[dict[str, Any]]:
+    """`{"prompt": [messages], "reference": "..." or None}` of each held-out question, and of each in the file."""
+    for each in questions:
+        yield from each.records("held_out")
+    for source in stage.sources if config.questions_file else ():
+        with stage.open(source) as file:
+            for number, line in enumerate(file.read().decode("utf-8-sig").splitlines(), start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                    question, answer = str(record["question"]), record["answer"]
+                except (ValueError, TypeError, KeyError) as error:
+                    raise StageFailure(
+                        f'{source.name}, line {number}: {type(error).__name__}: {error}; wanted {{"question": "...", "answer": "..."}}'
+                    ) from None
+                yield {"prompt": [{"role": "user", "content": question}], "reference": None if answer is None else str(answer)}
+
+
+def _of_answers(
+    config: EvaluateConfig,
+    model: Model,
+    baseline: Model | None,
+    reward_model: Model | None,
+    asked: list[dict[str, Any]],
+    stage: StageContext,
+    report: dict[str, Any],
+) -> None:
+    """Each question is answered twice, by the likeliest tokens and by a draw at temperature 1."""
+    from gpt.answers import Examiner
+
+    examiner = Examiner(asked, stage.seed, refusal=config.refusal, max_tokens=config.answer_tokens, device=stage.device)
+    if reward_model:
+        scale = reward_model.metadata["score_mean"], reward_model.metadata["score_std"]
+        examiner.score_by(reward_model.path, *scale, missing_end_score=config.missing_end_score)
+    figures = examiner.examine(model.path, best_of=config.best_of)
+    if baseline:
+        figures |= examiner.compare(model.path, baseline.path)
+    report["figures"] |= {f"eval/{name}": value for name, value in figures.items()}
+    report["samples"] += examiner.samples(config.samples)
+    report["questions"] = len(asked)

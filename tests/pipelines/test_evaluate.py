@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 from pipelines.artifacts import Documents, Model, Report
-from pipelines.stage import StageFailure
+from pipelines.stage import Source, StageFailure
 from pipelines.stages.evaluate import EvaluateConfig, evaluate
 
 
@@ -21,7 +21,11 @@ class Bench:
 
     def __init__(self, output: Path) -> None:
         self.output = output
+        self.sources: list[Source] = []
         self.figures: dict[str, float] = {}
+
+    def open(self, source: Source) -> BinaryIO:
+        return source.path.open("rb")
 
     def figure(self, name: str, value: float) -> None:
         self.figures[name] = value
@@ -39,27 +43,84 @@ def documents(folder: Path, held_out: list[str]) -> Documents:
 
 @pytest.mark.parametrize("held_out", [[], [""]])
 def test_without_held_out_text_one_is_told_to_hold_some_out_before_the_model_is_loaded(tmp_path: Path, held_out: list[str]):
-    nowhere = Model(tmp_path / "nowhere", "e" * 64, {"role": "policy"})
+    nowhere = Model(tmp_path / "nowhere", "e" * 64, {"role": "policy", "tokenizer": "t" * 64})
     with pytest.raises(StageFailure, match=r"^documents dddddddddddd hold no held-out text.*; set hold_out in the ingest stage"):
-        evaluate(EvaluateConfig(), nowhere, [documents(tmp_path / "documents", held_out)], Bench(tmp_path))  # type: ignore[arg-type]
+        run(EvaluateConfig(), nowhere, Bench(tmp_path), documents=[documents(tmp_path / "documents", held_out)])
 
 
-def test_without_prompts_there_are_no_samples(tmp_path: Path):
+def run(config: EvaluateConfig, model: Model, bench: Bench, **inputs: Any) -> Report:
+    absent = dict.fromkeys(("documents", "questions", "reward_model", "baseline"))
+    return evaluate(config, model, stage=bench, **{**absent, **inputs})  # type: ignore[arg-type]
+
+
+def made_model(folder: Path, seed: int, role: str = "policy") -> Model:
     import torch
 
-    from gpt.model import GPT, save_model
+    from gpt.model import GPT, RewardModel, save_model
     from gpt.settings import PRESETS, GPTConfig
     from gpt.tokenizer import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     shape = GPTConfig(**PRESETS["gpt2-nano"].model_dump(), vocab_size=tokenizer.vocab_size)
-    folder = tmp_path / "model"
-    folder.mkdir()
-    save_model(folder, shape, dict(GPT(shape, torch.Generator().manual_seed(1)).named_parameters()))
+    generator = torch.Generator().manual_seed(seed)
+    model = GPT(shape, generator)
+    if role == "reward":
+        model = RewardModel.from_policy(model, generator)
+    save_model(folder, shape, dict(model.named_parameters()), type(model))
     tokenizer.save(folder / "tokenizer.json")
+    scale = {"score_mean": 0.5, "score_std": 2.0} if role == "reward" else {}
+    return Model(folder, f"{seed}" * 64, {"role": role, "tokenizer": "t" * 64, **scale})
+
+
+def test_without_prompts_there_are_no_samples(tmp_path: Path):
     bench = Bench(tmp_path)
-    model = Model(folder, "e" * 64, {"role": "policy"})
     config = EvaluateConfig.model_validate({"prompts": [], "compressors": False})
-    evaluate(config, model, [documents(tmp_path / "documents", ["a text"])], bench)  # type: ignore[arg-type]
+    run(config, made_model(tmp_path / "model", 1), bench, documents=[documents(tmp_path / "documents", ["a text"])])
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["samples"], report["tokens"], report["bytes"]) == ([], 7, 6)
+
+
+def test_questions_of_ones_own_are_put_to_model_and_baseline_and_scored(tmp_path: Path):
+    (tmp_path / "questions.jsonl").write_text(
+        """{"question": "a?", "answer": "b"}\n\n{"question": "c?", "answer": "No."}\n{"question": "d?", "answer": null}\n"""
+    )
+    config = EvaluateConfig.model_validate(
+        {"questions_file": "questions.jsonl", "refusal": "No.", "answer_tokens": 4, "best_of": 2, "samples": 2}
+    )
+    bench = Bench(tmp_path)
+    bench.sources = config.sources(tmp_path)
+    model = made_model(tmp_path / "model", 1)
+    run(config, model, bench, baseline=model, reward_model=made_model(tmp_path / "reward", 3, "reward"))
+    figures = bench.figures
+    assert (figures["eval/exactly_right"], figures["eval/declined"], figures["eval/false_refusals"]) == (0.0, 0.0, 0.0)
+    assert figures["eval/kl_nats_per_response"] == 0.0  # its own baseline
+    assert figures["eval/score_mean"] == figures["eval/baseline_score_mean"]
+    assert figures["eval/best_of_score_mean"] >= figures["eval/score_mean"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["questions"] == 3
+    assert [(each["prompt"], each["reference"]) for each in report["samples"]] == [("a?", "b"), ("c?", "No.")]
+    assert set(report["samples"][0]) == {"prompt", "reference", "answer", "drawn", "score", "baseline", "baseline_drawn"}
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "{", '{"question": "a?"}'])
+def test_a_question_that_is_none_is_named_by_its_line(tmp_path: Path, line: str):
+    (tmp_path / "questions.jsonl").write_text(f"""{{"question": "a?", "answer": "b"}}\n{line}\n""")
+    config = EvaluateConfig(questions_file="questions.jsonl")
+    bench = Bench(tmp_path)
+    bench.sources = config.sources(tmp_path)
+    with pytest.raises(StageFailure, match=r'questions.jsonl, line 2: .*; wanted {"question": "...", "answer": "..."}'):
+        run(config, Model(tmp_path, "e" * 64, {"role": "policy", "tokenizer": "t" * 64}), bench)
+
+
+def test_roles_tokenizers_and_what_is_missing_are_told_before_a_model_is_loaded(tmp_path: Path):
+    policy = Model(tmp_path, "e" * 64, {"role": "policy", "tokenizer": "t" * 64})
+    reward = Model(tmp_path, "f" * 64, {"role": "reward", "tokenizer": "u" * 64})
+    bench = Bench(tmp_path)
+    with pytest.raises(StageFailure, match="model ffffffffffff has the role reward; here evaluate wants a policy model"):
+        run(EvaluateConfig(), reward, bench)
+    with pytest.raises(StageFailure, match="model ffffffffffff has tokenizer uuuuuuuuuuuu, model eeeeeeeeeeee has tttttttttttt"):
+        run(EvaluateConfig(), policy, bench, reward_model=reward)
+    with pytest.raises(StageFailure, match="best_of needs a reward model"):
+        run(EvaluateConfig(best_of=4), policy, bench)
+    with pytest.raises(StageFailure, match="evaluate has nothing to ask"):
+        run(EvaluateConfig(), policy, bench)
