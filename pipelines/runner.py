@@ -30,7 +30,7 @@ from gpt.settings import TrainSettings
 from pipelines.artifacts import Model
 from pipelines.config import ConfigError, Fault
 from pipelines.execute import Job, Outcome, StopFile, execute, stream
-from pipelines.graph import ROOT, Graph, Stage
+from pipelines.graph import IMPORTS, ROOT, Graph, Stage
 from pipelines.journal import Event, JournalWriter, Superseded, read_journal
 from pipelines.lease import Lease, Watch, dead, describe, user_name
 from pipelines.planner import Decision, Planner, identity, versions
@@ -343,7 +343,8 @@ class Run:
         try:
             self._record(running, outcome)
         except OSError as error:
-            self._finish(running.stage, "failed", running.decision, error=f"what came of it can't be recorded: {error}")
+            said = outcome.error or f"what came of it can't be recorded: {error}"
+            self._finish(running.stage, "failed", running.decision, error=said)
         finally:
             running.lease.release()
 
@@ -361,7 +362,7 @@ class Run:
             return
         damage = self.store.intact(outcome.output) if outcome.output else None
         if outcome.output is None or damage or running.lease.lost():
-            error = outcome.error or damage or "its lease was taken over by another run, so its result was not recorded"
+            error = outcome.error or damage or "its lease is another run's by now, or was deleted, so its result was not recorded"
             if outcome.traceback:
                 self.store.backend.put(f"runs/{self.run}/{stage.name}.traceback.txt", outcome.traceback.encode(errors="backslashreplace"))
             self._finish(stage, "failed", decision, seconds=seconds, error=error)
@@ -501,9 +502,9 @@ class Run:
         return found
 
     def _name_newest_model(self) -> None:
-        """`model:<pipeline>@newest` is the policy that stands last in the line, of those that this run made or reused."""
-        for name in self.graph.stages:
-            if name in self._outputs and name not in self._planner_of_run.given:
+        """`model:<pipeline>@newest` is the policy that stands last in the line, of those that this run made or reused: no import."""
+        for name, stage in self.graph.stages.items():
+            if name in self._outputs and name not in self._planner_of_run.given and stage.kind.uses != IMPORTS["model"]:
                 made = self.store.artifact(self._outputs[name])
                 if isinstance(made, Model) and made.metadata.get("role") == "policy":
                     self.store.point(self.graph.loaded.file.pipeline, "newest", made.digest)

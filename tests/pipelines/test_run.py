@@ -400,7 +400,7 @@ def test_a_bare_digest_as_it_is_printed_is_a_reference(small: Small):
     small.run()
     digest = resolve(small.store, f"run:{small.store.runs()[0]}/cut")
     assert resolve(small.store, digest[:12]) == digest
-    with pytest.raises(ValueError, match="names no artifact; wanted sha256:<at least 8 digits>, run:<id>/<stage> or model:"):
+    with pytest.raises(ValueError, match="names no artifact; wanted sha256:<at least 8 digits>, run:<id>/<stage>"):
         resolve(small.store, "cut")
 
 
@@ -521,6 +521,14 @@ def test_what_a_full_disk_cannot_record_has_failed_and_the_run_says_how_to_go_on
     assert small.run() == (1, {"words": "failed", "cut": "blocked", "report": "blocked"})
     assert small.error() == "what came of it can't be recorded: [Errno 28] No space left on device"
     assert small.events[-1]["text"].endswith("Mend it, then go on with: gptline run small.toml")
+
+
+def test_a_full_disk_does_not_hide_why_a_stage_failed(small: Small, monkeypatch: pytest.MonkeyPatch):
+    put = FolderBackend.put
+    monkeypatch.setattr(FolderBackend, "put", lambda self, name, data: full() if "traceback" in name else put(self, name, data))
+    small.write("small.toml", TOML.replace("./kinds.py:cut", "./kinds.py:broken").replace('["words", "cut"]', '["words"]'))
+    assert small.run() == (1, {"words": "done", "cut": "failed", "report": "done"})
+    assert small.error().startswith("KeyError: 'no such word'")
 
 
 def test_a_disk_that_is_full_in_the_middle_ends_the_run_with_its_last_words(small: Small, monkeypatch: pytest.MonkeyPatch):
