@@ -20,6 +20,14 @@ from pipelines.store import Action, Store
 MOST_POINTS = 600
 """A curve with more points is drawn by the lowest and the highest of each stretch."""
 MOST_SAMPLES = 12
+ANSWER_COLUMNS = {
+    "prompt": "asked",
+    "reference": "right",
+    "answer": "this model, likeliest",
+    "drawn": "this model, drawn",
+    "baseline": "baseline, likeliest",
+    "baseline_drawn": "baseline, drawn",
+}
 MOST_CHARTS = 24
 MOST_NODES = 80
 LOSSES = ("train/loss", "val/loss")
@@ -101,7 +109,7 @@ def _stages(view: RunView, actions: dict[str, Action]) -> str:
     for name, stage in view.stages.items():
         action = actions.get(name)
         figures = action.figures if action is not None else {}
-        shown = "".join(f"<div><span>{_esc(figure)}</span> {_number(value)}</div>" for figure, value in list(figures.items())[:8])
+        shown = "".join(f"<div><span>{_esc(figure)}</span> {_number(value)}</div>" for figure, value in list(figures.items())[:12])
         trouble = f'<p class="error">{_esc(stage.error)}</p>' if stage.error else ""
         notes = "".join(f'<p class="note">{_esc(note)}</p>' for note in stage.notes)
         output = action.output if action is not None else stage.output
@@ -162,15 +170,21 @@ def _samples(store: Store, name: str, action: Action) -> str:
     except ValueError:
         return ""
     samples = report.get("samples") if isinstance(report, dict) else None
-    cards = []
-    for sample in (samples if isinstance(samples, list) else [])[:MOST_SAMPLES]:
-        if isinstance(sample, dict):
-            prompt, text = str(sample.get("prompt", "")), str(sample.get("text", ""))
-            cards.append(f"<blockquote><b>{_esc(prompt)}</b>{_esc(text.removeprefix(prompt))}</blockquote>")
-    if not cards:
-        return ""
-    lead = '<p class="lead">The prompt in bold, then what the model wrote.</p>'
-    return f"<section><h2>{_esc(name)}: samples</h2>{lead}{''.join(cards)}</section>"
+    found = [sample for sample in (samples if isinstance(samples, list) else []) if isinstance(sample, dict)]
+    written = [sample for sample in found if "text" in sample][:MOST_SAMPLES]
+    answered = [sample for sample in found if "text" not in sample][:MOST_SAMPLES]
+    parts = []
+    if written:
+        cards = ((str(each.get("prompt", "")), str(each["text"])) for each in written)
+        quotes = "".join(f"<blockquote><b>{_esc(prompt)}</b>{_esc(text.removeprefix(prompt))}</blockquote>" for prompt, text in cards)
+        parts.append(f'<p class="lead">The prompt in bold, then what the model wrote.</p>{quotes}')
+    if answered:
+        columns = list(answered[0])
+        head = "".join(f"<th>{_esc(ANSWER_COLUMNS.get(column, column))}</th>" for column in columns)
+        rows = ("".join(f"<td>{_esc(str(sample.get(column, '')))}</td>" for column in columns) for sample in answered)
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+    return f"<section><h2>{_esc(name)}: samples</h2>{''.join(parts)}</section>" if parts else ""
 
 
 def _settings(view: RunView, info: dict[str, Any], actions: dict[str, Action]) -> str:

@@ -125,6 +125,16 @@ def test_markup_in_data_is_shown_and_not_obeyed(store: Store) -> None:
     assert Tags(page).open == []
 
 
+def test_questions_stand_beside_what_each_model_answered(store: Store) -> None:
+    writer = begin(store)
+    answers = {"prompt": "What does len do?", "reference": "Counts.", "answer": "Counts.", "baseline": "Cou<nts"}
+    finish(store, writer, "evaluate", "report", {"report.json": json.dumps({"samples": [answers]})}, figures={"eval/exactly_right": 1.0})
+    page = render(store, "r1")
+    assert "<th>asked</th><th>right</th><th>this model, likeliest</th><th>baseline, likeliest</th>" in page
+    assert "<td>What does len do?</td><td>Counts.</td><td>Counts.</td><td>Cou&lt;nts</td>" in page
+    assert Tags(page).open == []
+
+
 def test_a_reused_stage_shows_the_curve_of_the_action_it_reuses(store: Store) -> None:
     first = begin(store)
     made = finish(store, first, "pretrain", "model", {"model": "x"}, curves={"train/loss": [(0, 5.0, 0), (10, 4.0, 1)]})
