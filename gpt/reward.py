@@ -14,6 +14,7 @@ Ziegler et al. 2019 (arXiv:1909.08593); Ouyang et al. 2022 (arXiv:2203.02155), s
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import time
@@ -31,7 +32,7 @@ from gpt.engine import Engine, Rank
 from gpt.losses import reward_pair_loss, reward_rating_loss
 from gpt.model import RewardModel, count_parameters, load_config, load_model, load_reward_model, parameter_groups, save_model
 from gpt.random_streams import stream_seed
-from gpt.schedule import lr_at
+from gpt.schedule import check_grad_norm, lr_at
 from gpt.settings import RewardSettings
 from gpt.tokenizer import Tokenizer
 
@@ -119,6 +120,7 @@ def train(
                 loss_sum += loss.detach()
             lr = lr_at(step, config)
             grad_norm = engine.step(lr)
+            check_grad_norm(grad_norm, step + 1, config)
             step_seconds.append(time.monotonic() - started_at_s)
             tokens += sum(len(token_ids) for token_ids in conversations(batch))
 
@@ -255,12 +257,13 @@ def held_out_figures(items: Sequence[Item], scores: Tensor) -> dict[str, float]:
 
 
 def score_scale(scores: Tensor) -> tuple[float, float]:
-    """Mean and (biased) standard deviation of scores (N,); ValueError where they are all equal, but for rounding in fp32."""
+    """Mean and (biased) standard deviation of scores (N,); ValueError where they are no numbers, or equal but for rounding in fp32."""
     mean, std = scores.mean().item(), scores.std(correction=0).item()
-    if not std > 1e-6 * max(1.0, abs(mean)):  # also where they are no numbers
+    if not std > 1e-6 * max(1.0, abs(mean)):
+        fault = "no numbers" if math.isnan(std) else "equal"
         raise ValueError(
-            f"all scores are equal: {len(scores)} training responses have mean {mean:.6g} and deviation {std:.3g}, so this reward model "
-            "tells nothing apart. Look at its train/loss and its data; a lower lr, or pairs that differ, may help"
+            f"all scores are {fault}: {len(scores)} training responses have mean {mean:.6g} and deviation {std:.3g}, so this reward model "
+            "tells nothing apart. Look at its train/loss and its data; a lower lr, or responses that differ more, may help"
         )
     return mean, std
 

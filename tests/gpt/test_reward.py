@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import pickle
 import statistics
 import subprocess
@@ -207,11 +208,24 @@ def test_equal_scores_are_refused_since_they_tell_nothing_apart(policy, make_rec
     assert not (tmp_path / "model").exists()
 
 
-def test_scores_that_differ_by_rounding_or_are_no_numbers_have_no_scale():
+def test_a_scale_is_the_mean_and_the_biased_deviation_and_scores_that_differ_by_rounding_or_are_no_numbers_have_none():
     assert score_scale(torch.tensor([1.0, 3.0], dtype=torch.float64)) == (2.0, 1.0)
-    for scores in ([100.0, 100.00001], [float("nan"), 1.0]):
-        with pytest.raises(ValueError, match="all scores are equal"):
+    for scores, fault in (
+        ([100.0, 100.00001], "equal: 2 training"),
+        ([math.nan, 1.0], "no numbers: 2 training"),
+        ([math.inf, 1.0], "no num"),
+    ):
+        with pytest.raises(ValueError, match=f"all scores are {fault}"):
             score_scale(torch.tensor(scores, dtype=torch.float64))
+
+
+def test_a_training_that_diverges_ends_before_it_saves_what_is_left_of_it(policy, make_records, make_rank, tmp_path):
+    rank = make_rank()
+    config = settings(steps=20, lr=1e30, warmup_steps=0, checkpoint_every=1)
+    with pytest.raises(ValueError, match=r"the gradient norm of step \d+ is (nan|inf)") as caught:
+        train(rank, config, policy, [make_records(PAIRS)], [], 1, tmp_path / "model")
+    assert rank.saved == list(range(1, int(str(caught.value).split()[5])))
+    assert not (tmp_path / "model").exists()
 
 
 def test_what_is_too_long_or_has_nothing_to_prefer_is_left_out_whole_and_counted(make_records):
