@@ -41,9 +41,9 @@ def checkpoint_files(folder: Path) -> list[str]:
             names += find(folder)
         except ValueError as error:
             faults.append(str(error))
-    faults = [f"there is no {name}" for name in names if not (folder / name).is_file()] + faults
+    faults = [f"there is no {folder / name}" for name in names if not (folder / name).is_file()] + faults
     if faults:
-        raise ValueError(f"{folder}: {'; '.join(faults)}")
+        raise ValueError("; ".join(faults))
     return names
 
 
@@ -54,15 +54,15 @@ def weight_files(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
         parts = _read_json(folder / INDEX).get("weight_map")
         if not (isinstance(parts, dict) and parts and all(isinstance(name, str) and Path(name).name == name for name in parts.values())):
-            raise ValueError(f"{INDEX} has no weight_map that names files beside it")
+            raise ValueError(f"{folder / INDEX} has no weight_map that names files beside it")
         return [INDEX, *sorted(set(parts.values()))]
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if pickled:
         raise ValueError(
-            f"its weights are pickled ({pickled[0]}), and a pickle runs code when it is opened; where you trust it, convert it with "
-            "transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW, safe_serialization=True)"
+            f"the weights in {folder} are pickled ({pickled[0]}), and a pickle runs code when it is opened; where you trust it, convert it "
+            "with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW, safe_serialization=True)"
         )
-    raise ValueError(f"there is no {WEIGHTS}")
+    raise ValueError(f"there is no {folder / WEIGHTS}")
 
 
 def tokenizer_files(folder: Path) -> list[str]:
@@ -71,10 +71,10 @@ def tokenizer_files(folder: Path) -> list[str]:
         return [TOKENIZER]
     if (folder / "vocab.json").is_file():
         raise ValueError(
-            f"there is no {TOKENIZER}, only vocab.json; write one with transformers: "
+            f"there is no {folder / TOKENIZER}, only vocab.json; write one with transformers: "
             "AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)"
         )
-    raise ValueError(f"there is no {TOKENIZER}")
+    raise ValueError(f"there is no {folder / TOKENIZER}")
 
 
 def read_config(folder: Path) -> GPTConfig:
@@ -84,7 +84,7 @@ def read_config(folder: Path) -> GPTConfig:
     """
     content = _read_json(folder / CONFIG)
     if content.get("model_type") != "gpt2":
-        raise ValueError(f"{CONFIG} has model_type = {json.dumps(content.get('model_type'))}; only gpt2 can be imported")
+        raise ValueError(f"{folder / CONFIG} has model_type = {json.dumps(content.get('model_type'))}; only gpt2 can be imported")
     faults = [
         f"{name} = {json.dumps(content[name])} (wanted {' or '.join(map(json.dumps, held))})"
         for name, held in HELD.items()
@@ -106,14 +106,14 @@ def read_config(folder: Path) -> GPTConfig:
             )
     except ValidationError as error:
         faults += [": ".join([*map(str, each["loc"]), each["msg"].removeprefix("Value error, ")]) for each in error.errors()]
-    raise ValueError(f"{CONFIG} describes a GPT-2 that our model can't be: {'; '.join(faults)}")
+    raise ValueError(f"{folder / CONFIG} describes a GPT-2 that our model can't be: {'; '.join(faults)}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path.name} can't be read: {error}") from error
+        raise ValueError(f"{path} can't be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is no JSON object")
+        raise ValueError(f"{path} is no JSON object")
     return content

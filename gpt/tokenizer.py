@@ -43,8 +43,8 @@ class Tokenizer:
         self._bytes = [b""] * len(vocab)
         for token, token_id in vocab.items():
             self._bytes[token_id] = bytes(byte_of[char] for char in token)
-        # No merges: the bytes are the ids, and encoding needs no object for each.
-        self._ids_are_bytes = self.vocab_size == MIN_VOCAB_SIZE and self._bytes[:256] == [bytes([byte]) for byte in range(256)]
+        self.ids_are_bytes = self.vocab_size == MIN_VOCAB_SIZE and self._bytes[:256] == [bytes([byte]) for byte in range(256)]
+        """Nothing to merge: a text's ids are its bytes."""
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -59,13 +59,13 @@ class Tokenizer:
         return len(self._bytes)
 
     def encode(self, text: str) -> list[int]:
-        if self._ids_are_bytes:
+        if self.ids_are_bytes:
             return list(text.encode())
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As `encode` of each, on all cores."""
-        if self._ids_are_bytes:
+        if self.ids_are_bytes:
             return [self.encode(text) for text in texts]
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 

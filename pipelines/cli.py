@@ -67,8 +67,8 @@ def plan(config: Config, set_: Set = None, use: Use = None, until: Until = None,
     from pipelines.planner import Planner
     from pipelines.progress import plan_lines
 
-    graph = _graph(config, set_)
-    planner = Planner(graph, _store_of(graph), ROOT, given=_pairs(use), until=until, fresh=fresh or [], inline=inline)
+    graph = _graph(config, set_, use)
+    planner = Planner(graph, _store_of(graph), ROOT, given=graph.use, until=until, fresh=fresh or [], inline=inline)
     _print(*plan_lines(planner.plan()))
 
 
@@ -98,7 +98,7 @@ def ui(
 
 @app.command()
 def lineage(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="sha256:<digest>, run:<id>/<stage> or model:<pipeline>@newest")],
+    ref: Annotated[str, typer.Argument(metavar="REF", help="sha256:<digest>, run:<id>/<stage>, model:<pipeline>@newest or hf:<folder>")],
     store: Root = Path(".gptline"),
     mermaid: Annotated[bool, typer.Option("--mermaid", help="As a Mermaid flowchart.")] = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
@@ -116,7 +116,7 @@ def lineage(
 
 @app.command()
 def sample(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="model:<pipeline>@newest, run:<id>/<stage> or sha256:<digest>")],
+    ref: Annotated[str, typer.Argument(metavar="REF", help="model:<pipeline>@newest, run:<id>/<stage>, sha256:<digest> or hf:<folder>")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
@@ -171,18 +171,18 @@ def _run(config: Path, set_: list[str] | None, use: list[str] | None, *, until: 
     from pipelines.progress import Progress
     from pipelines.runner import Options, Run
 
-    graph = _graph(config, set_)
+    graph = _graph(config, set_, use)
     go_on = ["gptline", "run", str(config)]
     go_on += [word for each in set_ or [] for word in ("--set", each)] + [word for each in use or [] for word in ("--use", each)]
     go_on += (["--until", until] if until else []) + (["--inline"] if inline else [])
-    options = Options(shlex.join(["gptline", *sys.argv[1:]]), shlex.join(go_on), fresh, _pairs(use), until, inline)
+    options = Options(shlex.join(["gptline", *sys.argv[1:]]), shlex.join(go_on), fresh, graph.use, until, inline)
     with Progress(sys.stdout) as progress:
         code = Run(graph, _store_of(graph), options, progress.show).execute()
     raise typer.Exit(code)
 
 
-def _graph(config: Path, set_: list[str] | None) -> Graph:
-    return build(load(config, set_ or []))
+def _graph(config: Path, set_: list[str] | None, use: list[str] | None = None) -> Graph:
+    return build(load(config, set_ or []), _pairs(use))
 
 
 def _store_of(graph: Graph) -> Store:

@@ -12,14 +12,16 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from gpt.settings import OPERATIONAL, Settings, TrainSettings
@@ -35,10 +37,13 @@ DIGEST = re.compile(r"sha256:([0-9a-f]{8,64})")
 RUN_STAGE = re.compile(r"run:([A-Za-z0-9_.-]+)/([A-Za-z0-9_-]+)")
 MODEL_ALIAS = re.compile(r"model:([A-Za-z0-9_-]+)@([A-Za-z0-9_-]+)")
 BARE_DIGEST = re.compile(r"([0-9a-f]{12,64})")
-ARTIFACTS = "sha256:<at least 8 digits>, run:<id>/<stage> or model:<pipeline>@newest"
+HF_FOLDER = re.compile(r"hf:(.+)")
+ARTIFACTS = "sha256:<at least 8 digits>, run:<id>/<stage>, model:<pipeline>@newest or hf:<folder>"
 REFERENCES = f"a stage's name, {ARTIFACTS}"
 ENGINES = {"torch": "gpt.torch_engine:TorchEngine", "deepspeed": "cluster.deepspeed_engine:DeepSpeedEngine"}
 """The engines that a training stage may run on: by name for the gang, and all of them in the key of every training stage."""
+IMPORTS = {"model": "import_hf", "tokenizer": "import_hf_tokenizer"}
+"""The kinds that hf:<folder> stands for, by the artifact that is wanted of it."""
 
 
 class NoConfig(StageConfig):
@@ -120,10 +125,14 @@ class Graph:
     loaded: Loaded
     stages: dict[str, Stage]
     """In an order in which every stage follows what it reads."""
+    use: dict[str, str] = field(default_factory=dict)
+    """Stage to the reference that stands in for what it makes, and that only the store can tell."""
+    replaced: frozenset[str] = frozenset()
+    """What stages would have read in whose place a folder is imported."""
 
     def last(self) -> list[str]:
         """The stages that no other reads."""
-        read = {name for stage in self.stages.values() for name in stage.upstream()}
+        read = {name for stage in self.stages.values() for name in stage.upstream()} | self.replaced
         return [name for name in self.stages if name not in read]
 
     def needed(self, names: Collection[str], given: Collection[str] = ()) -> set[str]:
@@ -138,8 +147,8 @@ class Graph:
         return self.loaded.path.parent
 
 
-def build(loaded: Loaded) -> Graph:
-    """Check every stage against its kind; ConfigError lists all faults of the file."""
+def build(loaded: Loaded, use: Mapping[str, str] = MappingProxyType({})) -> Graph:
+    """Check every stage against its kind; ConfigError lists all faults of the file. `use` is stage to reference, from --use."""
     faults = list(loaded.faults)
     drafts: dict[str, _Draft] = {}
     for name, table in loaded.file.stages.items():
@@ -147,15 +156,19 @@ def build(loaded: Loaded) -> Graph:
         faults += found
         if draft is not None:
             drafts[name] = draft
+    folders = {name: reference for name, reference in use.items() if HF_FOLDER.fullmatch(reference) and name in drafts}
+    replaced = frozenset(each for name in folders for each in drafts[name].upstream())
+    faults += _add_imports(drafts, folders, loaded)
     for draft in drafts.values():
-        faults += _check_inputs(draft, drafts, loaded.file.stages)
+        faults += _check_inputs(draft, drafts, {**loaded.file.stages, **drafts})
     faults += _check_files(drafts)
     order, cycle = _order(drafts)
     if cycle:
         faults.append(Fault("stages", f"{' reads '.join(cycle)}: a cycle; one of these inputs must come from elsewhere"))
     if faults:
         raise ConfigError(loaded.path, faults)
-    return Graph(loaded, {name: drafts[name].stage() for name in order})
+    stages = {name: drafts[name].stage() for name in order}
+    return Graph(loaded, stages, {name: each for name, each in use.items() if name not in folders}, replaced)
 
 
 @dataclass(frozen=True)
@@ -357,6 +370,53 @@ def _check_training(where: str, config: TrainSettings, resources: Resources) -> 
     return faults
 
 
+def _add_imports(drafts: dict[str, _Draft], use: Mapping[str, str], loaded: Loaded) -> list[Fault]:
+    """Put stages that import the folder, and are named after it, in the place of every hf:<folder>: a tokenizer, or that and a model."""
+    faults: list[Fault] = []
+    names: dict[Path, str] = {}
+
+    def add(kind: str, reference: str, where: str, name: str = "") -> str:
+        folder = reference.removeprefix("hf:")
+        path = Path(os.path.abspath(loaded.data() / Path(folder).expanduser()))
+        if path not in names:
+            names[path] = _free_name(path, {*loaded.file.stages, *drafts})
+        if not name:
+            name = names[path] if kind == "model" else f"{names[path]}-tokenizer"
+            if name in drafts:
+                return name
+        table: dict[str, Any] = {"uses": IMPORTS[kind], "folder": folder}
+        if kind == "model":
+            told = len(faults)
+            table["inputs"] = {"tokenizer": add("tokenizer", reference, where)}
+            del faults[told:]  # the model's own sources tell what is wrong with the tokenizer's too
+        draft, found = _read_stage(name, table, loaded)
+        assert draft is not None
+        drafts[name] = draft
+        faults.extend(Fault(where, fault.what) for fault in found)
+        return name
+
+    for name, reference in use.items():
+        made = drafts[name].kind.output.kind
+        if made in IMPORTS:
+            add(made, reference, f"--use {name}={reference}", name)
+        else:
+            faults.append(Fault(f"--use {name}={reference}", f"is a model or a tokenizer; {name} makes {made}"))
+    for draft in list(drafts.values()):
+        for parameter, references in draft.inputs.items():
+            wanted = draft.kind.inputs.get(parameter)
+            if wanted is not None and any(map(HF_FOLDER.fullmatch, references)) and (kind := wanted.artifact.kind) in IMPORTS:
+                where = f"stages.{draft.name}.inputs.{parameter}"
+                draft.inputs[parameter] = [add(kind, each, where) if HF_FOLDER.fullmatch(each) else each for each in references]
+    return faults
+
+
+def _free_name(folder: Path, taken: Collection[str]) -> str:
+    """hf-<the folder's name>, with a number where that or its tokenizer's name is taken."""
+    stem = "hf-" + re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name)[:40]
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not {name, f"{name}-tokenizer"} & set(taken))
+
+
 def _check_inputs(stage: _Draft, stages: dict[str, _Draft], tables: dict[str, Any]) -> list[Fault]:
     faults = []
     where = f"stages.{stage.name}.inputs"
@@ -410,6 +470,8 @@ def _check_reference(reference: str, wanted: Input, stages: dict[str, _Draft], t
     if ":" in reference:
         if any(form.fullmatch(reference) for form in (DIGEST, RUN_STAGE, MODEL_ALIAS)):
             return None  # which artifact it is, the store tells
+        if HF_FOLDER.fullmatch(reference):
+            return f"{reference!r} is a model or a tokenizer, wanted {wanted.artifact.kind}"
         return f"{reference!r} is no reference; wanted {REFERENCES}"
     if reference not in tables:
         near = difflib.get_close_matches(reference, tables)

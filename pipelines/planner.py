@@ -13,10 +13,11 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from cluster.checkpoint import attempts, newest_checkpoint
+from gpt.hf_folder import checkpoint_files
 from gpt.settings import TrainSettings
 from pipelines.config import ConfigError, Fault
 from pipelines.fingerprint import Code, differences, flat, key_of
-from pipelines.graph import ARTIFACTS, BARE_DIGEST, DIGEST, MODEL_ALIAS, RUN_STAGE, Graph, Stage
+from pipelines.graph import ARTIFACTS, BARE_DIGEST, DIGEST, HF_FOLDER, IMPORTS, MODEL_ALIAS, RUN_STAGE, Graph, Stage
 from pipelines.journal import read_journal
 from pipelines.lease import Watch, describe
 from pipelines.store import Action, Store
@@ -246,7 +247,22 @@ def resolve(store: Store, reference: str) -> str:
             return digest
         known = sorted(each.removeprefix("aliases/").removesuffix(".json").replace("/", "@") for each in store.backend.list("aliases"))
         raise ValueError(f"{reference!r}: no model is called so; there are {', '.join(f'model:{each}' for each in known) or 'none yet'}")
+    if match := HF_FOLDER.fullmatch(reference):
+        return _imported(store, Path(match[1]).expanduser())
     raise ValueError(f"{reference!r} names no artifact; wanted {ARTIFACTS}")
+
+
+def _imported(store: Store, folder: Path) -> str:
+    """The model that was made of a folder's files as they are now."""
+    names = checkpoint_files(folder)
+    now = dict(zip(names, store.content_sha256([(folder / name).absolute() for name in names]), strict=True))
+    for action in sorted(store.all_actions(), key=lambda action: action.started_ms, reverse=True):
+        read = {Path(name).name: digest for name, digest in action.leaves.items() if name.startswith("source.")}
+        if action.kind == IMPORTS["model"] and read == now:
+            return action.output
+    raise ValueError(
+        f"{folder} was not imported into the store {store.root} as it is now; name it in a pipeline's inputs or with --use, and run that"
+    )
 
 
 def identity(stage: Stage, *, inline: bool = False) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,3 +27,33 @@ def store(tmp_path: Path):  # type: ignore[no-untyped-def]
     root = tmp_path / "store"
     root.mkdir()
     return Store(root)
+
+
+@pytest.fixture(scope="session")
+def save_foreign() -> Callable[..., tuple[Any, Any]]:
+    """`model, tokenizer = save_foreign(folder)`: somebody else's GPT-2, saved by transformers."""
+
+    def save(folder: Path, *, added: tuple[str, ...] = ("<|endoftext|>",), rows: int = 300, shards: str = "1GB", **changes: Any):
+        """Random weights, and a BPE tokenizer of 270 tokens (id 0 is <|endoftext|>). `changes` are GPT2Config's."""
+        import tokenizers
+        import torch
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+        from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+        learned = tokenizers.Tokenizer(models.BPE())
+        learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        learned.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=270, special_tokens=list(added), initial_alphabet=alphabet, show_progress=False)
+        learned.train_from_iterator(["the cat sat on the mat, that hat and the other hat"] * 3, trainer)
+        PreTrainedTokenizerFast(tokenizer_object=learned, eos_token=added[0]).save_pretrained(folder)
+        torch.manual_seed(1)
+        sizes = dict(vocab_size=rows, n_positions=32, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, initializer_range=0.3)
+        model = GPT2LMHeadModel(GPT2Config(**(sizes | changes))).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape))  # no bias stays 0
+        model.save_pretrained(folder, max_shard_size=shards)
+        return model, PreTrainedTokenizerFast.from_pretrained(folder)
+
+    return save

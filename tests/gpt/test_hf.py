@@ -77,29 +77,6 @@ def test_a_tokenizer_that_is_not_the_model_s_is_refused(tmp_path):
 TEXTS = ["the cat sat on the mat", " the  mat's\n\ncat!", "é 明月\x00 123", ""]
 
 
-def save_foreign(folder: Path, *, added: tuple[str, ...] = ("<|endoftext|>",), rows: int = 300, shards: str = "1GB", **changes: Any):
-    """A random GPT2LMHeadModel and a BPE tokenizer of 270 tokens (id 0 is <|endoftext|>), as transformers saves them."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    learned = tokenizers.Tokenizer(models.BPE())
-    learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    learned.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=270, special_tokens=list(added), initial_alphabet=alphabet, show_progress=False)
-    learned.train_from_iterator(["the cat sat on the mat, that hat and the other hat"] * 3, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=learned, eos_token=added[0]).save_pretrained(folder)
-    torch.manual_seed(1)
-    sizes = dict(vocab_size=rows, n_positions=32, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, initializer_range=0.3)
-    model = GPT2LMHeadModel(GPT2Config(**(sizes | changes))).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))  # no bias stays 0
-    model.save_pretrained(folder, max_shard_size=shards)
-    return model, PreTrainedTokenizerFast.from_pretrained(folder)
-
-
 def edit_json(path: Path, edit: Any) -> None:
     content = json.loads(path.read_text())
     edit(content)
@@ -133,7 +110,7 @@ def test_what_was_exported_comes_back_bit_for_bit(tokenizer, changes, tmp_path):
     [({}, "1GB"), ({}, "4KB"), ({"tie_word_embeddings": False, "n_inner": 20}, "1GB")],
     ids=["tied", "shards", "untied"],
 )
-def test_a_model_of_transformers_comes_in_with_equal_ids_and_logits(changes, shards, tmp_path):
+def test_a_model_of_transformers_comes_in_with_equal_ids_and_logits(changes, shards, tmp_path, save_foreign):
     theirs, their_tokenizer = save_foreign(tmp_path / "foreign", shards=shards, **changes)
     assert (tmp_path / "foreign" / "model.safetensors").exists() == (shards == "1GB")
     read_checkpoint(tmp_path / "foreign", tmp_path / "ours")
@@ -147,7 +124,7 @@ def test_a_model_of_transformers_comes_in_with_equal_ids_and_logits(changes, sha
             torch.testing.assert_close(ours(token_ids)[..., :270], theirs(token_ids).logits[..., :270], rtol=1e-5, atol=1e-5)
 
 
-def test_the_end_of_text_becomes_the_end_of_a_document_and_new_special_tokens_are_the_mean_of_all_rows(tmp_path):
+def test_the_end_of_text_becomes_the_end_of_a_document_and_new_special_tokens_are_the_mean_of_all_rows(tmp_path, save_foreign):
     theirs, _ = save_foreign(tmp_path / "foreign", tie_word_embeddings=False)
     read_checkpoint(tmp_path / "foreign", tmp_path / "ours")
     ours, tokenizer = load_model(tmp_path / "ours"), Tokenizer.load(tmp_path / "ours" / "tokenizer.json")
@@ -158,7 +135,7 @@ def test_the_end_of_text_becomes_the_end_of_a_document_and_new_special_tokens_ar
         torch.testing.assert_close(rows[270:], before[:270].mean(0).expand(5, -1))
 
 
-def test_special_tokens_that_a_tokenizer_has_are_kept_and_its_other_added_tokens_are_plain_entries(tmp_path):
+def test_special_tokens_that_a_tokenizer_has_are_kept_and_its_other_added_tokens_are_plain_entries(tmp_path, save_foreign):
     save_foreign(tmp_path / "foreign", added=("<|endoftext|>", "<|user|>", "<|document|>", "[PAD] é"))
     tokenizer, known = read_gpt2((tmp_path / "foreign" / "tokenizer.json").read_text())
     assert known == 270
@@ -179,7 +156,7 @@ def test_an_imported_tokenizer_of_262_ids_in_another_order_is_not_taken_for_byte
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_a_missing_prefix_and_old_masks_are_read(dtype, tmp_path):
+def test_half_precision_a_missing_prefix_and_old_masks_are_read(dtype, tmp_path, save_foreign):
     theirs, _ = save_foreign(tmp_path)
 
     def as_gpt2_model(weights):
@@ -192,7 +169,7 @@ def test_half_precision_a_missing_prefix_and_old_masks_are_read(dtype, tmp_path)
     assert torch.equal(load_model(tmp_path / "ours").blocks[1].feed_forward.up.weight, rounded.T)
 
 
-def test_all_settings_that_our_model_does_not_have_are_told_at_once(tmp_path):
+def test_all_settings_that_our_model_does_not_have_are_told_at_once(tmp_path, save_foreign):
     changes = {
         "activation_function": "gelu",
         "layer_norm_epsilon": 1e-6,
@@ -223,14 +200,14 @@ def test_all_settings_that_our_model_does_not_have_are_told_at_once(tmp_path):
         ({"vocab_size": 269}, "tokenizer.json has 270 tokens, the model rows for 269"),
     ],
 )
-def test_a_config_that_describes_something_else_is_refused(change, message, tmp_path):
+def test_a_config_that_describes_something_else_is_refused(change, message, tmp_path, save_foreign):
     save_foreign(tmp_path)
     edit_json(tmp_path / "config.json", lambda config: config.update(change))
     with pytest.raises(ValueError, match=message):
         read_checkpoint(tmp_path, tmp_path / "ours")
 
 
-def test_settings_that_an_old_config_does_not_name_are_those_of_gpt2(tmp_path):
+def test_settings_that_an_old_config_does_not_name_are_those_of_gpt2(tmp_path, save_foreign):
     save_foreign(tmp_path)
     before = read_config(tmp_path)
     kept = {"model_type", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head"}
@@ -250,14 +227,14 @@ def test_settings_that_an_old_config_does_not_name_are_those_of_gpt2(tmp_path):
     ],
     ids=["missing", "unknown", "shape", "dtype", "tied", "twice"],
 )
-def test_weights_of_another_model_are_refused_by_name(edit, message, tmp_path):
+def test_weights_of_another_model_are_refused_by_name(edit, message, tmp_path, save_foreign):
     save_foreign(tmp_path)
     edit_weights(tmp_path, edit)
     with pytest.raises(ValueError, match=message):
         read_checkpoint(tmp_path, tmp_path / "ours")
 
 
-def test_damaged_weights_are_refused(tmp_path):
+def test_damaged_weights_are_refused(tmp_path, save_foreign):
     save_foreign(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
     with pytest.raises(ValueError, match=r"model.safetensors can't be read as safetensors"):
@@ -288,14 +265,14 @@ def merge_to_the_end(content: dict[str, Any]) -> None:
         (lambda c: c.pop("model"), "can't be read"),
     ],
 )
-def test_a_tokenizer_that_ours_can_not_be_is_refused(edit, message, tmp_path):
+def test_a_tokenizer_that_ours_can_not_be_is_refused(edit, message, tmp_path, save_foreign):
     save_foreign(tmp_path)
     edit_json(tmp_path / "tokenizer.json", edit)
     with pytest.raises(ValueError, match=f"this tokenizer.json .*{message}"):
         read_checkpoint(tmp_path, tmp_path / "ours")
 
 
-def test_the_files_of_a_checkpoint_are_its_config_weights_and_tokenizer(tmp_path):
+def test_the_files_of_a_checkpoint_are_its_config_weights_and_tokenizer(tmp_path, save_foreign):
     save_foreign(tmp_path / "whole")
     assert checkpoint_files(tmp_path / "whole") == ["config.json", "model.safetensors", "tokenizer.json"]
     save_foreign(tmp_path / "parts", shards="4KB")
@@ -303,7 +280,7 @@ def test_the_files_of_a_checkpoint_are_its_config_weights_and_tokenizer(tmp_path
     assert checkpoint_files(tmp_path / "parts") == ["config.json", "model.safetensors.index.json", *parts, "tokenizer.json"]
     (tmp_path / "parts" / parts[1]).unlink()
     (tmp_path / "parts" / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=f"there is no {parts[1]}; there is no tokenizer.json"):
+    with pytest.raises(ValueError, match=f"there is no .*/{parts[1]}; there is no .*/tokenizer.json"):
         checkpoint_files(tmp_path / "parts")
     (tmp_path / "parts" / "model.safetensors.index.json").write_text('{"weight_map": {"transformer.wte.weight": "../other.safetensors"}}')
     with pytest.raises(ValueError, match="no weight_map that names files beside it"):
@@ -316,7 +293,7 @@ def test_pickled_weights_and_a_tokenizer_in_two_files_are_refused_with_what_to_d
     with pytest.raises(ValueError, match=r"pickled \(pytorch_model.bin\).*safe_serialization=True.*only vocab.json; write one"):
         checkpoint_files(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"/empty: there is no config.json; there is no model.safetensors; there is no tokenizer.json"):
+    with pytest.raises(ValueError, match=r"no .*/config.json; there is no .*/model.safetensors; there is no .*/tokenizer.json"):
         checkpoint_files(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"there is no folder .*/nowhere"):
         checkpoint_files(tmp_path / "nowhere")

@@ -108,7 +108,7 @@ def test_a_right_file_gives_stages_in_the_order_of_their_inputs(tmp_path: Path):
         (
             '"tokenize"',
             '"sha:12"',
-            "is no reference; wanted a stage's name, sha256:<at least 8 digits>, run:<id>/<stage> or model:<pipeline>@newest",
+            "is no reference; wanted a stage's name, sha256:<at least 8 digits>, run:<id>/<stage>, model:<pipeline>@newest or hf:<folder>",
         ),
     ],
 )

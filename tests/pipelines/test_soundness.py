@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -110,6 +110,26 @@ sample_tokens = 20
 
 [stages.export]
 inputs = { model = "gpt2-nano" }
+
+[stages.pairs]
+uses = "./judged.py:pairs"
+
+[stages.rated]
+uses = "./judged.py:rated"
+
+[stages.reward_model]
+inputs = { policy = "gpt2-nano", preferences = "pairs", ratings = "rated" }
+steps = 4
+global_batch_size = 4
+lr = 1e-3
+eval_every = 2
+
+[stages.import_hf_tokenizer]
+folder = "foreign"
+
+[stages.import_hf]
+folder = "foreign"
+inputs = { tokenizer = "import_hf_tokenizer" }
 """
 TALKS = """
 import json
@@ -123,6 +143,30 @@ def talks(stage: StageContext) -> Conversations:
     for split in SPLITS:
         (stage.output / f"{split}.jsonl").write_text(json.dumps({"messages": messages}) + chr(10))
     return stage.publish(Conversations, train={"conversations": 1}, held_out={"conversations": 1})
+"""
+JUDGED = """
+import json
+
+from pipelines.artifacts import Preferences, Ratings
+from pipelines.stage import StageContext
+
+PROMPT = [{"role": "user", "content": "?"}]
+
+
+def pairs(stage: StageContext) -> Preferences:
+    records = [{"prompt": PROMPT, "chosen": "a" * n, "rejected": "b" * n, "source": "test", "kind": "letters"} for n in range(1, 5)]
+    write(stage, records)
+    return stage.publish(Preferences, train={"pairs": 4}, held_out={"pairs": 4})
+
+
+def rated(stage: StageContext) -> Ratings:
+    write(stage, [{"prompt": PROMPT, "response": "a" * n, "score": n / 4, "source": "test"} for n in range(1, 5)])
+    return stage.publish(Ratings, train={"ratings": 4}, held_out={"ratings": 4})
+
+
+def write(stage, records):
+    for split in ("train", "held_out"):
+        (stage.output / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in records))
 """
 
 
@@ -159,13 +203,15 @@ class Profiler:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[set[tuple[str, str]], set[str]]]:
+def ran(tmp_path_factory: pytest.TempPathFactory, save_foreign: Callable[..., Any]) -> dict[str, tuple[set[tuple[str, str]], set[str]]]:
     """Stage to what ran and what its key holds."""
     folder = tmp_path_factory.mktemp("sound")
     (folder / "a.txt").write_text("".join(f"line {n} of some text that repeats itself\n" for n in range(80)))
     (folder / "b.jsonl").write_text("".join(f'{{"title": "t{n % 7}", "text": "record {n} has a text"}}\n' for n in range(60)))
+    save_foreign(folder / "foreign", shards="4KB", tie_word_embeddings=False)
     text = TOML + "".join(PRETRAIN.format(preset=preset) for preset in ("gpt2-nano", "llama-nano", "transformer-nano")) + AFTER
     (folder / "sound.toml").write_text(text)
+    (folder / "judged.py").write_text(JUDGED)
     (folder / "talks.py").write_text(TALKS)
     graph = build(load(folder / "sound.toml"))
     store = Store(folder / "store")
@@ -206,6 +252,9 @@ STAGES = [
     "sft",
     "evaluate",
     "export",
+    "reward_model",
+    "import_hf_tokenizer",
+    "import_hf",
 ]
 
 

@@ -1,0 +1,36 @@
+"""Import of a tokenizer: the tokenizer.json of a GPT-2 of `transformers` in our format, with our special tokens.
+
+What `hf:<folder>` stands for where a tokenizer is wanted, and what the model's import refers to.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gpt.hf_folder import tokenizer_files
+from pipelines.artifacts import Tokenizer
+from pipelines.stage import Source, StageConfig, StageContext, StageFailure
+
+
+class ImportHfTokenizerConfig(StageConfig):
+    folder: str
+    """What transformers' `save_pretrained` wrote; relative to the pipeline's `data`."""
+
+    def sources(self, data: Path) -> list[Source]:
+        folder = Path(os.path.abspath(data / Path(self.folder).expanduser()))
+        return [Source(Path(self.folder, name).as_posix(), folder / name) for name in tokenizer_files(folder)]
+
+
+def import_hf_tokenizer(config: ImportHfTokenizerConfig, stage: StageContext) -> Tokenizer:
+    """The manifest is that of a tokenizer made here: one that was exported comes back as the same artifact."""
+    from gpt.tokenizer import read_gpt2
+
+    with stage.open(stage.sources[0]) as file:
+        definition = file.read()
+    try:
+        tokenizer, _ = read_gpt2(definition.decode())
+    except ValueError as error:
+        raise StageFailure(f"{config.folder}: {error}") from error
+    tokenizer.save(stage.output / "tokenizer.json")
+    return stage.publish(Tokenizer, algorithm="bytes" if tokenizer.ids_are_bytes else "bpe", vocab_size=tokenizer.vocab_size)
