@@ -1,0 +1,505 @@
+"""Reinforcement learning: the policy writes responses, they are scored, and what was worth more than expected becomes likelier.
+
+    prompts                                                             one step
+       |
+       v            token ids, logprobs    +---------+   scores (B,)
+    sampler ------------------------------>| scorers |--------------------------+
+       ^                |                  +---------+                          v
+       |                |   ref_logprobs   +-----------+  -kl_coef * k1     rewards (B, T)
+    weights             +----------------->| reference |--------------------->  |
+       |                |                  +-----------+                        v
+       |                |   old_logprobs   +--------+                       gae, whiten
+       +------ policy <-+----------------->| policy |--- k1, ratios ---+        |
+       |                |                  +--------+                  |        v
+       |                |   values         +-------+                   |   advantages, returns (B, T)
+       |                +----------------->| value |-------------------+--->    |
+       |                                   +-------+                            v
+       +---------------------- updates: policy loss, value loss <---------------+
+
+Four models: the policy and the value model learn, the reference policy and the reward model are frozen. The sampler is a copy of the
+policy's weights in fp32. A step has two phases, and every rank goes through both:
+
+- the rollout samples and scores this rank's share of the responses. It waits for the last update of the step before, whose weights the
+  ranks gather together; it is unblocked when all ranks have added up their shares, after which each holds all of them.
+- the updates learn from them. Each reads this rank's micro-batches and waits for the gradients of all ranks (`engine.step`); the first
+  is unblocked by the sums of old_logprobs, values and ref_logprobs over ranks.
+
+`train` is what every rank of the gang runs. Nothing is carried from step to step but the engines' state, so that a run killed anywhere
+resumes to the same bits. There is no dropout: it would be in the ratio of two passes over the same tokens.
+
+Left out: groups as baselines, replay of old rollouts, sampling while the policy learns, an adaptive price of divergence.
+Ziegler et al. 2019 (arXiv:1909.08593); Ouyang et al. 2022 (arXiv:2203.02155); Schulman et al. 2017 (PPO, arXiv:1707.06347).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gpt.advantages import gae, kl_k1, kl_k3, token_rewards, whiten
+from gpt.batching import Batch, ShuffledRows, micro_batch_rows, padded
+from gpt.chat import encode_prompt
+from gpt.engine import Engine, Rank
+from gpt.losses import chosen_logprobs, mean_entropy, ppo_policy_loss, probability_ratio, reinforce_loss, value_loss
+from gpt.model import GPT, RewardModel, count_parameters, load_config, load_model, parameter_groups, save_model
+from gpt.random_streams import permutation, stream_seed
+from gpt.reward import RewardScorer, value_model
+from gpt.sampling import sample
+from gpt.schedule import check_grad_norm, lr_at
+from gpt.settings import RlSettings
+from gpt.tokenizer import Tokenizer
+
+FIGURES = ("reward/score_mean", "rollout/kl_k1_nats_per_response", "rollout/truncated_share")
+
+M = TypeVar("M", bound=GPT)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A finished response: `Rollout({"prompt": [...], "reference": "4"}, prompt_ids=[256, 50, ...], response_ids=[52, 259], text="4")`."""
+
+    record: Mapping[str, Any]
+    """Of the prompt, as the prompts artifact has it."""
+    prompt_ids: list[int]
+    response_ids: list[int]
+    """With the end token."""
+    text: str
+    """Of the response, without the end token."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a scorer found: `Scores(torch.tensor([0.5, -1.0]), failures=["ZeroDivisionError in score() at 'x / 0'"])`."""
+
+    scores: Tensor
+    """(B,), one for each rollout. A response that could not be judged has the score that its scorer gives in such a case."""
+    failures: Sequence[str] = ()
+    """Why, for each response that could not be judged."""
+
+
+class Scorer(Protocol):
+    """A judge of responses. It is made where the stage runs, sent to every rank, and opened there."""
+
+    def open(self, device: torch.device) -> None: ...
+
+    def scores(self, rollouts: Sequence[Rollout]) -> Scores:
+        """Of at least one rollout. It sees finished responses alone: one that was cut off is scored `missing_end_score`."""
+        ...
+
+
+@dataclass
+class RewardModelScorer:
+    """A reward model as a Scorer; the value model begins as the first of them. `mean` and `std` are its manifest's."""
+
+    folder: Path
+    mean: float
+    std: float
+
+    def open(self, device: torch.device) -> None:
+        self._opened = RewardScorer(self.folder, self.mean, self.std).open(device)
+
+    def scores(self, rollouts: Sequence[Rollout]) -> Scores:
+        prompts, responses = [rollout.prompt_ids for rollout in rollouts], [rollout.response_ids for rollout in rollouts]
+        return Scores(self._opened.scores(prompts, responses, [True] * len(rollouts)))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    record: Mapping[str, Any]
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """All that a step sampled, the same on every rank, on the CPU, in the order of the step's prompts."""
+
+    # what the policy read and wrote
+    tokens: Batch
+    """Whole rows; True in its loss_mask = the policy wrote the target."""
+    sampler_logprobs: Tensor
+    """(B, T), of the targets that the policy wrote, when they were sampled; 0 elsewhere."""
+    # what it is worth
+    scores: Tensor
+    """(B,)"""
+    stopped: Tensor
+    """(B,) True = it ended by itself."""
+    n_failed: int
+    """Responses that a scorer could not judge."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What updates learn from, all (B, T)."""
+
+    tokens: Batch
+    old_logprobs: Tensor
+    """Under the policy of the step's beginning."""
+    advantages: Tensor
+    old_values: Tensor
+    returns: Tensor
+
+    def part(self, rows: Sequence[int], device: torch.device) -> Experience:
+        tokens = part(self.tokens, rows, device)
+        width = tokens.targets.shape[1]
+        others = (self.old_logprobs, self.advantages, self.old_values, self.returns)
+        return Experience(tokens, *(tensor[rows, :width].to(device) for tensor in others))
+
+
+def part(tokens: Batch, rows: Sequence[int], device: torch.device) -> Batch:
+    """These rows, less the padding that none of them needs."""
+    width = int(tokens.loss_mask[rows].any(dim=0).nonzero().max()) + 1
+    return Batch(tokens.token_ids[rows, :width], tokens.targets[rows, :width], tokens.loss_mask[rows, :width]).to(device)
+
+
+def train(
+    rank: Rank, config: RlSettings, policy: Path, prompts: Sequence[Path], scorers: Sequence[Scorer], seed: int, output: Path
+) -> dict[str, Any] | None:
+    """Train the policy of a folder on its own responses and write it to `output`; its metadata, or None when stopped before the end.
+
+    What the scorers say is added up. The figures are those of the last step, where it ran in this process.
+    """
+    with rank.section("start", config.start_deadline_s):
+        tokenizer = Tokenizer.load(policy / "tokenizer.json")
+        first_policy = load_model(policy)
+        reward_models = [scorer for scorer in scorers if isinstance(scorer, RewardModelScorer)]
+        seq_len = min(model.seq_len for model in [first_policy.config, *(load_config(scorer.folder) for scorer in reward_models)])
+        usable, n_too_long = read_prompts(tokenizer, prompts, seq_len - config.max_response_tokens)
+        if not usable:
+            raise ValueError(
+                f"no prompt to respond to in {' and '.join(map(str, prompts))}: of {n_too_long} none leaves room for max_response_tokens = "
+                f"{config.max_response_tokens} within the models' seq_len = {seq_len}; give shorter prompts, fewer max_response_tokens, or "
+                "models with a longer seq_len"
+            )
+        shuffled = ShuffledRows(len(usable), batch_size=config.prompts_per_step, seed=seed, name="rl")
+        accumulation_steps = config.gradient_accumulation_steps(rank.world_size)
+        row_slices = micro_batch_rows(rank.rank, rank.world_size, config.global_batch_size, accumulation_steps)
+        n_parameters = count_parameters(first_policy)
+        engine = _engine(rank, "policy", first_policy, config)
+        value_config = config if config.value_lr is None else config.model_copy(update={"lr": config.value_lr})
+        value_engine = None
+        if config.algorithm == "ppo":
+            value_engine = _engine(rank, "value", _first_value_model(reward_models, first_policy), value_config)
+        start = rank.restore()
+        sampler = _without_dropout(first_policy).eval().to(rank.device)
+        reference = first_policy.to(rank.device) if config.kl_coef else None
+        for scorer in scorers:
+            scorer.open(rank.device)
+
+    figures: dict[str, float] = {}
+    for step in range(start, config.steps):
+        with rank.section("rollout", config.step_deadline_s):
+            started_at_s = time.monotonic()
+            _set_weights(sampler, engine.full_weights())
+            of_step = [usable[index] for index in shuffled.of_step(step) for _ in range(config.responses_per_prompt)]
+            rollouts = roll_out(rank, config, sampler, tokenizer, scorers, of_step, seed, step)
+            rollout_s = time.monotonic() - started_at_s
+        if rank.should_stop():
+            # No update has seen these rollouts, so the engines are still what the step before left.
+            if step > start:
+                with rank.section("checkpoint", config.step_deadline_s):
+                    rank.save(step)
+            return None
+
+        with rank.section("update", config.step_deadline_s):
+            started_at_s = time.monotonic()
+            updates = update_rows(config, seed, step)
+            # Recomputed by what will learn, in the micro-batches that it will learn from first: so the first ratio is exactly 1.
+            passes = [[update[row] for row in rows] for update in updates[0] for rows in row_slices]
+            engine.module.eval()
+            old_logprobs = read_all(rank, rollouts.tokens, passes, lambda batch: logprobs_of(config, engine, batch))  # (B, T)
+            ref_logprobs = None
+            if reference is not None:
+                ref_logprobs = read_all(rank, rollouts.tokens, passes, lambda batch: logprobs_of(config, reference, batch))  # (B, T)
+            written = rollouts.tokens.loss_mask  # (B, T)
+            rewards = token_rewards(rollouts.scores, old_logprobs, ref_logprobs, written, kl_coef=config.kl_coef)  # (B, T)
+            if value_engine is not None:
+                value_engine.module.eval()
+                old_values = read_all(rank, rollouts.tokens, passes, lambda batch: value_engine(batch.token_ids).float())  # (B, T)
+                advantages = gae(rewards, old_values, written, gamma=config.gamma, gae_lambda=config.gae_lambda)
+            else:
+                old_values = torch.zeros_like(rewards)
+                advantages = gae(rewards, old_values, written, gamma=config.gamma, gae_lambda=1.0)  # the whole return, as it came
+            # Whitened over the responses of all ranks. What the value model is to learn keeps its unit.
+            experience = Experience(rollouts.tokens, old_logprobs, whiten(advantages, written), old_values, advantages + old_values)
+
+            policy_learns = value_engine is None or step >= config.value_warmup_steps
+            lr, value_lr = lr_at(step, config), lr_at(step, value_config)
+            grad_norms: list[float] = []
+            value_grad_norms: list[float] = []
+            metrics: list[dict[str, Tensor]] = []  # of each update, this rank's part
+            engine.module.train()
+            if value_engine is not None:
+                value_engine.module.train()
+            for update in (update for epoch in updates for update in epoch):
+                global_count = int(written[update].sum())
+                metrics.append({})
+                for rows in row_slices:
+                    each = experience.part([update[row] for row in rows], rank.device)
+                    counts: dict[str, Any] = {"keep": each.tokens.loss_mask, "global_count": global_count}
+                    if policy_learns:
+                        logits = engine(each.tokens.token_ids)  # (B, T, V)
+                        logprobs = chosen_logprobs(logits, each.tokens.targets, config.temperature)  # (B, T)
+                        if config.algorithm == "ppo":
+                            loss = ppo_policy_loss(logprobs, each.old_logprobs, each.advantages, clip_eps=config.clip_eps, **counts)
+                        else:
+                            loss = reinforce_loss(logprobs, each.advantages, **counts)
+                        entropy = mean_entropy(logits if config.entropy_coef else logits.detach(), config.temperature, **counts)
+                        loss = loss - config.entropy_coef * entropy
+                        engine.backward(loss)
+                        _add(metrics[-1], {"train/loss": loss.detach(), "train/entropy": entropy.detach()})
+                        _add(metrics[-1], ratio_metrics(logprobs.detach(), each.old_logprobs, clip_eps=config.clip_eps, **counts))
+                    if value_engine is not None:
+                        values = value_engine(each.tokens.token_ids).float()  # (B, T)
+                        loss = value_loss(values, each.old_values, each.returns, value_clip_eps=config.value_clip_eps, **counts)
+                        value_engine.backward(loss)
+                        _add(metrics[-1], {"train/value_loss": loss.detach()})
+                if policy_learns:
+                    grad_norms.append(engine.step(lr))
+                    check_grad_norm(grad_norms[-1], step + 1, config)
+                if value_engine is not None:
+                    value_grad_norms.append(value_engine.step(value_lr))
+                    check_grad_norm(value_grad_norms[-1], step + 1, value_config)
+            update_s = time.monotonic() - started_at_s
+
+        finished = step + 1
+        described = describe(rollouts, rewards, old_logprobs, ref_logprobs)
+        figures = {name: described[name] for name in described if name in FIGURES}
+        if finished % config.log_every == 0 or finished == config.steps:
+            sums = {name: torch.stack([of_update[name] for of_update in metrics]).mean() for name in metrics[0]}
+            described |= {
+                "time/rollout_s": rollout_s,
+                "time/update_s": update_s,
+                "time/step_s": rollout_s + update_s,
+                "rollout/tokens_per_s": int(written.sum()) / rollout_s,
+            }
+            if policy_learns:
+                sums["train/ratio_first"] = metrics[0]["train/ratio_first"]  # the later ones are meant to move
+                described |= {"train/lr": lr, "train/grad_norm": sum(grad_norms) / len(grad_norms)}
+            if value_engine is not None:
+                described["train/value_grad_norm"] = sum(value_grad_norms) / len(value_grad_norms)
+                described["train/explained_variance"] = explained_variance(old_values[written], experience.returns[written])
+            rank.log(finished, sums=sums, values=described)
+        stopping = finished < config.steps and rank.should_stop()
+        if stopping or finished % config.checkpoint_every == 0:
+            with rank.section("checkpoint", config.step_deadline_s):
+                rank.save(finished)
+        if stopping:
+            return None
+
+    with rank.section("checkpoint", config.step_deadline_s):
+        weights = engine.full_weights()
+        if rank.rank == 0:
+            save_model(output, load_config(policy), weights)
+            shutil.copyfile(policy / "tokenizer.json", output / "tokenizer.json")
+    return {
+        "role": "policy",
+        "chat_format": "gptline-1",
+        "parameters": n_parameters,
+        "steps": config.steps,
+        "rollouts": config.steps * config.rollouts_per_step(),
+        "prompts": {"train": len(usable), "too_long": n_too_long},
+        "figures": figures,
+    }
+
+
+def read_prompts(tokenizer: Tokenizer, folders: Sequence[Path], max_tokens: int) -> tuple[list[Prompt], int]:
+    """The training prompts of at most `max_tokens` tokens, and how many are longer."""
+    prompts, n_too_long = [], 0
+    for folder in folders:
+        with open(folder / "train.jsonl", encoding="utf-8") as lines:
+            for line in lines:
+                record = json.loads(line)
+                token_ids = encode_prompt(tokenizer, record["prompt"])
+                if len(token_ids) <= max_tokens:
+                    prompts.append(Prompt(record, token_ids))
+                else:
+                    n_too_long += 1
+    return prompts, n_too_long
+
+
+def roll_out(
+    rank: Rank,
+    config: RlSettings,
+    sampler: GPT,
+    tokenizer: Tokenizer,
+    scorers: Sequence[Scorer],
+    prompts: Sequence[Prompt],
+    seed: int,
+    step: int,
+) -> Rollouts:
+    """One response to each prompt, scored. Each rank does its share, and adds it to what the others have."""
+    end_id = tokenizer.special["end"]
+    mine = range(rank.rank, len(prompts), rank.world_size)
+    # By the prompt's place in the step, not in the file: of few prompts, a step has some twice.
+    streams = [stream_seed(seed, "sample", step, *divmod(row, config.responses_per_prompt)) for row in mine]
+    responses = sample(
+        sampler,
+        [prompts[row].token_ids for row in mine],
+        streams=streams,
+        max_tokens=config.max_response_tokens,
+        temperature=config.temperature,
+        stop_ids=[end_id],
+    )
+    # Each row is written by one rank and 0 on the others, so that the sums over ranks are exact.
+    shape = (len(prompts), config.max_response_tokens)
+    token_ids = torch.zeros(shape, dtype=torch.int64)
+    logprobs = torch.zeros(shape, dtype=torch.float32)
+    lengths = torch.zeros(len(prompts), dtype=torch.int64)
+    stopped = torch.zeros(len(prompts), dtype=torch.int64)
+    scores = torch.zeros(len(prompts), dtype=torch.float32)
+    finished: dict[int, Rollout] = {}
+    for row, response in zip(mine, responses, strict=True):
+        lengths[row] = len(response.token_ids)
+        token_ids[row, : lengths[row]] = torch.tensor(response.token_ids)
+        logprobs[row, : lengths[row]] = torch.tensor(response.logprobs)
+        stopped[row] = response.stopped
+        scores[row] = config.missing_end_score
+        if response.stopped:
+            text = tokenizer.decode(response.token_ids[:-1])
+            finished[row] = Rollout(prompts[row].record, prompts[row].token_ids, response.token_ids, text)
+    failures: list[str] = []
+    if finished:
+        scores[list(finished)], failures = score(config, scorers, list(finished.values()))
+    token_ids, logprobs, lengths, stopped, scores = (rank.all_sum(each) for each in (token_ids, logprobs, lengths, stopped, scores))
+    n_failed = _check_failures(rank, config, failures, step)
+
+    rows = [[*prompt.token_ids, *token_ids[row, : lengths[row]].tolist()] for row, prompt in enumerate(prompts)]
+    padded_rows = padded(rows, tokenizer.special["pad"])  # (B, T + 1)
+    places = torch.arange(padded_rows.shape[1])  # (T + 1,)
+    first = torch.tensor([len(prompt.token_ids) for prompt in prompts])[:, None]  # (B, 1)
+    written = (places >= first) & (places < first + lengths[:, None])  # (B, T + 1)
+    tokens = Batch(padded_rows[:, :-1], padded_rows[:, 1:], written[:, 1:])
+    sampler_logprobs = torch.zeros(tokens.targets.shape)  # (B, T)
+    sampler_logprobs[tokens.loss_mask] = logprobs[torch.arange(config.max_response_tokens) < lengths[:, None]]
+    return Rollouts(tokens, sampler_logprobs, scores, stopped.bool(), n_failed)
+
+
+def score(config: RlSettings, scorers: Sequence[Scorer], rollouts: Sequence[Rollout]) -> tuple[Tensor, list[str]]:
+    """The sum of all scorers' scores (B,), and their failures. A score that is no number is a failure too, and is worth a cut-off's."""
+    total = torch.zeros(len(rollouts))
+    failures: list[str] = []
+    for scorer in scorers:
+        found = scorer.scores(rollouts)
+        scores = found.scores.detach().to("cpu", torch.float32)
+        failures += found.failures
+        for row in (~scores.isfinite()).nonzero().flatten().tolist():
+            failures.append(f"{type(scorer).__name__} scored {rollouts[row].text!r} {scores[row].item()}")
+        total += torch.where(scores.isfinite(), scores, config.missing_end_score)
+    return total, failures
+
+
+def update_rows(config: RlSettings, seed: int, step: int) -> list[list[list[int]]]:
+    """Which rollouts each update learns from, by epoch; every epoch has all of them, in an order of its own."""
+    n, size = config.rollouts_per_step(), config.global_batch_size
+    orders = [permutation(stream_seed(seed, "update", step, epoch), n).tolist() for epoch in range(config.ppo_epochs)]
+    return [[order[first : first + size] for first in range(0, n, size)] for order in orders]
+
+
+@torch.no_grad()
+def read_all(rank: Rank, tokens: Batch, passes: Sequence[Sequence[int]], read: Callable[[Batch], Tensor]) -> Tensor:
+    """What `read` says of every row (B, T), each rank reading its passes; on every rank."""
+    found = torch.zeros(tokens.targets.shape)
+    for rows in passes:
+        batch = part(tokens, rows, rank.device)
+        found[list(rows), : batch.targets.shape[1]] = read(batch).cpu()
+    return rank.all_sum(found)
+
+
+def logprobs_of(config: RlSettings, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+    """Of the targets (B, T), at the temperature that they were sampled at."""
+    return chosen_logprobs(model(batch.token_ids), batch.targets, config.temperature)
+
+
+@torch.no_grad()
+def ratio_metrics(logprobs: Tensor, old_logprobs: Tensor, *, clip_eps: float, keep: Tensor, global_count: int) -> dict[str, Tensor]:
+    """How far the policy has moved since the step began, as means over tokens: this micro-batch's part of them."""
+    distance = (probability_ratio(logprobs, old_logprobs, keep) - 1).abs()  # (B, T)
+    moved = torch.where(keep, kl_k3(old_logprobs, logprobs), 0.0)  # (B, T) the old policy drew the tokens
+    return {
+        "train/ratio_first": distance.sum() / global_count,
+        "train/clip_fraction": (distance > clip_eps).sum() / global_count,
+        "train/approx_kl": moved.sum() / global_count,
+    }
+
+
+def describe(rollouts: Rollouts, rewards: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | None) -> dict[str, float]:
+    """The step's rollouts in numbers; `rewards` and the logprobs are (B, T)."""
+    written = rollouts.tokens.loss_mask
+    n_responses, n_tokens = len(written), int(written.sum())
+    described = {
+        "reward/score_mean": rollouts.scores.mean().item(),
+        "reward/score_std": rollouts.scores.std(correction=0).item(),
+        "reward/total_mean": rewards.sum().item() / n_responses,
+        "rollout/response_tokens": n_tokens / n_responses,
+        "rollout/truncated_share": 1 - rollouts.stopped.float().mean().item(),
+        "rollout/failed_share": rollouts.n_failed / n_responses,
+        "rollout/logprob_mismatch": (old_logprobs - rollouts.sampler_logprobs)[written].abs().mean().item(),
+    }
+    if ref_logprobs is not None:
+        old, ref = old_logprobs[written], ref_logprobs[written]
+        described["rollout/kl_k1_nats_per_response"] = kl_k1(old, ref).sum().item() / n_responses
+        described["rollout/kl_k3_nats_per_token"] = kl_k3(old, ref).mean().item()
+    return described
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns), both (N,): 1 = foreseen, 0 = as good as a constant; 0 too where returns do not vary."""
+    variance = returns.var(correction=0)
+    return float(1 - (returns - values).var(correction=0) / variance) if variance > 0 else 0.0
+
+
+def _check_failures(rank: Rank, config: RlSettings, failures: Sequence[str], step: int) -> int:
+    """How many there are on all ranks; ValueError on every rank where they are more than the settings allow."""
+    n_failed = int(rank.all_sum(torch.tensor(len(failures))).item())
+    n_responses = config.rollouts_per_step()
+    if n_failed > config.max_failed_share * n_responses:
+        # The words of every rank's first failure, so that all ranks end with the same message.
+        words = torch.zeros(rank.world_size, 400, dtype=torch.int64)
+        for place, byte in enumerate("".join(failures[:1]).encode()[: words.shape[1]]):
+            words[rank.rank, place] = byte
+        texts = [bytes(row[row > 0].tolist()).decode(errors="replace") for row in rank.all_sum(words)]
+        raise ValueError(
+            f"step {step + 1}: {n_failed} of {n_responses} responses could not be scored, and max_failed_share = "
+            f"{config.max_failed_share:g} allows {int(config.max_failed_share * n_responses)}. The first: {next(filter(None, texts))}. "
+            "Mend what scores them, or allow more"
+        )
+    return n_failed
+
+
+def _engine(rank: Rank, name: str, model: GPT, config: RlSettings) -> Engine:
+    learner = _without_dropout(model)
+    learner.activation_checkpointing = config.activation_checkpointing
+    return rank.engine(name, learner, parameter_groups(learner, config.weight_decay), config)
+
+
+def _first_value_model(reward_models: Sequence[RewardModelScorer], policy: GPT) -> RewardModel:
+    for first in reward_models:
+        return value_model(first.folder, first.mean, first.std)
+    model = RewardModel.from_policy(policy, torch.Generator())
+    nn.init.zeros_(model.output.weight)  # nothing is expected yet, of any response
+    return model
+
+
+def _without_dropout(model: M) -> M:
+    copy = type(model)(model.config.model_copy(update={"dropout": 0.0}))
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+@torch.no_grad()
+def _set_weights(model: GPT, weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+
+
+def _add(totals: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    for name, value in more.items():
+        totals[name] = totals[name] + value if name in totals else value

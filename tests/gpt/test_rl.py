@@ -1,0 +1,488 @@
+"""On the tokenizer of bytes: "a" is 97, a character is a token, and the special tokens follow after 255."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpt.batching import Batch, padded
+from gpt.chat import encode_prompt, encode_response
+from gpt.losses import lm_loss
+from gpt.model import GPT, RewardModel, load_config, load_model, save_model
+from gpt.random_streams import stream_seed
+from gpt.rl import RewardModelScorer, Rollout, Rollouts, Scores, describe, explained_variance, train, update_rows
+from gpt.sampling import sample
+from gpt.settings import PRESETS, GPTConfig, RlSettings
+from gpt.tokenizer import byte_tokenizer
+from gpt.torch_engine import TorchEngine
+
+END = 259
+TOKENIZER = byte_tokenizer()
+CLOCKS = ("time/", "rollout/tokens_per_s")
+
+
+def settings(**changes: Any) -> RlSettings:
+    base = dict(steps=2, prompts_per_step=4, responses_per_prompt=2, global_batch_size=4, max_response_tokens=8, lr=1e-2, log_every=1)
+    return RlSettings(**{**base, "weight_decay": 0.0, "lr_schedule": "constant", **changes})
+
+
+def one_update(**changes: Any) -> RlSettings:
+    return settings(steps=1, global_batch_size=8, **changes)
+
+
+class ShareOfA:
+    """What share of a response is the letter a."""
+
+    def __init__(self) -> None:
+        self.seen: list[Rollout] = []
+
+    def open(self, device: torch.device) -> None:
+        self.seen.clear()
+
+    def scores(self, rollouts: Sequence[Rollout]) -> Scores:
+        self.seen += rollouts
+        return Scores(torch.tensor([rollout.text.count("a") / max(1, len(rollout.text)) for rollout in rollouts]))
+
+
+class Always:
+    def __init__(self, score: float, *failures: str) -> None:
+        self.found = score, failures
+
+    def open(self, device: torch.device) -> None: ...
+
+    def scores(self, rollouts: Sequence[Rollout]) -> Scores:
+        return Scores(torch.full((len(rollouts),), self.found[0]), self.found[1])
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that has learned to answer with one to six letters of "abcd" and an end token, each as likely as the others."""
+    torch.set_num_threads(1)
+    config = GPTConfig(**{**PRESETS["gpt2-nano"].model_dump(), "dropout": 0.1}, vocab_size=TOKENIZER.vocab_size)
+    model = GPT(config, torch.Generator().manual_seed(1)).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    draw = random.Random(1)
+    for _ in range(80):
+        rows, masks = [], []
+        for _ in range(32):
+            prompt = encode_prompt(TOKENIZER, [{"role": "user", "content": "".join(draw.choices("xyz", k=draw.randint(1, 5)))}])
+            response = encode_response(TOKENIZER, "".join(draw.choices("abcd", k=draw.randint(1, 6))))
+            rows.append([*prompt, *response])
+            masks.append([0] * len(prompt) + [1] * len(response))
+        token_ids, mask = padded(rows, 0), padded(masks, 0).bool()
+        loss = lm_loss(model(token_ids[:, :-1]), token_ids[:, 1:], mask[:, 1:], global_count=int(mask.sum()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("policy")
+    save_model(folder, config, dict(model.named_parameters()))
+    TOKENIZER.save(folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture
+def reward_model(policy: Path, tmp_path: Path) -> RewardModelScorer:
+    model = RewardModel.from_policy(load_model(policy), torch.Generator().manual_seed(5))
+    save_model(tmp_path / "reward", model.config, dict(model.named_parameters()), RewardModel)
+    return RewardModelScorer(tmp_path / "reward", mean=0.5, std=2.0)
+
+
+@pytest.fixture
+def make_prompts(tmp_path: Path) -> Callable[..., Path]:
+    """A prompts artifact's folder."""
+
+    def make(*texts: str, name: str = "prompts") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        records = [{"prompt": [{"role": "user", "content": text}], "reference": None, "source": "test"} for text in texts]
+        (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / "held_out.jsonl").touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def prompts(make_prompts: Callable[..., Path]) -> Path:
+    return make_prompts("x", "yy", "zzz", "xyxy", "z", "yzyzy")
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TorchEngine, float, dict[str, torch.Tensor]]]:
+    """Of every step that any engine takes: the engine, its learning rate, the gradients."""
+    noted: list[tuple[TorchEngine, float, dict[str, torch.Tensor]]] = []
+    step = TorchEngine.step
+
+    def noting(self: TorchEngine, lr: float) -> float:
+        noted.append((self, lr, {name: p.grad.clone() for name, p in self.module.named_parameters() if p.grad is not None}))
+        return step(self, lr)
+
+    monkeypatch.setattr(TorchEngine, "step", noting)
+    return noted
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def logged(rank: Any) -> dict[tuple[str, int], float]:
+    """All points but those that a clock gave."""
+    return {(name, step): value for name, step, value in rank.points if not name.startswith(CLOCKS)}
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce"])
+def test_the_policy_learns_to_write_what_is_rewarded(algorithm, make_rank, policy, prompts, tmp_path):
+    # At first a letter in four is an a. Writing nothing but a, and stopping, earns 1.
+    rank = make_rank()
+    config = settings(algorithm=algorithm, steps=12, prompts_per_step=16, responses_per_prompt=4, global_batch_size=64, kl_coef=0.01)
+    train(rank, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
+    score = rank.curve("reward/score_mean")
+    assert score[1] < 0.3
+    assert score[12] > 0.8
+    assert rank.curve("rollout/kl_k1_nats_per_response")[12] > 1.0
+
+
+def test_a_run_stopped_at_any_place_ends_in_the_same_bits_and_the_same_curves(make_rank, policy, prompts, tmp_path):
+    config = settings(steps=3, ppo_epochs=2, max_response_tokens=5, checkpoint_every=2)
+
+    def run(name: str, stop_after: int | None = None):
+        rank = make_rank(name, stop_after)
+        metadata = train(rank, config, policy, [prompts], [ShareOfA()], 1, tmp_path / name)
+        return rank, metadata
+
+    whole, metadata = run("whole")
+    last = whole._engines["value"].full_weights()
+    # A stop is looked for between rollout and updates, and after the updates of all steps but the last.
+    for stop_after, saved in ((1, []), (2, [1]), (3, [1]), (4, [2]), (5, [2, 2])):
+        name = f"stopped_{stop_after}"
+        first, nothing = run(name, stop_after)
+        assert nothing is None
+        assert first.saved == saved
+        second, again = run(name)
+        assert again == metadata
+        assert {**logged(first), **logged(second)} == logged(whole), stop_after
+        for weight, tensor in weights(tmp_path / "whole").items():
+            assert torch.equal(weights(tmp_path / name)[weight], tensor), (stop_after, weight)
+        for weight, tensor in second._engines["value"].full_weights().items():
+            assert torch.equal(last[weight], tensor), (stop_after, weight)
+
+
+def test_before_the_first_update_every_ratio_is_1_and_the_policy_is_its_reference(make_rank, policy, prompts, tmp_path):
+    # Responses of unequal length, micro-batches padded each in its own way, and a policy that came with dropout.
+    rank = make_rank()
+    config = settings(temperature=0.7, micro_batch_size=2)
+    train(rank, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
+    assert rank.curve("train/ratio_first") == {1: 0.0, 2: 0.0}
+    assert rank.curve("rollout/kl_k1_nats_per_response")[1] == 0.0
+    assert rank.curve("rollout/kl_k3_nats_per_token")[1] == 0.0
+    assert rank.curve("rollout/kl_k3_nats_per_token")[2] > 1e-4
+    assert rank.curve("train/approx_kl")[1] > 1e-4  # of the second update
+    assert max(rank.curve("rollout/logprob_mismatch").values()) < 1e-5
+
+
+def test_on_policy_nothing_is_clipped(make_rank, policy, prompts, tmp_path):
+    rank = make_rank()
+    train(rank, one_update(), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
+    assert rank.curve("train/clip_fraction")[1] == rank.curve("train/approx_kl")[1] == 0.0
+
+
+def responses_by_definition(model: GPT, texts: Sequence[str], config: RlSettings, step: int = 0) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response, each sampled alone."""
+    pairs = []
+    for place, text in enumerate(texts):
+        prompt = encode_prompt(TOKENIZER, [{"role": "user", "content": text}])
+        for number in range(config.responses_per_prompt):
+            stream = stream_seed(1, "sample", step, place, number)
+            limits = dict(max_tokens=config.max_response_tokens, temperature=config.temperature)
+            [response] = sample(model, [prompt], streams=[stream], stop_ids=[END], **limits)
+            pairs.append((prompt, response.token_ids))
+    return pairs
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
+def test_the_first_gradient_is_that_of_the_policy_gradient_theorem(algorithm, make_rank, policy, make_prompts, steps, tmp_path):
+    # By definition: one response at a time without padding, -A log p at every token, A = score less its mean over tokens, by its deviation.
+    # PPO is the same at its first update: values of 0, lambda 1, and a ratio of 1 that nothing clips.
+    config = one_update(
+        algorithm=algorithm, gae_lambda=1.0, temperature=0.8, micro_batch_size=4, max_response_tokens=5, missing_end_score=-0.5
+    )
+    train(make_rank(), config, policy, [make_prompts("x")], [ShareOfA()], 1, tmp_path / "model")
+    model = load_model(policy)
+    terms, advantages = [], []
+    for prompt, response in responses_by_definition(model, ["x"] * 4, config):
+        logprobs = (model(torch.tensor([[*prompt, *response[:-1]]]))[0] / 0.8).log_softmax(-1)
+        score = response[:-1].count(97) / max(1, len(response) - 1) if response[-1] == END else -0.5
+        for place, token_id in enumerate(response):
+            terms.append(logprobs[len(prompt) - 1 + place, token_id])
+            advantages.append(score)
+    assert {-0.5} < set(advantages)
+    scores = torch.tensor(advantages)
+    loss = -(torch.stack(terms) * (scores - scores.mean()) / scores.std(correction=0)).mean()
+    by_definition = torch.autograd.grad(loss, list(model.parameters()))
+    [(_, _, gradients), *_] = steps
+    for (name, _), gradient in zip(model.named_parameters(), by_definition, strict=True):
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=2e-6, msg=name)
+
+
+def test_all_samples_of_a_prompt_differ_even_where_a_step_has_the_prompt_twice(make_rank, policy, make_prompts, tmp_path):
+    scorer = ShareOfA()
+    train(make_rank(), one_update(), policy, [make_prompts("x")], [scorer], 1, tmp_path / "model")
+    assert len({rollout.text for rollout in scorer.seen}) >= 4  # of 8 responses, less those that were cut off
+
+
+def test_a_scorer_sees_finished_responses_with_their_prompt_s_record(make_rank, policy, prompts, tmp_path):
+    scorer = ShareOfA()
+    rank = make_rank()
+    config = one_update(max_response_tokens=4)
+    train(rank, config, policy, [prompts], [scorer], 1, tmp_path / "model")
+    truncated = rank.curve("rollout/truncated_share")[1]
+    assert 0 < truncated == 1 - len(scorer.seen) / 8
+    for rollout in scorer.seen:
+        assert rollout.response_ids == [*rollout.text.encode(), END]
+        assert rollout.prompt_ids == encode_prompt(TOKENIZER, rollout.record["prompt"])
+    shares = [rollout.text.count("a") / max(1, len(rollout.text)) for rollout in scorer.seen]
+    assert rank.curve("reward/score_mean")[1] == pytest.approx((sum(shares) - 8 * truncated) / 8)  # -1 for what was cut off
+
+
+def trained(rank: Any, policy: Path, prompts: Path, output: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    """The policy after two steps, and the value model. A large eps, so that rounding in a gradient near 0 doesn't turn a step around."""
+    train(rank, settings(steps=2, ppo_epochs=2, eps=1e-3, **changes), policy, [prompts], [ShareOfA()], 1, output)
+    value = {f"value {name}": tensor for name, tensor in rank._engines["value"].full_weights().items()}
+    return value | {f"policy {name}": tensor for name, tensor in rank._engines["policy"].full_weights().items()}
+
+
+def join(rank: Any, number: int, store: Path) -> Any:
+    """Make the test's rank one of two."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
+
+    def engine(name: str, model: torch.nn.Module, groups: Any, config: RlSettings) -> TorchEngine:
+        rank._engines[name] = TorchEngine(model, groups, config, device=rank.device, world_size=2)
+        return rank._engines[name]
+
+    def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    rank.rank, rank.world_size, rank.engine, rank.all_sum = number, 2, engine, all_sum
+    return rank
+
+
+def test_micro_batches_and_ranks_change_policy_and_value_model_by_rounding_alone(make_rank, policy, prompts, tmp_path):
+    whole = trained(make_rank("whole"), policy, prompts, tmp_path / "whole")
+    others = [trained(make_rank(str(n)), policy, prompts, tmp_path / str(n), micro_batch_size=n) for n in (2, 1)]
+    program = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import conftest, test_rl as t;"
+        "store, folder, policy, prompts = map(Path, sys.argv[2:]);"
+        "rank = t.join(conftest.FakeRank(folder), 1, store); t.trained(rank, policy, prompts, folder)"
+    )
+    paths = [Path(__file__).parent, tmp_path / "store", tmp_path / "other", policy, prompts]
+    paths[2].mkdir()
+    other = subprocess.Popen([sys.executable, "-c", program, *map(str, paths)])
+    try:
+        rank = join(make_rank("two"), 0, paths[1])
+        others.append(trained(rank, policy, prompts, tmp_path / "two"))
+        assert other.wait(timeout=60) == 0
+    finally:
+        other.kill()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert rank.curve("train/ratio_first") == {1: 0.0, 2: 0.0}
+    before = load_model(policy).token_embedding.weight
+    assert (whole["policy token_embedding.weight"] - before).abs().max() > 1e-2
+    for split in others:
+        for name, tensor in whole.items():
+            torch.testing.assert_close(split[name], tensor, rtol=0, atol=5e-6, msg=name)
+
+
+def test_one_update_moves_every_weight_of_policy_and_value_model(make_rank, policy, prompts, reward_model, tmp_path):
+    rank = make_rank()
+    train(rank, one_update(), policy, [prompts], [reward_model], 1, tmp_path / "model")
+    before = {"policy": load_model(policy), "value": RewardModel.from_policy(load_model(policy), torch.Generator().manual_seed(5))}
+    for engine, model in before.items():
+        after = rank._engines[engine].full_weights()
+        for name, parameter in model.named_parameters():
+            assert not torch.equal(after[name], parameter), (engine, name)
+
+
+def test_the_value_model_begins_as_the_reward_model_that_scores(make_rank, policy, prompts, reward_model, tmp_path):
+    rank = make_rank(stop_after=1)  # after the first rollout, before an update
+    assert train(rank, settings(), policy, [prompts], [Always(0.0), reward_model], 1, tmp_path / "model") is None
+    head = rank._engines["value"].full_weights()["output.weight"]
+    assert torch.equal(head, weights(tmp_path / "reward")["output.weight"] / 2.0)
+
+
+def test_without_a_reward_model_nothing_is_expected_at_first(make_rank, policy, prompts, tmp_path):
+    rank = make_rank(stop_after=1)
+    train(rank, settings(), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
+    value = rank._engines["value"].full_weights()
+    assert value["output.weight"].abs().max() == value["output.bias"].abs().max() == 0.0
+    assert torch.equal(value["token_embedding.weight"], load_model(policy).token_embedding.weight)
+
+
+def test_while_the_value_model_warms_up_the_policy_stays_as_it_is(make_rank, policy, prompts, steps, tmp_path):
+    rank = make_rank()
+    config = settings(steps=3, global_batch_size=8, value_warmup_steps=2, value_lr=3e-3)
+    train(rank, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
+    names = {id(engine): name for name, engine in rank._engines.items()}
+    assert [(names[id(engine)], lr) for engine, lr, _ in steps] == [("value", 3e-3)] * 2 + [("policy", 1e-2), ("value", 3e-3)]
+    assert rank.curve("rollout/kl_k3_nats_per_token") == {1: 0.0, 2: 0.0, 3: 0.0}
+    assert sorted(rank.curve("train/value_loss")) == [1, 2, 3]
+    assert sorted(rank.curve("train/loss")) == sorted(rank.curve("train/lr")) == [3]
+
+
+def test_scores_of_several_scorers_are_added(make_rank, policy, prompts, tmp_path):
+    rank = make_rank()
+    train(rank, one_update(missing_end_score=0.75), policy, [prompts], [Always(0.5), Always(0.25)], 1, tmp_path / "model")
+    assert rank.curve("reward/score_mean")[1] == 0.75
+    assert rank.curve("reward/score_std")[1] == 0.0
+
+
+@pytest.mark.parametrize("max_response_tokens", [1, 8])
+def test_where_all_scores_are_equal_there_is_nothing_to_learn(max_response_tokens, make_rank, policy, prompts, tmp_path):
+    config = one_update(algorithm="reinforce", max_response_tokens=max_response_tokens, missing_end_score=0.3)
+    train(make_rank(), config, policy, [prompts], [Always(0.3)], 1, tmp_path / "model")
+    for name, tensor in weights(policy).items():
+        assert torch.equal(weights(tmp_path / "model")[name], tensor), name
+
+
+def test_a_step_whose_responses_were_all_cut_off_says_so_and_goes_on(make_rank, policy, prompts, tmp_path):
+    rank, scorer = make_rank(), ShareOfA()
+    config = one_update(max_response_tokens=1, missing_end_score=-2.0)
+    metadata = train(rank, config, policy, [prompts], [scorer], 1, tmp_path / "model")
+    assert rank.curve("rollout/truncated_share") == {1: 1.0}
+    assert rank.curve("reward/score_mean") == {1: -2.0}
+    assert rank.curve("rollout/response_tokens") == {1: 1.0}
+    assert metadata["figures"]["rollout/truncated_share"] == 1.0
+    assert scorer.seen == []
+
+
+def test_free_divergence_needs_no_reference(make_rank, policy, prompts, tmp_path):
+    rank = make_rank()
+    train(rank, settings(kl_coef=0.0), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
+    assert rank.curve("rollout/kl_k1_nats_per_response") == {}
+    assert rank.curve("reward/total_mean") == pytest.approx(rank.curve("reward/score_mean"))
+
+
+def test_doubt_can_be_paid_for(make_rank, policy, prompts, tmp_path):
+    rank = make_rank()
+    config = settings(steps=4, global_batch_size=8, algorithm="reinforce", entropy_coef=1.0, missing_end_score=0.0)
+    train(rank, config, policy, [prompts], [Always(0.0)], 1, tmp_path / "model")
+    entropy = rank.curve("train/entropy")
+    assert entropy[4] > entropy[1] + 0.5
+
+
+def test_a_score_that_is_no_number_is_a_failure_and_counts_as_cut_off(make_rank, policy, prompts, tmp_path):
+    rank = make_rank()
+    config = one_update(missing_end_score=-3.0, max_failed_share=1.0)
+    train(rank, config, policy, [prompts], [Always(float("nan"))], 1, tmp_path / "model")
+    assert rank.curve("reward/score_mean") == {1: -3.0}
+    assert rank.curve("rollout/failed_share")[1] == 1 - rank.curve("rollout/truncated_share")[1] > 0
+
+
+def test_past_the_share_that_may_fail_the_step_fails_with_the_first_reason(make_rank, policy, prompts, tmp_path):
+    scorers = [Always(0.0, "score() raised ZeroDivisionError", "another")]
+    rank = make_rank()
+    train(rank, one_update(max_failed_share=0.25), policy, [prompts], scorers, 1, tmp_path / "model")
+    assert rank.curve("rollout/failed_share") == {1: 0.25}
+    with pytest.raises(ValueError, match=r"step 1: 2 of 8 responses .* = 0\.2 allows 1\. The first: score\(\) raised ZeroDivisionError\."):
+        train(make_rank("strict"), one_update(max_failed_share=0.2), policy, [prompts], scorers, 1, tmp_path / "strict")
+
+
+def test_a_reward_model_that_gives_no_numbers_fails_with_words(make_rank, policy, prompts, reward_model, tmp_path):
+    broken = replace(reward_model, mean=float("inf"))
+    with pytest.raises(ValueError, match=r"RewardModelScorer scored '.*' -inf"):
+        train(make_rank(), settings(algorithm="reinforce", global_batch_size=8), policy, [prompts], [broken], 1, tmp_path / "model")
+
+
+def test_prompts_that_leave_no_room_for_a_response_are_left_out_and_counted(make_rank, policy, make_prompts, tmp_path):
+    # seq_len 32: three tokens around a prompt's text and 24 of the response leave 5.
+    folder = make_prompts("x" * 5, "x" * 6, "y", "y" * 100)
+    scorer = ShareOfA()
+    metadata = train(make_rank(), one_update(max_response_tokens=24), policy, [folder], [scorer], 1, tmp_path / "model")
+    assert metadata["prompts"] == {"train": 2, "too_long": 2}
+    assert {len(rollout.prompt_ids) for rollout in scorer.seen} == {8, 4}
+
+
+def test_without_a_prompt_that_fits_there_is_no_run(make_rank, policy, make_prompts, tmp_path):
+    with pytest.raises(ValueError, match=r"of 1 none leaves room for max_response_tokens = 8 within the models' seq_len = 32"):
+        train(make_rank(), settings(), policy, [make_prompts("x" * 22)], [ShareOfA()], 1, tmp_path / "model")
+
+
+def test_a_gradient_that_is_no_number_ends_the_run(make_rank, policy, prompts, monkeypatch, tmp_path):
+    monkeypatch.setattr(TorchEngine, "step", lambda self, lr: float("nan"))
+    with pytest.raises(ValueError, match="the gradient norm of step 1 is nan"):
+        train(make_rank(), settings(), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
+
+
+def test_the_artifact_is_the_policy_with_its_own_dropout_and_tokenizer(make_rank, policy, prompts, tmp_path):
+    rank = make_rank()
+    metadata = train(rank, settings(), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
+    figures = metadata.pop("figures")
+    n_parameters = sum(p.numel() for p in load_model(policy).parameters())
+    counts = {"rollouts": 16, "prompts": {"train": 6, "too_long": 0}}
+    assert metadata == {"role": "policy", "chat_format": "gptline-1", "parameters": n_parameters, "steps": 2, **counts}
+    assert figures == {name: rank.curve(name)[2] for name in figures}
+    assert load_config(tmp_path / "model") == load_config(policy)
+    assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
+    for name, tensor in weights(policy).items():
+        assert not torch.equal(weights(tmp_path / "model")[name], tensor), name
+
+
+def test_bf16_trains_too(make_rank, policy, prompts, tmp_path):
+    rank = make_rank()
+    train(rank, settings(precision="bf16"), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
+    assert rank.curve("train/ratio_first") == {1: 0.0, 2: 0.0}
+    assert 0 < rank.curve("rollout/logprob_mismatch")[1] < 0.05
+
+
+def test_an_epoch_visits_every_rollout_once_in_an_order_of_its_own():
+    first, second = update_rows(settings(ppo_epochs=2), seed=1, step=3)
+    for updates in (first, second):
+        assert [len(update) for update in updates] == [4, 4]
+        assert sorted(row for update in updates for row in update) == list(range(8))
+    assert first != second
+    assert [first] != update_rows(settings(), seed=1, step=4)
+
+
+def test_a_step_in_numbers_by_hand():
+    # Two responses of 1 and 3 tokens. k1: ln 2 on the first's token, 0 on the others; k3 there: 1/2 - 1 + ln 2.
+    written = torch.tensor([[True, False, False], [True, True, True]])
+    nothing = torch.zeros(2, 3)
+    tokens = Batch(nothing.long(), nothing.long(), written)
+    rollouts = Rollouts(tokens, nothing - 0.5, scores=torch.tensor([1.0, 2.0]), stopped=torch.tensor([True, False]), n_failed=1)
+    old_logprobs = torch.tensor([[2.0, 9.0, 9.0], [1.0, 1.0, 1.0]]).log()
+    rewards = torch.tensor([[0.9, 0.0, 0.0], [0.0, 0.0, 2.0]])
+    described = describe(rollouts, rewards, old_logprobs, nothing)
+    assert described == pytest.approx(
+        {
+            "reward/score_mean": 1.5,
+            "reward/score_std": 0.5,
+            "reward/total_mean": 1.45,
+            "rollout/response_tokens": 2.0,
+            "rollout/truncated_share": 0.5,
+            "rollout/failed_share": 0.5,
+            "rollout/logprob_mismatch": (0.6931472 + 4 * 0.5) / 4,
+            "rollout/kl_k1_nats_per_response": 0.6931472 / 2,
+            "rollout/kl_k3_nats_per_token": (0.6931472 - 0.5) / 4,
+        }
+    )
+
+
+def test_how_much_of_the_returns_was_foreseen():
+    returns = torch.tensor([1.0, 2.0, 3.0])
+    assert explained_variance(returns + 5.0, returns) == 1.0
+    assert explained_variance(torch.zeros(3), returns) == 0.0
+    assert explained_variance(returns / 2, returns) == pytest.approx(0.75)  # a quarter of the variance is left
+    assert explained_variance(returns, torch.ones(3)) == 0.0
