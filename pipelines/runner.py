@@ -55,6 +55,10 @@ class Options:
     use: Mapping[str, str] = field(default_factory=dict)
     until: str | None = None
     inline: bool = False
+    run: str = ""
+    """The run's id, where it was told before the run began; else it gets one of its own."""
+    git: dict[str, Any] | None = field(default_factory=lambda: git_state())
+    """Of the clone that the command was given in, as `git_state` tells it: a snapshot is none."""
 
 
 @dataclass
@@ -76,7 +80,7 @@ class Run:
         self.graph = graph
         self.store = store
         self.options = options
-        self.run = f"{time.strftime('%Y%m%d-%H%M%S')}-{graph.loaded.file.pipeline}-{secrets.token_hex(2)}"
+        self.run = options.run or new_run(graph.loaded.file.pipeline)
         self._say = say
         self._outputs: dict[str, str] = {}
         self._waiting: dict[str, Stage] = {}
@@ -191,7 +195,7 @@ class Run:
             "user": user_name(),
             "host": socket.gethostname(),
             "snapshot": self._snapshot.artifact.digest,
-            "git": git_state(),
+            "git": self.options.git,
         }
         self.store.backend.put_if_absent(f"runs/{self.run}/run.json", json.dumps(record, ensure_ascii=False).encode())
         self._journal = JournalWriter(self.store, self.run)
@@ -527,6 +531,11 @@ class _Inline:
 
     def result(self) -> Outcome:
         return self._outcome
+
+
+def new_run(pipeline: str) -> str:
+    """The id of a run that begins now."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{pipeline}-{secrets.token_hex(2)}"
 
 
 def git_state() -> dict[str, Any] | None:
