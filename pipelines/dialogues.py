@@ -16,9 +16,12 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from gpt.settings import Settings
+from pipelines.reading import SourceSettings
+from pipelines.records import IngestSettings, Weighted
+from pipelines.stage import StageConfig
 
 Message = dict[str, str]
 Format = Literal["alpaca", "sharegpt", "messages", "plain"]
@@ -36,8 +39,8 @@ ROLES = {
 }
 """What people call the three roles, in lower case."""
 
-KEYS = ("instruction", "input", "output", "system", "conversations", "from", "value", "messages", "role", "content", "prompt", "response")
-KEYS += ("chosen", "rejected", "score", "reference")
+KEYS = ["conversations", "from", "value", "messages", "role", "content"]
+KEYS += ["instruction", "input", "output", "system", "prompt", "response", "chosen", "rejected", "score", "reference"]
 """What `keys` can rename."""
 
 
@@ -62,6 +65,29 @@ class DialogueSettings(Settings):
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(KEYS)}"
                 raise ValueError(f"renames {name!r}, which no format has; {hint}")
         return keys
+
+
+class DialogueSource(SourceSettings, DialogueSettings):
+    """Files of dialogues."""
+
+    @model_validator(mode="after")
+    def _has_columns(self) -> DialogueSource:
+        if self.source == "text":
+            raise ValueError('source = "text" has no columns to find messages in; wanted json, csv or parquet')
+        if self.text != "text":
+            raise ValueError(f"text = {self.text!r} has no effect on dialogues; say where messages are by format and keys")
+        return self
+
+
+class WeightedDialogueSource(DialogueSource, Weighted):
+    """One source of a mixture of dialogues."""
+
+
+class DialogueConfig(IngestSettings, StageConfig, DialogueSource):
+    """One source, its keys inline, or a mixture of several, with the same keys and a `weight` each."""
+
+    mixture: tuple[WeightedDialogueSource, ...] = ()
+    """Several sources, instead of the inline one."""
 
 
 def to_conversation(columns: Mapping[str, Any], settings: DialogueSettings) -> dict[str, Any]:
@@ -171,6 +197,7 @@ def _checked(messages: list[Message], settings: DialogueSettings) -> list[Messag
         role = message["role"]
         if not message["content"].strip():
             raise ValueError(f"message {number} (the {role}'s) is empty")
+        message = {"role": role, "content": message["content"].replace("\r\n", "\n")}
         if role == "system" and number > 1:
             raise ValueError(f"message {number} is the system's, which only the first can be")
         if joined and joined[-1]["role"] == role:
@@ -204,7 +231,7 @@ def _response(value: Any, settings: DialogueSettings, name: str) -> str:
         raise ValueError(f"{name} is {_short(last)}, wanted a text or an assistant's message")
     if not last.strip():
         raise ValueError(f"{name} is empty")
-    return last
+    return last.replace("\r\n", "\n")
 
 
 def _text(columns: Mapping[str, Any], settings: DialogueSettings, name: str, *, optional: bool = False) -> str:

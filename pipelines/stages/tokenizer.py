@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
+from gpt.settings import Size
 from pipelines.artifacts import Documents, Tokenizer
 from pipelines.stage import StageConfig, StageContext
 
@@ -17,7 +18,7 @@ SMALLEST_VOCAB_SIZE = 262
 class TokenizerConfig(StageConfig):
     algorithm: Literal["bpe", "bytes"] = "bpe"
     """"bytes" learns nothing: each byte is a token."""
-    vocab_size: int | None = Field(default=None)
+    vocab_size: Size | None = None
     """Tokens in all, the 256 bytes and the special tokens included. Only for "bpe", which needs it."""
 
     @field_validator("vocab_size")

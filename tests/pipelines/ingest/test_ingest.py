@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipelines.documents import Document, HoldOut, Splits, WeightedSource
+from pipelines.documents import WeightedSource
 from pipelines.reading import SourceSettings
+from pipelines.records import HoldOut, Record, Splits
 from pipelines.stage import StageFailure
 from pipelines.stages.ingest import IngestConfig
 
@@ -44,12 +45,12 @@ def test_empty_and_short_documents_and_empty_files_are_counted(ingested):
 
 
 def test_an_empty_result_fails_with_the_count_of_every_filter(ingested):
-    with pytest.raises(StageFailure, match=r"no train document is left \(records: 2 read, 0 bad, 1 empty, 1 short, .*1 empty files\)"):
+    with pytest.raises(StageFailure, match=r"no train documents are left \(records: 2 read, 0 bad, 1 empty, 1 short, .*1 empty files\)"):
         ingested({"a.jsonl": jsonl({"text": ""}, {"text": "ab"}), "b.jsonl": b""}, source="json", min_chars=3)
 
 
 def test_an_empty_hold_out_fails(ingested):
-    with pytest.raises(StageFailure, match=r"no held_out document is left .*larger share"):
+    with pytest.raises(StageFailure, match=r"no held_out documents are left .*larger share"):
         ingested({"a.jsonl": texts(1)}, source="json", hold_out={"share": 0.001})
 
 
@@ -154,10 +155,10 @@ def test_another_seed_draws_another_hold_out(ingested):
 def test_more_records_move_no_record_to_the_other_side(tmp_path_factory, some, more):
     def held_out(contents: set[str]) -> set[str]:
         folder = tmp_path_factory.mktemp("splits")
-        with Splits(folder, HoldOut(share=0.5), seed=1) as splits, splits.source(WeightedSource()):
+        with Splits(folder, HoldOut(share=0.5), seed=1, unit="documents") as splits, splits.source(WeightedSource()):
             for text in sorted(contents):
                 splits.add(
-                    Document(
+                    Record(
                         text.encode("utf-8", "replace"), {"text": text}, json.dumps({"text": text}).encode() + b"\n", repr(text).encode()
                     )
                 )
