@@ -7,6 +7,7 @@ is left out by design: it decides how work is carried out, not what comes out.
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -94,11 +95,38 @@ global_batch_size = 4
 lr = 1e-3
 activation_checkpointing = true
 
-[stages.talks]
-uses = "./talks.py:talks"
+[stages.conversations]
+source = "json"
+files = ["talks/plain.json"]
+format = "plain"
+hold_out = { share = 0.3, by = "prompt" }
+
+[stages.preferences]
+source = "json"
+files = ["talks/plain.json"]
+format = "plain"
+fields = ["kind"]
+hold_out = { share = 0.3, by = "prompt" }
+
+[stages.ratings]
+source = "json"
+files = ["talks/plain.json"]
+format = "plain"
+score_range = [0, 40]
+hold_out = { last = 0.3 }
+
+[[stages.prompts.mixture]]
+source = "json"
+files = ["talks/messages.json"]
+
+[[stages.prompts.mixture]]
+source = "json"
+files = ["talks/plain.json"]
+format = "alpaca"
+weight = 1.5
 
 [stages.sft]
-inputs = { policy = "gpt2-nano", conversations = ["talks"] }
+inputs = { policy = "gpt2-nano", conversations = ["conversations"] }
 steps = 2
 global_batch_size = 2
 lr = 1e-3
@@ -108,17 +136,26 @@ eval_every = 1
 inputs = { model = "gpt2-nano", documents = ["lines", "records"] }
 sample_tokens = 20
 
+[stages.examine]
+uses = "evaluate"
+inputs = { model = "sft", baseline = "gpt2-nano", questions = ["preferred"], reward_model = "reward_model" }
+questions_file = "talks/questions.jsonl"
+refusal = "No."
+best_of = 2
+answer_tokens = 6
+
+[stages.preferred]
+uses = "prompts"
+source = "json"
+files = ["talks/plain.json"]
+format = "plain"
+hold_out = { share = 0.3, by = "prompt" }
+
 [stages.export]
 inputs = { model = "gpt2-nano" }
 
-[stages.pairs]
-uses = "./judged.py:pairs"
-
-[stages.rated]
-uses = "./judged.py:rated"
-
 [stages.reward_model]
-inputs = { policy = "gpt2-nano", preferences = "pairs", ratings = "rated" }
+inputs = { policy = "sft", preferences = "preferences", ratings = "ratings" }
 steps = 4
 global_batch_size = 4
 lr = 1e-3
@@ -131,43 +168,10 @@ folder = "foreign"
 folder = "foreign"
 inputs = { tokenizer = "import_hf_tokenizer" }
 """
-TALKS = """
-import json
-
-from pipelines.artifacts import SPLITS, Conversations
-from pipelines.stage import StageContext
-
-
-def talks(stage: StageContext) -> Conversations:
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    for split in SPLITS:
-        (stage.output / f"{split}.jsonl").write_text(json.dumps({"messages": messages}) + chr(10))
-    return stage.publish(Conversations, train={"conversations": 1}, held_out={"conversations": 1})
-"""
-JUDGED = """
-import json
-
-from pipelines.artifacts import Preferences, Ratings
-from pipelines.stage import StageContext
-
-PROMPT = [{"role": "user", "content": "?"}]
-
-
-def pairs(stage: StageContext) -> Preferences:
-    records = [{"prompt": PROMPT, "chosen": "a" * n, "rejected": "b" * n, "source": "test", "kind": "letters"} for n in range(1, 5)]
-    write(stage, records)
-    return stage.publish(Preferences, train={"pairs": 4}, held_out={"pairs": 4})
-
-
-def rated(stage: StageContext) -> Ratings:
-    write(stage, [{"prompt": PROMPT, "response": "a" * n, "score": n / 4, "source": "test"} for n in range(1, 5)])
-    return stage.publish(Ratings, train={"ratings": 4}, held_out={"ratings": 4})
-
-
-def write(stage, records):
-    for split in ("train", "held_out"):
-        (stage.output / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in records))
-"""
+TALKS = [
+    {"prompt": f"{n}?", "response": "a" * n, "chosen": "a" * n, "rejected": "b" * n, "kind": "letters", "score": n, "instruction": f"{n}"}
+    for n in range(1, 13)
+]
 
 
 class Profiler:
@@ -211,8 +215,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory, save_foreign: Callable[..., An
     save_foreign(folder / "foreign", shards="4KB", tie_word_embeddings=False)
     text = TOML + "".join(PRETRAIN.format(preset=preset) for preset in ("gpt2-nano", "llama-nano", "transformer-nano")) + AFTER
     (folder / "sound.toml").write_text(text)
-    (folder / "judged.py").write_text(JUDGED)
-    (folder / "talks.py").write_text(TALKS)
+    (folder / "talks").mkdir()
+    (folder / "talks" / "plain.json").write_text(json.dumps(TALKS))
+    messages = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    (folder / "talks" / "messages.json").write_text(json.dumps([{"messages": messages}]))
+    (folder / "talks" / "questions.jsonl").write_text('{"question": "?", "answer": "No."}')
     graph = build(load(folder / "sound.toml"))
     store = Store(folder / "store")
     found: dict[str, tuple[set[tuple[str, str]], set[str]]] = {}
@@ -249,8 +256,13 @@ STAGES = [
     "llama-nano",
     "transformer-nano",
     "further",
+    "conversations",
+    "preferences",
+    "ratings",
+    "prompts",
     "sft",
     "evaluate",
+    "examine",
     "export",
     "reward_model",
     "import_hf_tokenizer",
