@@ -1,20 +1,22 @@
 """Reinforcement learning: the policy writes responses, they are scored, and what was worth more than expected becomes likelier.
 
-    prompts                                                             one step
-       |
-       v            token ids, logprobs    +---------+   scores (B,)
-    sampler ------------------------------>| scorers |--------------------------+
-       ^                |                  +---------+                          v
-       |                |   ref_logprobs   +-----------+  -kl_coef * k1     rewards (B, T)
-    weights             +----------------->| reference |--------------------->  |
-       |                |                  +-----------+                        v
-       |                |   old_logprobs   +--------+                       gae, whiten
-       +------ policy <-+----------------->| policy |--- k1, ratios ---+        |
-       |                |                  +--------+                  |        v
-       |                |   values         +-------+                   |   advantages, returns (B, T)
-       |                +----------------->| value |-------------------+--->    |
-       |                                   +-------+                            v
-       +---------------------- updates: policy loss, value loss <---------------+
+    prompts --> sampler --> token ids and logprobs, shared: every rank holds all rollouts of the step
+                   ^                                |
+                   |        +-------------+---------+----+--------------+
+                   |        v             v              v              v
+                   |     scorers      reference        policy         value
+                   |        |             |              |              |
+                   |   scores (B,)   ref_logprobs   old_logprobs   old_values (B, T)
+                   |        |             |              |              |
+                   |        |             +------ k1 ----+              |
+                   |        |                      |                    |
+                   |        +--> rewards (B, T) <--+                    |
+                   |                    |                               |
+                   |                    +------------> gae <------------+
+                   |                                    |
+                   |                       advantages, returns (B, T)
+                   |                                    v
+                   +---- weights ---- updates of policy and value model
 
 Four models: the policy and the value model learn, the reference policy and the reward model are frozen. The sampler is a copy of the
 policy's weights in fp32. A step has two phases, and every rank goes through both:
@@ -388,7 +390,8 @@ def score(config: RlSettings, scorers: Sequence[Scorer], rollouts: Sequence[Roll
     failures: list[str] = []
     for scorer in scorers:
         found = scorer.scores(rollouts)
-        scores = found.scores.detach().to("cpu", torch.float32)
+        scores = found.scores.detach().to("cpu", torch.float32)  # (B,)
+        assert len(scores) == len(rollouts), f"{scorer} gave {len(scores)} scores for {len(rollouts)} rollouts"
         failures += found.failures
         for row in (~scores.isfinite()).nonzero().flatten().tolist():
             failures.append(f"{type(scorer).__name__} scored {rollouts[row].text!r} {scores[row].item()}")
@@ -460,16 +463,15 @@ def _check_failures(rank: Rank, config: RlSettings, failures: Sequence[str], ste
     """How many there are on all ranks; ValueError on every rank where they are more than the settings allow."""
     n_failed = int(rank.all_sum(torch.tensor(len(failures))).item())
     n_responses = config.rollouts_per_step()
-    if n_failed > config.max_failed_share * n_responses:
+    if n_failed / n_responses > config.max_failed_share:
         # The words of every rank's first failure, so that all ranks end with the same message.
         words = torch.zeros(rank.world_size, 400, dtype=torch.int64)
         for place, byte in enumerate("".join(failures[:1]).encode()[: words.shape[1]]):
             words[rank.rank, place] = byte
         texts = [bytes(row[row > 0].tolist()).decode(errors="replace") for row in rank.all_sum(words)]
         raise ValueError(
-            f"step {step + 1}: {n_failed} of {n_responses} responses could not be scored, and max_failed_share = "
-            f"{config.max_failed_share:g} allows {int(config.max_failed_share * n_responses)}. The first: {next(filter(None, texts))}. "
-            "Mend what scores them, or allow more"
+            f"step {step + 1}: {n_failed} of {n_responses} responses could not be scored, which is more than max_failed_share = "
+            f"{config.max_failed_share:g}. The first: {next(filter(None, texts))}. Mend what scores them, or allow more"
         )
     return n_failed
 
