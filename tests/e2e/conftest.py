@@ -73,6 +73,13 @@ class Program:
     def status(self, run: str | None = None) -> dict[str, str]:
         return {stage: event["status"] for stage, event in self.ended(run).items()}
 
+    def notes(self, run: str | None = None) -> list[str]:
+        return [event["text"] for event in self.events(run) if event["type"] == "note"]
+
+    def waits_for(self, run: str) -> bool:
+        """True as soon as the newest run has said that it waits for this one."""
+        return any(note.startswith("waits for") and run in note for note in self.notes())
+
     def outputs(self, run: str | None = None) -> dict[str, str]:
         return {stage: event["output"] for stage, event in self.ended(run).items() if event.get("output")}
 
@@ -98,7 +105,9 @@ class Program:
         for process in self._started:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()  # not read to its end: a failed test may have done so, and what left the group may hold it open
 
     def _environment(self) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("GPTLINE_", "MLFLOW_"))}
@@ -183,6 +192,9 @@ SMALL = """
 pipeline = "small"
 seed = 3
 
+[tracking]
+uri = "http://127.0.0.1:1"
+
 [stages.documents]
 uses = "ingest"
 source = "text"
@@ -214,7 +226,11 @@ checkpoint_every = 5
 
 @pytest.fixture(scope="session")
 def small(new_program: Callable[..., Program]) -> Program:
-    """A tiny line up to its tokens, whose `pretrain` fails on demand (`faulty.py`): `small.toml` in the program's folder."""
+    """A tiny line up to its tokens, whose `pretrain` fails on demand (`faulty.py`): `small.toml` in the program's folder.
+
+    Nobody listens where it would have its MLflow: importing that takes longer than a stage, and a database that is still
+    being made can't be copied.
+    """
     program = new_program()
     (program.folder / "small.toml").write_text(SMALL)
     shutil.copyfile(Path(__file__).with_name("faulty.py"), program.folder / "faulty.py")

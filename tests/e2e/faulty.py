@@ -1,8 +1,8 @@
 """A `pretrain` that fails where a test says: gptline's own loop on a rank that is wrapped. Lies beside a test's TOML.
 
     fault = "rank 1: die at 12"      kills itself in the middle of its 13th step, with twelve done
-    fault = "rank 0: wait at 12"     waits there until it is killed or the file `go` appears
-    fault = "rank 0: pause at 12"    waits there for three seconds
+    fault = "rank 0: wait at 12"     waits there until it is killed or the file `go` appears; a stop that reaches it leaves a mark
+    fault = "rank 0: pause at 12"    waits there until a stop reaches it
     fault = "rank 1: raise at 12"    raises there
 
 Each fault happens once: it leaves a mark in `marks`, a folder outside the store. Several are separated by semicolons.
@@ -105,10 +105,16 @@ class FaultyRank:
 
     def _wait(self) -> None:
         while not Path(self._config.marks, "go").exists():
+            if self._asked_to_stop():
+                Path(self._config.marks, f"asked-{self._inner.rank}-{self.finished}").touch()
             time.sleep(0.05)
 
     def _pause(self) -> None:
-        time.sleep(3)
+        while not self._asked_to_stop():
+            time.sleep(0.05)
+
+    def _asked_to_stop(self) -> bool:
+        return self._inner._stop_requested()  # of this rank alone: should_stop() waits for the others, who are elsewhere
 
     def _raise(self) -> None:
         raise ZeroDivisionError("the data has no end")
