@@ -20,6 +20,7 @@ from gpt.chat import encode_prompt, encode_response
 from gpt.losses import lm_loss
 from gpt.model import GPT, RewardModel, load_config, load_model, save_model
 from gpt.random_streams import stream_seed
+from gpt.reward import value_model
 from gpt.rl import RewardModelScorer, Rollout, Rollouts, Scores, describe, explained_variance, train, update_rows
 from gpt.sampling import sample
 from gpt.settings import PRESETS, GPTConfig, RlSettings
@@ -209,29 +210,35 @@ def responses_by_definition(model: GPT, texts: Sequence[str], config: RlSettings
     return pairs
 
 
-@pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
-def test_the_first_gradient_is_that_of_the_policy_gradient_theorem(algorithm, make_rank, policy, make_prompts, steps, tmp_path):
-    # By definition: one response at a time without padding, -A log p at every token, A = score less its mean over tokens, by its deviation.
-    # PPO is the same at its first update: values of 0, lambda 1, and a ratio of 1 that nothing clips.
-    config = one_update(
-        algorithm=algorithm, gae_lambda=1.0, temperature=0.8, micro_batch_size=4, max_response_tokens=5, missing_end_score=-0.5
+@pytest.mark.parametrize(("algorithm", "size"), [("reinforce", 8), ("ppo", 8), ("ppo", 4)])
+def test_the_first_gradients_are_those_of_the_definition(algorithm, size, make_rank, policy, make_prompts, reward_model, steps, tmp_path):
+    # One response at a time, without padding. Policy: -A log p at every token, A = score - V, less its mean over all tokens, by its
+    # deviation. At its first update PPO is the same: a ratio of 1, which nothing clips. Value model, with lambda 1: (V - score)^2 / 2.
+    config = settings(
+        algorithm=algorithm, global_batch_size=size, gae_lambda=1.0, temperature=0.8, micro_batch_size=2, max_response_tokens=5
     )
-    train(make_rank(), config, policy, [make_prompts("x")], [ShareOfA()], 1, tmp_path / "model")
-    model = load_model(policy)
-    terms, advantages = [], []
-    for prompt, response in responses_by_definition(model, ["x"] * 4, config):
-        logprobs = (model(torch.tensor([[*prompt, *response[:-1]]]))[0] / 0.8).log_softmax(-1)
-        score = response[:-1].count(97) / max(1, len(response) - 1) if response[-1] == END else -0.5
-        for place, token_id in enumerate(response):
-            terms.append(logprobs[len(prompt) - 1 + place, token_id])
-            advantages.append(score)
-    assert {-0.5} < set(advantages)
-    scores = torch.tensor(advantages)
-    loss = -(torch.stack(terms) * (scores - scores.mean()) / scores.std(correction=0)).mean()
-    by_definition = torch.autograd.grad(loss, list(model.parameters()))
-    [(_, _, gradients), *_] = steps
-    for (name, _), gradient in zip(model.named_parameters(), by_definition, strict=True):
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=2e-6, msg=name)
+    train(make_rank(), config, policy, [make_prompts("x")], [ShareOfA(), reward_model], 1, tmp_path / "model")
+    model, value = load_model(policy), value_model(reward_model.folder, reward_model.mean, reward_model.std)
+    logprobs, values, scores, of_row = [], [], [], []
+    for row, (prompt, response) in enumerate(responses_by_definition(model, ["x"] * 4, config)):
+        text = torch.tensor([[*prompt, *response]])
+        score = response[:-1].count(97) / max(1, len(response) - 1) + value(text)[0, -1].item() if response[-1] == END else -1.0
+        for place in range(len(prompt), len(prompt) + len(response)):
+            logprobs.append((model(text[:, :place])[0, -1] / 0.8).log_softmax(-1)[text[0, place]])
+            values.append(value(text[:, :place])[0, -1])
+            scores.append(score)
+            of_row.append(row)
+    assert -1.0 in scores  # one was cut off
+    expected = torch.stack(values).detach() if algorithm == "ppo" else 0.0
+    advantages = torch.tensor(scores) - expected
+    advantages = (advantages - advantages.mean()) / advantages.std(correction=0)
+    mine = torch.tensor([row in update_rows(config, seed=1, step=0)[0][0] for row in of_row])
+    losses = {"policy": -(torch.stack(logprobs) * advantages)[mine].mean()}
+    if algorithm == "ppo":
+        losses["value"] = (torch.stack(values) - torch.tensor(scores)).square()[mine].mean() / 2
+    for (_, _, gradients), (name, loss), learner in zip(steps, losses.items(), (model, value), strict=False):
+        for (weight, _), gradient in zip(learner.named_parameters(), torch.autograd.grad(loss, list(learner.parameters())), strict=True):
+            torch.testing.assert_close(gradients[weight], gradient, rtol=1e-3, atol=3e-6, msg=f"{name} {weight}")
 
 
 def test_all_samples_of_a_prompt_differ_even_where_a_step_has_the_prompt_twice(make_rank, policy, make_prompts, tmp_path):
