@@ -22,7 +22,9 @@ from typing import Any, TypeVar
 Event = dict[str, Any]
 
 LOOPBACK = ("127.", "localhost", "[::1]")
+STARTS = 2
 KNOCK_S = 5.0
+STARTS = 2
 T = TypeVar("T")
 
 
@@ -79,13 +81,28 @@ def start(
     try:
         # Ray puts the driver's working folder at init first on every worker's sys.path, ahead of PYTHONPATH and of an editable install.
         with contextlib.chdir(code_path), _environment(inherited):
-            ray.init(configure_logging=False, **options)
+            _init(options)
         session = Session(address=ray.get_runtime_context().gcs_address, local=address == "local")
         if session.local and not session.address.startswith(LOOPBACK):
             raise RuntimeError(f"the local Ray session would listen on {session.address}: import cluster.ray_session's start before ray")
         yield session
     finally:
         ray.shutdown()
+
+
+def _init(options: Mapping[str, Any]) -> None:
+    """`ray.init`, tried again where its processes were too slow: it gives them 30 s, a number that nobody can set."""
+    import ray
+
+    for _ in range(STARTS):
+        try:
+            ray.init(configure_logging=False, **options)
+            return
+        except Exception as error:  # a bare one
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+    raise RuntimeError(f"its processes did not come up within 30 s, {STARTS} times; the machine is too busy, look at what else runs on it")
 
 
 def _knock(address: str) -> None:

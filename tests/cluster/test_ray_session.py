@@ -170,3 +170,19 @@ def test_every_node_answers_for_itself_though_it_lacks_the_askers_code(
     assert ray_session.ask_nodes(answer, 60) == {node: "has two eyes"}
     assert ray_session.ask_nodes(fail, 60) == {node: "can't answer: no idea"}
     assert ray_session.ask_nodes(think, 0.1) == {node: "did not answer within 0.1 s"}
+
+
+def test_a_ray_that_is_slow_to_start_is_started_once_more_and_then_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    asked = []
+
+    def slow(**options: Any) -> None:
+        asked.append(options)
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", slow)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(RuntimeError, match="did not come up within 30 s, 2 times; the machine is too busy"):
+        ray_session._init({"num_cpus": 2})
+    assert [options["num_cpus"] for options in asked] == [2, 2]
