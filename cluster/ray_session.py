@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 Event = dict[str, Any]
 
 LOOPBACK = ("127.", "localhost", "[::1]")
-STARTS = 2
 KNOCK_S = 5.0
 STARTS = 2
 T = TypeVar("T")
