@@ -27,6 +27,7 @@ Use = Annotated[list[str] | None, typer.Option("--use", metavar="STAGE=REF", hel
 Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Make this stage and what it needs, no more.")]
 Fresh = Annotated[list[str] | None, typer.Option("--fresh", metavar="STAGE", help="Make this stage anew. May be repeated.")]
 Inline = Annotated[bool, typer.Option("--inline", help="In this process, one rank, plain torch: for a debugger.")]
+RunId = Annotated[str | None, typer.Argument(metavar="RUN", help="A run's id.", show_default=False)]
 Root = Annotated[Path, typer.Option("--store", metavar="DIR", help="The store's folder.")]
 Uri = Annotated[str | None, typer.Option("--tracking", metavar="URI", help="Another MLflow than each run's own: sqlite, http://...")]
 
@@ -70,6 +71,70 @@ def plan(config: Config, set_: Set = None, use: Use = None, until: Until = None,
     graph = _graph(config, set_, use)
     planner = Planner(graph, _store_of(graph), ROOT, given=graph.use, until=until, fresh=fresh or [], inline=inline)
     _print(*plan_lines(planner.plan()))
+
+
+@app.command()
+def submit(
+    config: Config,
+    address: Annotated[str, typer.Option("--address", metavar="URL", help="The cluster's dashboard: http://127.0.0.1:8265.")],
+    set_: Set = None,
+    use: Use = None,
+    until: Until = None,
+    fresh: Fresh = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="To another machine without a token, too.")] = False,
+) -> None:
+    """Like run, as a job on a Ray cluster that shares the store. Returns at once."""
+    from cluster.jobs import Jobs
+    from pipelines.runner import Options
+    from pipelines.submission import submit as send
+
+    graph = _graph(config, set_, use)
+    go_on = _again("submit", config, set_, use, until, ["--address", address, *(["--insecure"] if insecure else [])])
+    options = Options(_typed(), go_on, fresh or [], graph.use, until)
+    jobs = Jobs(address, insecure=insecure)
+    run = send(graph, _store_of(graph), options, _pairs(use), jobs)
+    root = graph.loaded.file.store.root
+    there = "" if root == ".gptline" else f" --store {shlex.quote(root)}"
+    _print(f"submitted to {jobs.address}: {run}")
+    _print(*(f"  gptline {verb} {run}{more}{there}" for verb, more in (("status", ""), ("logs", " -f"), ("stop", ""))))
+
+
+@app.command()
+def status(run: RunId = None, store: Root = Path(".gptline")) -> None:
+    """Where a run stands, one here or one that was submitted; without RUN, the newest ten."""
+    from pipelines.watching import door, known
+    from pipelines.watching import status as lines
+
+    opened = _store(store)
+    _print(*lines(opened, run and known(opened, run), door))
+
+
+@app.command()
+def logs(
+    run: RunId = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the run ends.")] = False,
+    store: Root = Path(".gptline"),
+) -> None:
+    """What a run said so far. Without RUN, the newest that has not ended, or else the newest."""
+    from pipelines.watching import door, show_log
+
+    opened = _store(store)
+    chosen = _chosen(opened, run)
+    try:
+        show_log(opened, chosen, sys.stdout, door, follow=follow)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"the run goes on; `gptline stop {chosen}` would end it\n")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def stop(run: RunId = None, store: Root = Path(".gptline")) -> None:
+    """Have a run finish its step, save and end. Without RUN, the newest that has not ended."""
+    from pipelines.watching import door
+    from pipelines.watching import stop as end
+
+    opened = _store(store)
+    raise typer.Exit(not end(opened, _chosen(opened, run), _print, door))
 
 
 @app.command()
@@ -172,13 +237,32 @@ def _run(config: Path, set_: list[str] | None, use: list[str] | None, *, until: 
     from pipelines.runner import Options, Run
 
     graph = _graph(config, set_, use)
-    go_on = ["gptline", "run", str(config)]
-    go_on += [word for each in set_ or [] for word in ("--set", each)] + [word for each in use or [] for word in ("--use", each)]
-    go_on += (["--until", until] if until else []) + (["--inline"] if inline else [])
-    options = Options(shlex.join(["gptline", *sys.argv[1:]]), shlex.join(go_on), fresh, graph.use, until, inline)
+    go_on = _again("run", config, set_, use, until, ["--inline"] if inline else [])
+    options = Options(_typed(), go_on, fresh, graph.use, until, inline)
     with Progress(sys.stdout) as progress:
         code = Run(graph, _store_of(graph), options, progress.show).execute()
     raise typer.Exit(code)
+
+
+def _typed() -> str:
+    return shlex.join(["gptline", *sys.argv[1:]])
+
+
+def _again(verb: str, config: Path, set_: list[str] | None, use: list[str] | None, until: str | None, more: list[str]) -> str:
+    """The command that goes on after an interruption: the same without what asks for a stage afresh."""
+    words = [word for each in set_ or [] for word in ("--set", each)] + [word for each in use or [] for word in ("--use", each)]
+    return shlex.join(["gptline", verb, str(config), *words, *(["--until", until] if until else []), *more])
+
+
+def _chosen(store: Store, run: str | None) -> str:
+    """The run that was named, or the one that is meant where none was: that one is told."""
+    from pipelines.watching import known, newest
+
+    if run is not None:
+        return known(store, run)
+    chosen = newest(store)
+    _print(f"run {chosen}")
+    return chosen
 
 
 def _graph(config: Path, set_: list[str] | None, use: list[str] | None = None) -> Graph:

@@ -16,7 +16,7 @@ LAYERS = {"pipelines": {"pipelines", "gpt", "cluster"}, "gpt": {"gpt"}, "cluster
 DOORS = {
     "mlflow": ["pipelines/tracking.py"],
     "deepspeed": ["cluster/deepspeed_engine.py"],
-    "ray": ["cluster/gang.py", "cluster/ray_session.py"],
+    "ray": ["cluster/gang.py", "cluster/jobs.py", "cluster/ray_session.py"],
     "datasets": ["pipelines/reading.py"],
     "typer": ["pipelines/cli.py"],
     "rich": ["pipelines/progress.py"],
@@ -61,7 +61,9 @@ def test_packages_are_empty_but_for_their_modules():
         assert (ROOT / package / "__init__.py").read_text() == ""
 
 
-@pytest.mark.parametrize("module", ["pipelines.cli", "pipelines.planner", "pipelines.runner", "pipelines.delivery", "gpt.settings"])
+@pytest.mark.parametrize(
+    "module", ["pipelines.cli", "pipelines.planner", "pipelines.runner", "pipelines.delivery", "pipelines.watching", "gpt.settings"]
+)
 def test_what_a_plan_imports_is_light(module: str):
     heavy = ("torch", "ray", "deepspeed", "mlflow", "datasets", "transformers", "numpy")
     script = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
