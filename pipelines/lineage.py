@@ -1,6 +1,6 @@
-"""The graph of actions, both ways: where an artifact came from, down to its documents, and what was made of it.
+"""The graph of actions, both ways: where an artifact came from, down to what was read from outside, and what was made of it.
 
-    gptline lineage model:line@latest
+    gptline lineage model:line@newest
 
 One artifact may have several makers (a `rerun` that came out the same): all are shown, the newest first.
 """
@@ -38,6 +38,11 @@ class Node:
     @property
     def stage(self) -> str:
         return self.makers[0].stage if self.makers else ""
+
+    @property
+    def what(self) -> str:
+        """Its kind, a model's with its role: `reward model`."""
+        return f"{self.metadata['role']} {self.kind}" if "role" in self.metadata else self.kind
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def trace_all(store: Store, digests: Iterable[str], downstream: bool = True) -> 
 
 
 def as_text(lineage: Lineage) -> str:
-    """A tree for the terminal: first down to the documents, then what was made of each root."""
+    """A tree for the terminal: first down to the files from outside, then what was made of each root."""
     lines: list[str] = []
     shown: set[str] = set()
     for root in lineage.roots:
@@ -104,7 +109,7 @@ def as_mermaid(lineage: Lineage) -> str:
     names = {digest: f"a{at}" for at, digest in enumerate(lineage.nodes)}
     lines = ["flowchart TD"]
     for digest, node in lineage.nodes.items():
-        label = "<br/>".join(_label(text) for text in (node.stage, f"{node.kind} {digest[:SHORT]}", _counts(node.metadata)) if text)
+        label = "<br/>".join(_label(text) for text in (node.stage, f"{node.what} {digest[:SHORT]}", _counts(node.metadata)) if text)
         shape = ('(["', '"])') if digest in lineage.roots else ('["', '"]')
         lines.append(f"    {names[digest]}{shape[0]}{label}{shape[1]}")
     for digest, pairs in lineage.inputs.items():
@@ -184,7 +189,7 @@ def _uses(lineage: Lineage, digest: str, indent: str, shown: set[str]) -> list[s
 
 
 def _title(node: Node) -> str:
-    return "  ".join(part for part in (f"{node.kind} {node.digest[:SHORT]}", node.stage, "" if node.present else "(files gone)") if part)
+    return "  ".join(part for part in (f"{node.what} {node.digest[:SHORT]}", node.stage, "" if node.present else "(files gone)") if part)
 
 
 def _facts(node: Node) -> list[str]:
@@ -246,8 +251,8 @@ def _sources(node: Node) -> list[tuple[str, str]]:
 def _counts(metadata: dict[str, Any]) -> str:
     """The whole numbers that a manifest tells, such as documents and bytes."""
     counts = {name: value for name, value in metadata.items() if isinstance(value, int) and not isinstance(value, bool)}
-    words = {name: value for name, value in metadata.items() if name in ("role", "dtype", "preset") and isinstance(value, str)}
-    return ", ".join([*words.values(), *(f"{value:,} {name.replace('_', ' ')}" for name, value in list(counts.items())[:6])])
+    words = [f"{name.replace('_', ' ')} {metadata[name]}" for name in ("dtype", "chat_format") if name in metadata]
+    return ", ".join([*words, *(f"{value:,} {name.replace('_', ' ')}" for name, value in list(counts.items())[:6])])
 
 
 def _licenses(metadata: dict[str, Any]) -> str:

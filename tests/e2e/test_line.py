@@ -119,7 +119,7 @@ def test_lineage_leads_from_the_model_to_the_source_files(line):
         "books": r"source pretrain_en_books/derived/mary-shelley_frankenstein\.jsonl",
         "poetry-zh": r"source pretrain_zh_poetry/songci/songci_0000\.json",
     }
-    assert said.startswith(f"model {line.model().digest[:12]}  pretrain")
+    assert said.startswith(f"policy model {line.model().digest[:12]}  pretrain")
     assert re.search(sources[line.recipe], said), said
     assert re.search(r"^├─ (hf_checkpoint|report) ", said, re.MULTILINE)  # and what was made of it
     assert line.program.run("lineage", f"run:{line.run}/pretrain") == said

@@ -1,7 +1,8 @@
-"""Lineage goes from an artifact to its documents and back, and tells who made what, with which code and licence."""
+"""Lineage goes from an artifact to the files it comes from and back, and tells who made what, with which code and licence."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -40,9 +41,87 @@ def line(store: Store) -> dict[str, Action]:
     return {each.stage: each for each in (documents, tokenizer, tokens, model, report)}
 
 
+@pytest.fixture
+def whole_line(store: Store, line: dict[str, Action]) -> dict[str, Action]:
+    """The line and, after it: sft from conversations, a reward model from pairs and ratings, rl with prompts."""
+
+    def ingested(kind: str, unit: str, source: str) -> Action:
+        return made(store, kind, kind, {}, leaves={f"source.{source}": "d" * 64}, metadata={unit: 1200, "licenses": {"CC-BY-4.0": {}}})
+
+    read = [
+        ingested("conversations", "conversations", "chats/chats.jsonl"),
+        ingested("preferences", "pairs", "pairs/pairs.jsonl"),
+        ingested("ratings", "ratings", "rated/rated.jsonl"),
+        ingested("prompts", "prompts", "asked/asked.jsonl"),
+    ]
+    line |= {each.stage: each for each in read}
+    policy = {"role": "policy", "parameters": 1_074_304, "chat_format": "gptline-1"}
+    line["sft"] = made(
+        store, "sft", "model", {"policy": [line["pretrain"].output], "conversations": [line["conversations"].output]}, metadata=policy
+    )
+    line["reward_model"] = made(
+        store, "reward_model", "model",
+        {"policy": [line["sft"].output], "preferences": [line["preferences"].output], "ratings": [line["ratings"].output]},
+        metadata={"role": "reward", "parameters": 1_074_432, "score_mean": 0.25, "score_std": 1.5},
+    )  # fmt: skip
+    line["rl"] = made(
+        store, "rl", "model",
+        {"policy": [line["sft"].output], "prompts": [line["prompts"].output], "reward_model": [line["reward_model"].output]},
+        metadata=policy,
+    )  # fmt: skip
+    return line
+
+
+def test_an_assistant_is_traced_down_to_its_documents_conversations_preferences_and_prompts(
+    store: Store, whole_line: dict[str, Action]
+) -> None:
+    text = as_text(trace(store, whole_line["rl"].output))
+    short = {stage: each.output[:12] for stage, each in whole_line.items()}
+    assert text.startswith(f"policy model {short['rl']}  rl\n")
+    assert f"policy: policy model {short['sft']}  sft\n" in text
+    assert f"policy: policy model {short['pretrain']}  pretrain\n" in text
+    assert f"reward_model: reward model {short['reward_model']}  reward_model\n" in text
+    assert f"policy: policy model {short['sft']}  sft  (shown above)\n" in text  # the reward model started from it too
+    for kind, unit in (("conversations", "conversations"), ("preferences", "pairs"), ("ratings", "ratings"), ("prompts", "prompts")):
+        assert f"{kind}: {kind} {short[kind]}  {kind}\n" in text
+        assert f"1,200 {unit}\n" in text
+    assert text.count("licence CC-BY-4.0") == 4
+    for source in ("books/emma", "chats/chats", "pairs/pairs", "rated/rated", "asked/asked"):
+        assert text.count(f"source {source}.jsonl  sha256 ") == 1
+    assert text.count("chat format gptline-1, 1,074,304 parameters\n") == 2  # sft's and rl's; that it is a policy, its name says
+
+
+def test_what_was_made_of_a_conversation_is_told_with_each_models_role(store: Store, whole_line: dict[str, Action]) -> None:
+    below = as_text(trace(store, whole_line["conversations"].output)).split("  conversations:\n")[1].splitlines()
+    short = {stage: whole_line[stage].output[:12] for stage in ("sft", "reward_model", "rl")}
+    assert [re.sub(r"  \d{4}-.* s", "", row) for row in below if row] == [
+        f"└─ policy model {short['sft']}  sft",
+        f"   ├─ reward model {short['reward_model']}  reward_model",
+        f"   │  └─ policy model {short['rl']}  rl",
+        f"   └─ policy model {short['rl']}  rl  (shown above)",
+    ]
+
+
+def test_the_chart_of_an_assistant_names_roles_parameters_and_every_source_once(store: Store, whole_line: dict[str, Action]) -> None:
+    lineage = trace(store, whole_line["rl"].output)
+    rows = as_mermaid(lineage).splitlines()
+    nodes = {row.split('"')[1].split("<br/>")[0]: row for row in rows if "<br/>" in row}
+    names = {stage: row.split()[0].split("[")[0].split("(")[0] for stage, row in nodes.items()}
+    assert nodes["reward_model"].split("<br/>")[1] == f"reward model {whole_line['reward_model'].output[:12]}"
+    assert nodes["sft"].split("<br/>")[1] == f"policy model {whole_line['sft'].output[:12]}"
+    assert f'    {names["conversations"]} -->|"conversations"| {names["sft"]}' in rows
+    assert f'    {names["preferences"]} -->|"preferences"| {names["reward_model"]}' in rows
+    assert f'    {names["sft"]} -->|"policy"| {names["reward_model"]}' in rows
+    assert f'    {names["reward_model"]} -->|"reward_model"| {names["rl"]}' in rows
+    assert sum(row.startswith("    s") for row in rows) == 5  # documents, conversations, preferences, ratings, prompts
+    page = as_html(lineage)
+    assert f"<h1>Lineage of policy model {whole_line['rl'].output[:12]}  rl</h1>" in page
+    assert page.count(f"reward model {whole_line['reward_model'].output[:12]}") >= 2  # in the tree and in the chart
+
+
 def test_a_model_is_traced_down_to_its_documents_their_files_and_their_licence(store: Store, line: dict[str, Action]) -> None:
     text = as_text(trace(store, line["pretrain"].output))
-    assert text.startswith(f"model {line['pretrain'].output[:12]}  pretrain\n")
+    assert text.startswith(f"policy model {line['pretrain'].output[:12]}  pretrain\n")
     assert f"tokens: tokens {line['tokenize'].output[:12]}  tokenize" in text
     assert "20,000,000 bytes, 1,812 documents" in text
     assert "licence CC0-1.0" in text
