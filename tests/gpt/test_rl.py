@@ -181,7 +181,7 @@ def test_a_run_stopped_at_any_place_ends_in_the_same_bits_and_the_same_curves(ma
 def test_before_the_first_update_every_ratio_is_1_and_the_policy_is_its_reference(make_rank, policy, prompts, tmp_path):
     # Responses of unequal length, micro-batches padded each in its own way, and a policy that came with dropout.
     rank = make_rank()
-    config = settings(temperature=0.7, micro_batch_size=2)
+    config = settings(temperature=0.7, micro_batch_size=2, ppo_epochs=2)
     train(rank, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
     assert rank.curve("train/ratio_first") == {1: 0.0, 2: 0.0}
     assert rank.curve("rollout/kl_k1_nats_per_response")[1] == 0.0
@@ -189,6 +189,24 @@ def test_before_the_first_update_every_ratio_is_1_and_the_policy_is_its_referenc
     assert rank.curve("rollout/kl_k3_nats_per_token")[2] > 1e-4
     assert rank.curve("train/approx_kl")[1] > 1e-4  # of the second update
     assert max(rank.curve("rollout/logprob_mismatch").values()) < 1e-5
+
+
+def test_what_a_ratio_compares_was_read_in_the_same_micro_batches(make_rank, policy, prompts, monkeypatch, tmp_path):
+    # A CPU may round alike in another layout, a GPU does not.
+    read: dict[tuple[type, bool], list[torch.Tensor]] = {}
+    call = TorchEngine.__call__
+
+    def noting(self: TorchEngine, token_ids: torch.Tensor) -> torch.Tensor:
+        read.setdefault((type(self.module), torch.is_grad_enabled()), []).append(token_ids)
+        return call(self, token_ids)
+
+    monkeypatch.setattr(TorchEngine, "__call__", noting)
+    train(make_rank(), settings(steps=1, micro_batch_size=2, ppo_epochs=2), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
+    for model in (GPT, RewardModel):
+        before, learned_from = read[model, False], read[model, True]
+        assert (len(before), len(learned_from)) == (4, 8)
+        for first, second in zip(before, learned_from[:4], strict=True):
+            assert torch.equal(first, second)
 
 
 def test_on_policy_nothing_is_clipped(make_rank, policy, prompts, tmp_path):
@@ -427,8 +445,9 @@ def test_without_a_prompt_that_fits_there_is_no_run(make_rank, policy, make_prom
         train(make_rank(), settings(), policy, [make_prompts("x" * 22)], [ShareOfA()], 1, tmp_path / "model")
 
 
-def test_a_gradient_that_is_no_number_ends_the_run(make_rank, policy, prompts, monkeypatch, tmp_path):
-    monkeypatch.setattr(TorchEngine, "step", lambda self, lr: float("nan"))
+@pytest.mark.parametrize("spoilt", [GPT, RewardModel])
+def test_a_gradient_of_either_model_that_is_no_number_ends_the_run(spoilt, make_rank, policy, prompts, monkeypatch, tmp_path):
+    monkeypatch.setattr(TorchEngine, "step", lambda self, lr: float("nan") if type(self.module) is spoilt else 1.0)
     with pytest.raises(ValueError, match="the gradient norm of step 1 is nan"):
         train(make_rank(), settings(), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
 
