@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from gpt.tokenizer import Tokenizer
 
+FORMAT = "gptline-1"
+"""What a model's manifest says of its turns, as `chat_format`."""
 ROLES = ("system", "user", "assistant")
 
 Message = Mapping[str, str]

@@ -2,6 +2,10 @@
 
 Both ways with equal logits and equal token ids, and without transformers: the files are written and read directly. Left out: other
 architectures. Which folders can be read says `gpt.hf_folder`.
+
+An assistant's folder has a chat template, whose ids are those of `gpt.chat`. A template makes one string of a conversation, and what is
+a token in a string is so for whoever wrote it. So there the special tokens have names that nobody types, MARK before our own:
+a message that spells "<|end|>" stays text, as here.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt.chat import ROLES
 from gpt.hf_folder import TOKENIZER, read_config, weight_files
 from gpt.model import GPT, load_model, save_model
 from gpt.settings import GPTConfig
@@ -28,17 +33,37 @@ _BLOCK = {
     "feed_forward.up": ("mlp.c_fc", True),
     "feed_forward.down": ("mlp.c_proj", True),
 }
+MARK = "\ufdd0"
+"""A noncharacter, which Unicode keeps for a program's inner use and out of texts that are interchanged (chapter 23.7)."""
+CHAT_TEMPLATE = """\
+{#- U+FDD0 makes a token of the name that follows: "<|end|>" alone is text, also in a message. -#}
+{%- for message in messages %}
+    {%- if message.role not in ROLES %}
+        {{- raise_exception("role '" + message.role + "' is unknown; wanted " + ROLES | join(", ")) }}
+    {%- endif %}
+    {%- if "\\ufdd0<|" in message.content %}
+        {{- raise_exception("a message holds U+FDD0 before <|, which stands for special tokens here; leave that character out") }}
+    {%- endif %}
+    {{- "\\ufdd0<|" + message.role + "|>" + message.content + "\\ufdd0<|end|>" }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "\\ufdd0<|assistant|>" }}
+{%- endif %}
+""".replace("ROLES", json.dumps(ROLES))
 _MASK = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 """The causal mask, which older versions saved with the weights."""
 
 
-def write_checkpoint(model_folder: Path, folder: Path) -> None:
+def write_checkpoint(model_folder: Path, folder: Path, *, chat: bool = False) -> None:
     """`export_gpt2` of a model artifact's folder."""
-    export_gpt2(load_model(model_folder), Tokenizer.load(model_folder / "tokenizer.json"), folder)
+    export_gpt2(load_model(model_folder), Tokenizer.load(model_folder / TOKENIZER), folder, chat=chat)
 
 
-def export_gpt2(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json."""
+def export_gpt2(model: GPT, tokenizer: Tokenizer, folder: Path, *, chat: bool = False) -> None:
+    """Write config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
+
+    Of a model that speaks in turns (`chat`) also chat_template.jinja; what it generates then ends with <|end|>.
+    """
     from safetensors.torch import save_file
 
     _refuse_what_gpt2_is_not(model.config)
@@ -49,26 +74,50 @@ def export_gpt2(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     save_file(_weights(model), folder / "model.safetensors", {"format": "pt"})
-    tokenizer.save(folder / "tokenizer.json")
-    document, pad = tokenizer.special["document"], tokenizer.special["pad"]
-    _write(folder / "config.json", _config(model.config, document, pad))
-    _write(folder / "generation_config.json", {"bos_token_id": document, "eos_token_id": document, "pad_token_id": pad})
+    document, end, pad = (tokenizer.special[name] for name in ("document", "end", "pad"))
+    _write(folder / "config.json", _config(model.config, document, end if chat else document, pad))
+    ends = [end, document] if chat else document
+    _write(folder / "generation_config.json", {"bos_token_id": document, "eos_token_id": ends, "pad_token_id": pad})
+    tokenizer.save(folder / TOKENIZER)
+    if chat:
+        (folder / TOKENIZER).write_text(_marked((folder / TOKENIZER).read_text(encoding="utf-8"), tokenizer), encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    mark = MARK if chat else ""
     _write(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": model.config.seq_len,
             "clean_up_tokenization_spaces": False,
-            "bos_token": special_text("document"),
-            "eos_token": special_text("document"),
-            "pad_token": special_text("pad"),
+            "bos_token": mark + special_text("document"),
+            "eos_token": mark + special_text("end" if chat else "document"),
+            "pad_token": mark + special_text("pad"),
             # A token that has a role is looked for in texts, unless this is set: ours never come from text.
-            "split_special_tokens": True,
+            "split_special_tokens": not chat,
         },
     )
 
 
-def _config(config: GPTConfig, document_id: int, pad_id: int) -> dict[str, Any]:
+def _marked(definition: str, tokenizer: Tokenizer) -> str:
+    """A tokenizer.json that knows our special tokens where MARK stands before their names, and shows them without it."""
+    content = json.loads(definition)
+    names = {special_text(name): token_id for name, token_id in tokenizer.special.items()}
+    content["model"]["vocab"] = {MARK + text if text in names else text: token_id for text, token_id in content["model"]["vocab"].items()}
+    as_it_stands = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] = [
+        {"id": token_id, "content": MARK + text, **as_it_stands} for text, token_id in sorted(names.items(), key=lambda item: item[1])
+    ]
+    shown = {"type": "Replace", "pattern": {"String": MARK + "<|"}, "content": "<|"}
+    content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], shown]}
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+
+
+def read_tokenizer(definition: str) -> tuple[Tokenizer, int]:
+    """`read_gpt2` of a tokenizer.json which may be that of an assistant of ours."""
+    return read_gpt2(definition.replace(MARK + "<|", "<|"))
+
+
+def _config(config: GPTConfig, begin_id: int, end_id: int, pad_id: int) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -84,8 +133,8 @@ def _config(config: GPTConfig, document_id: int, pad_id: int) -> dict[str, Any]:
         "attn_pdrop": config.dropout,
         "resid_pdrop": config.dropout,
         "tie_word_embeddings": config.tied,
-        "bos_token_id": document_id,
-        "eos_token_id": document_id,
+        "bos_token_id": begin_id,
+        "eos_token_id": end_id,
         "pad_token_id": pad_id,
         "dtype": "float32",
     }
@@ -99,7 +148,7 @@ def read_checkpoint(folder: Path, output: Path) -> int:
     can't be read or can't be ours.
     """
     config = read_config(folder)
-    tokenizer, known = read_gpt2((folder / TOKENIZER).read_text(encoding="utf-8"))
+    tokenizer, known = read_tokenizer((folder / TOKENIZER).read_text(encoding="utf-8"))
     if known > config.vocab_size:
         raise ValueError(f"{TOKENIZER} has {known:,} tokens, the model rows for {config.vocab_size:,}; take both from one checkpoint")
     weights = _read_weights(folder, config)

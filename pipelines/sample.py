@@ -1,4 +1,4 @@
-"""A prompt continued by a trained model, piece by piece, for `gptline sample`."""
+"""A prompt continued by a trained model, piece by piece, for `gptline sample`; and what `gptline chat` shares with it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ SHOWN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} |
 """What a model writes is data: a terminal must not obey its control characters, so their pictures are shown."""
 
 
-def continue_prompt(store: Store, digest: str, prompt: str, *, tokens: int, temperature: float, seed: int) -> Iterator[str]:
-    """The prompt, then what follows, in whole characters; it ends where the model ends the document.
-
-    Every byte of the model is verified first: damaged weights write text as well, and nobody could tell.
-    """
+def sound_policy(store: Store, digest: str) -> Model:
+    """Every byte is verified first: damaged weights write text as well, and nobody could tell."""
     model = store.artifact(digest)
     if not isinstance(model, Model):
         raise StageFailure(f"artifact {digest[:12]} is {model.kind}, wanted a model")
+    if model.metadata.get("role") != "policy":
+        raise StageFailure(f"model {digest[:12]} has the role {model.metadata.get('role')}; wanted a policy: only those write")
     if problems := store.verify(digest):
         raise StageFailure(
             f"model {digest[:12]} is damaged: {'; '.join(problems)}. Delete {model.path} and run its pipeline again: what is gone is made"
         )
+    return model
+
+
+def continue_prompt(store: Store, digest: str, prompt: str, *, tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    """The prompt, then what follows, in whole characters; it ends where the model ends the document."""
+    model = sound_policy(store, digest)
     from gpt.model import load_model
     from gpt.random_streams import stream_seed
     from gpt.sampling import sample_stream

@@ -13,6 +13,7 @@ class SftConfig(StageConfig, SftSettings):
 
 def sft(config: SftConfig, policy: Model, conversations: list[Conversations], stage: StageContext) -> Model:
     """Conversations of several datasets count by their number; the tokenizer is the policy's."""
+    from gpt.chat import FORMAT
     from gpt.sft import train
 
     if policy.metadata["role"] != "policy":
@@ -21,4 +22,4 @@ def sft(config: SftConfig, policy: Model, conversations: list[Conversations], st
         )
     folders = [each.path for each in conversations]
     metadata = stage.gang(train, config, policy.path, folders, stage.seed, stage.output)
-    return stage.publish(Model, tokenizer=policy.metadata["tokenizer"], chat_format="gptline-1", **metadata)
+    return stage.publish(Model, tokenizer=policy.metadata["tokenizer"], chat_format=FORMAT, **metadata)
