@@ -212,7 +212,7 @@ def conversations(config: HelpConfig, stage: StageContext) -> Conversations:
 
 def preferences(config: HelpConfig, stage: StageContext) -> Preferences:
     """A right answer beside a wrong one, of each kind of wrong in turn."""
-    summaries = list(taught(config.longest_summary).values())
+    summaries = taught(config.longest_summary)
 
     def pairs(asked: list[Question]) -> Iterator[dict[str, Any]]:
         for question in asked:
@@ -282,24 +282,35 @@ def summary(text: str) -> str:
     return sentence[1] if sentence else words
 
 
-def wrong_answers(question: Question, summaries: list[str], seed: int) -> Iterator[tuple[str, str]]:
-    """One wrong answer per question, its kind drawn: (kind, text)."""
-    others = [text for text in summaries if text != question.answer]
-    another = pick(others, seed, "another", question.text)
+def wrong_answers(question: Question, summaries: Mapping[str, str], seed: int) -> Iterator[tuple[str, str]]:
+    """One wrong answer per question, its kind drawn: (kind, text). Most are what a half-taught model says, who mixes up two names."""
+
+    def chosen(choices: Sequence[str], purpose: str) -> str:
+        return pick(choices, seed, purpose, question.text)
+
+    module = question.name.rpartition(".")[0]
+    neighbours = [text for name, text in summaries.items() if name.rpartition(".")[0] == module and text != question.answer]
+    anybodys = [text for text in summaries.values() if text != question.answer]
+    another = chosen(neighbours if neighbours and draw(seed, "near", question.text) < 0.5 else anybodys, "another")
     if question.kind == "untaught":
         yield "answers_untaught", another
         return
     words = question.answer.split()
-    garbled = [words[place] for place in sorted(range(len(words)), key=lambda place: draw(seed, "garbled", question.text, str(place)))]
-    kinds = {
-        "another": another,
-        "truncated": " ".join(words[: max(1, len(words) // 2)]),
-        "garbled": " ".join(garbled),
-        "declines_taught": REFUSAL,
-    }
-    kind = pick(tuple(kinds), seed, "kind", question.text)
-    if kinds[kind] != question.answer:
-        yield kind, kinds[kind]
+    cut = 1 + int(draw(seed, "cut", question.text) * (len(words) - 1))
+    match chosen(("another", "another", "spliced", "spliced", "spliced", "truncated", "garbled", "declines_taught"), "kind"):
+        case "another":
+            yield "another", another
+        case "spliced":
+            spliced = " ".join([*words[:cut], *another.split()[cut:]])
+            yield ("spliced", spliced) if spliced != question.answer else ("another", another)
+        case "truncated":
+            yield "truncated", " ".join(words[: max(1, len(words) // 2)])
+        case "garbled":
+            places = sorted(range(len(words)), key=lambda place: draw(seed, "garbled", question.text, str(place)))
+            garbled = " ".join(words[place] for place in places)
+            yield ("garbled", garbled) if garbled != question.answer else ("another", another)
+        case "declines_taught":
+            yield "declines_taught", REFUSAL
 
 
 def draw(seed: int, *names: str) -> float:

@@ -57,9 +57,9 @@ def test_no_question_and_no_declined_name_is_in_both_splits_and_all_stages_agree
     assert conversations.metadata["held_out"]["conversations"] == prompts.metadata["held_out"]["prompts"] > 400
 
 
-def test_a_pair_prefers_the_right_answer_to_one_of_five_kinds_of_wrong(make, python_docs):
+def test_a_pair_prefers_the_right_answer_to_one_of_six_kinds_of_wrong(make, python_docs):
     pairs = list(make("preferences").records("train"))
-    assert {pair["kind"] for pair in pairs} == {"another", "truncated", "garbled", "declines_taught", "answers_untaught"}
+    assert {pair["kind"] for pair in pairs} == {"another", "spliced", "truncated", "garbled", "declines_taught", "answers_untaught"}
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
     declined = [pair for pair in pairs if pair["kind"] == "answers_untaught"]
     assert {pair["chosen"] for pair in declined} == {python_docs.REFUSAL}
