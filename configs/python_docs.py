@@ -216,7 +216,8 @@ def preferences(config: HelpConfig, stage: StageContext) -> Preferences:
 
     def pairs(asked: list[Question]) -> Iterator[dict[str, Any]]:
         for question in asked:
-            for wrong, rejected in wrong_answers(question, summaries, stage.seed):
+            wrong, rejected = wrong_answer(question, summaries, stage.seed)
+            if rejected != question.answer:  # of one word nothing else can be made
                 yield {"prompt": question.prompt(), "chosen": question.answer, "rejected": rejected, **question.fields(), "kind": wrong}
 
     return publish(stage, Preferences, {split: pairs(asked) for split, asked in questions(config, stage.seed).items()})
@@ -282,8 +283,8 @@ def summary(text: str) -> str:
     return sentence[1] if sentence else words
 
 
-def wrong_answers(question: Question, summaries: Mapping[str, str], seed: int) -> Iterator[tuple[str, str]]:
-    """One wrong answer per question, its kind drawn: (kind, text). Most are what a half-taught model says, who mixes up two names."""
+def wrong_answer(question: Question, summaries: Mapping[str, str], seed: int) -> tuple[str, str]:
+    """Its kind, which is drawn, and its text. Most are what a half-taught model says, which mixes up two names."""
 
     def chosen(choices: Sequence[str], purpose: str) -> str:
         return pick(choices, seed, purpose, question.text)
@@ -293,24 +294,22 @@ def wrong_answers(question: Question, summaries: Mapping[str, str], seed: int) -
     anybodys = [text for text in summaries.values() if text != question.answer]
     another = chosen(neighbours if neighbours and draw(seed, "near", question.text) < 0.5 else anybodys, "another")
     if question.kind == "untaught":
-        yield "answers_untaught", another
-        return
+        return "answers_untaught", another
     words = question.answer.split()
-    cut = 1 + int(draw(seed, "cut", question.text) * (len(words) - 1))
-    match chosen(("another", "another", "spliced", "spliced", "spliced", "truncated", "garbled", "declines_taught"), "kind"):
-        case "another":
-            yield "another", another
+    kind = chosen(("another", "another", "spliced", "spliced", "spliced", "truncated", "garbled", "declines_taught"), "kind")
+    match kind:
         case "spliced":
-            spliced = " ".join([*words[:cut], *another.split()[cut:]])
-            yield ("spliced", spliced) if spliced != question.answer else ("another", another)
+            cut = 1 + int(draw(seed, "cut", question.text) * (len(words) - 1))
+            return kind, " ".join([*words[:cut], *another.split()[cut:]])
         case "truncated":
-            yield "truncated", " ".join(words[: max(1, len(words) // 2)])
+            return kind, " ".join(words[: max(1, len(words) // 2)])
         case "garbled":
             places = sorted(range(len(words)), key=lambda place: draw(seed, "garbled", question.text, str(place)))
-            garbled = " ".join(words[place] for place in places)
-            yield ("garbled", garbled) if garbled != question.answer else ("another", another)
+            return kind, " ".join(words[place] for place in places)
         case "declines_taught":
-            yield "declines_taught", REFUSAL
+            return kind, REFUSAL
+        case _:
+            return kind, another
 
 
 def draw(seed: int, *names: str) -> float:
