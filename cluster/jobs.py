@@ -114,8 +114,8 @@ class Jobs:
             refused = f"the cluster at {self.address} refuses the token that it was given; mend the one of {where}"
             wanted = f"the cluster at {self.address} wants a token, and there is none: put it into {where}"
             raise PermissionError(refused if self._has_token else wanted) from error
-        except (RequestException, ConnectionError, RuntimeError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        except (RequestException, ConnectionError, RuntimeError, LookupError, TypeError, ValueError) as error:
+            lines = [line.strip() for line in str(error).rstrip(" .\n").splitlines() if line.strip()] or [type(error).__name__]
             if lines[0].startswith("Request failed with status code"):  # Ray's client, of an answer that was Ray's
                 line = lines[-1] if "Traceback" in lines[0] else lines[0]
                 raise ConnectionError(f"the cluster at {self.address} can't do that: {line[:300]}") from error
