@@ -7,9 +7,10 @@ Importing this module must stay cheap: `gptline plan` does so.
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, field_validator, model_validator
+from pydantic_core import CoreSchema, core_schema
 
 
 class Settings(BaseModel):
@@ -29,6 +30,15 @@ OPERATIONAL = _OperationalMark()
 
 T = TypeVar("T")
 Operational = Annotated[T, OPERATIONAL]
+
+
+class UserFunction(str):
+    """A setting that names a function in a file of the user's own, "./reward.py:score": its code is part of a stage's key."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(cls, core_schema.str_schema())
+
 
 # Far above what anyone trains: a digit too many is a fault of the file, not a MemoryError late in the line.
 Count = Annotated[int, Field(ge=1, le=2**12)]

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from cluster.metric_names import check_metric_name
 from pipelines.artifacts import Artifact
 from pipelines.config import Resources
-from pipelines.graph import ENGINES, load_kind
+from pipelines.graph import ENGINES, load_function, load_kind
 from pipelines.planner import versions
 from pipelines.stage import Source, StageFailure
 from pipelines.store import Store
@@ -43,6 +43,8 @@ class Job:
     uses: str
     user_folder: Path
     """What a `uses` that names a file is relative to."""
+    functions: dict[str, str]
+    """The user's code, as the config names it to where it lies, relative to `user_folder`."""
     config: dict[str, Any]
     inputs: dict[str, list[str]]
     sources: list[Source]
@@ -191,6 +193,13 @@ class Context:
         reader = _Planned(source)
         self._readers.append(reader)
         return cast(BinaryIO, io.BufferedReader(reader, buffer_size=1 << 20))
+
+    def function(self, reference: str) -> Callable[..., Any]:
+        if reference not in self._job.functions:
+            raise ValueError(
+                f"{reference!r} is no value of a setting of type UserFunction; {self._job.uses} has {list(self._job.functions)}"
+            )
+        return load_function(self._job.functions[reference], self._job.user_folder)[0]
 
     def progress(self, done: int, total: int, unit: str) -> None:
         if self._should_stop():

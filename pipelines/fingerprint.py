@@ -118,14 +118,14 @@ class Code:
         self._paths: dict[str, Path | None] = {}
         self._definitions: dict[Name, _Definition] = {}
 
-    def leaves(self, entries: Iterable[Name]) -> dict[str, str]:
+    def leaves(self, entries: Iterable[Name], called: Iterable[Name] = ()) -> dict[str, str]:
         """Hashes of all definitions that these (module, name) pairs can reach: {"gpt.model:GPT": "1f0c..."}.
 
         Settings that an entry takes as a parameter are the stage's config, whose fields the key holds by value: they don't count here.
-        ValueError says which entry leads nowhere, or which file is no Python.
+        What is `called` is given no config. ValueError says which pair leads nowhere, or which file is no Python.
         """
         entries = list(entries)
-        reached = self._reach(entries)
+        reached = self._reach([*entries, *called])
         by_value = self._by_value(entries, reached)
         found = {}
         for module_name, name in reached:
@@ -152,7 +152,7 @@ class Code:
 
     def _reach(self, entries: Iterable[Name]) -> list[Name]:
         """The definitions that can be reached by name, each once."""
-        waiting = [self._entry(module_name, name) for module_name, name in entries]
+        waiting = list(dict.fromkeys(self._entry(module_name, name) for module_name, name in entries))
         seen = set(waiting)
         reached = []
         while waiting:

@@ -3,7 +3,8 @@
 A kind is a function: `def sft(config: SftConfig, policy: Model, conversations: Conversations, stage: StageContext) -> Model`.
 The parameter that is a Settings class is its config, the one that is a StageContext its way to the machines; of the others the name is
 the input's name and the annotation the artifact's kind; `list[...]` takes several, `| None` is optional; the return annotation is what
-it makes. Anyone's function serves as well: `uses = "./clean.py:clean"` names a file beside the TOML.
+it makes. Anyone's function serves as well: `uses = "./clean.py:clean"` names a file beside the TOML, and so does a setting of type
+`UserFunction`: `reward = "./reward.py:score"`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from gpt.settings import OPERATIONAL, Settings, TrainSettings
+from gpt.settings import OPERATIONAL, Settings, TrainSettings, UserFunction
 from pipelines.artifacts import Artifact
 from pipelines.config import ConfigError, Fault, Loaded, Resources, validate
 from pipelines.fingerprint import PACKAGES, Code
@@ -38,6 +39,8 @@ RUN_STAGE = re.compile(r"run:([A-Za-z0-9_.-]+)/([A-Za-z0-9_-]+)")
 MODEL_ALIAS = re.compile(r"model:([A-Za-z0-9_-]+)@([A-Za-z0-9_-]+)")
 BARE_DIGEST = re.compile(r"([0-9a-f]{12,64})")
 HF_FOLDER = re.compile(r"hf:(.+)")
+USER_MODULE = "gptline_user_"
+"""What a user's file is called as a module begins so."""
 ARTIFACTS = "sha256:<at least 8 digits>, run:<id>/<stage>, model:<pipeline>@newest or hf:<folder>"
 REFERENCES = f"a stage's name, {ARTIFACTS}"
 ENGINES = {"torch": "gpt.torch_engine:TorchEngine", "deepspeed": "cluster.deepspeed_engine:DeepSpeedEngine"}
@@ -95,6 +98,20 @@ class Kind:
 
 
 @dataclass(frozen=True)
+class UserCode:
+    """A function of the user's own that a stage's table names: `UserCode("reward", "./reward.py:score", Path("/line/reward.py"))`."""
+
+    setting: str
+    """What names it: "uses", or a setting of type `UserFunction`."""
+    reference: str
+    file: Path
+
+    def entry(self) -> tuple[str, str]:
+        """Module and name, as `fingerprint` follows them."""
+        return self.file.stem, self.reference.rpartition(":")[2]
+
+
+@dataclass(frozen=True)
 class Stage:
     """One table of the pipeline file, checked."""
 
@@ -105,6 +122,12 @@ class Stage:
     """Parameter name to references: a stage's name, sha256:..., run:<id>/<stage>, model:<pipeline>@newest."""
     resources: Resources
     sources: list[Source] = field(default_factory=list)
+    user_code: list[UserCode] = field(default_factory=list)
+    """All in one folder."""
+
+    def user_folder(self) -> Path | None:
+        """Where its user code lies."""
+        return self.user_code[0].file.parent if self.user_code else None
 
     def upstream(self) -> list[str]:
         return [each for references in self.inputs.values() for each in references if ":" not in each]
@@ -181,6 +204,7 @@ class _Draft:
     config: Settings | None
     resources: Resources | None
     sources: list[Source]
+    user_code: list[UserCode]
 
     def upstream(self) -> list[str]:
         return [each for references in self.inputs.values() for each in references if ":" not in each]
@@ -188,13 +212,12 @@ class _Draft:
     def stage(self) -> Stage:
         assert self.config is not None
         assert self.resources is not None
-        return Stage(self.name, self.kind, self.config, self.inputs, self.resources, self.sources)
+        return Stage(self.name, self.kind, self.config, self.inputs, self.resources, self.sources, self.user_code)
 
 
 def load_kind(uses: str, folder: Path) -> Kind:
     """The kind that `uses` names; ValueError says what is wrong with it. A user's file is executed, as an import is."""
-    path, colon, function_name = uses.rpartition(":")
-    if not colon:
+    if ":" not in uses:
         known = sorted(each.stem for each in (Path(__file__).parent / "stages").glob("*.py") if each.stem != "__init__")
         if uses not in known:
             near = difflib.get_close_matches(uses, known)
@@ -202,22 +225,33 @@ def load_kind(uses: str, folder: Path) -> Kind:
             raise ValueError(f"no kind is called {uses!r}; {hint}")
         module = importlib.import_module(f"pipelines.stages.{uses}")
         return read_signature(uses, getattr(module, uses), None)
+    function, file = load_function(uses, folder)
+    return read_signature(uses, function, file)
+
+
+def load_function(reference: str, folder: Path) -> tuple[types.FunctionType, Path]:
+    """The user's function that "./file.py:function" names, and its file, executed as an import is; ValueError says what is wrong."""
+    path, colon, name = reference.rpartition(":")
+    if not colon:
+        raise ValueError(f"is {reference!r}, wanted a function of your own, such as './file.py:function'")
     file = (folder / path).resolve()
     if not file.is_file() or file.suffix != ".py":
-        raise ValueError(f"{uses!r}: there is no Python file {file}")
+        raise ValueError(f"{reference!r}: there is no Python file {file}")
     if file.stem in PACKAGES:
-        raise ValueError(f"{uses!r}: {file.name} has the name of a package of gptline; call the file something else")
+        raise ValueError(f"{reference!r}: {file.name} has the name of a package of gptline; call the file something else")
     module = load_user_module(file)
-    function = getattr(module, function_name, None)
+    function = getattr(module, name, None)
     if not inspect.isfunction(function):
         known = [name for name, each in vars(module).items() if inspect.isfunction(each) and each.__module__ == module.__name__]
-        raise ValueError(f"{uses!r}: {path} has no function {function_name!r}; it has {', '.join(known) or 'none'}")
-    return read_signature(uses, function, file)
+        what = "class" if inspect.isclass(function) else type(function).__name__
+        found = f"no function {name!r}" if function is None else f"{name!r} ({what}), which is no function"
+        raise ValueError(f"{reference!r}: {path} has {found}; it has {', '.join(known) or 'none'}")
+    return function, file
 
 
 def load_user_module(file: Path) -> types.ModuleType:
     """Import a file that is no part of the project, under a name that can shadow nobody's."""
-    name = f"gptline_user_{file.stem}"
+    name = f"{USER_MODULE}{file.stem}"
     module = sys.modules.get(name)
     if module is not None and module.__file__ == str(file):
         return module
@@ -306,14 +340,17 @@ def _read_stage(name: str, table: dict[str, Any], loaded: Loaded) -> tuple[_Draf
     config, found = validate(kind.config, table, where)
     faults += found
     if config is not None:
-        faults += _check_recordable(config, where)
+        config, found = _as_recorded(config, where)
+        faults += found
+    user_code, found = _read_user_code(kind, config, loaded.path.parent, where)
+    faults += found
     sources: list[Source] = []
     if isinstance(config, StageConfig):
         sources, found = _read_sources(config, loaded.data(), where)
         faults += found
     if isinstance(config, TrainSettings) and resources is not None:
         faults += _check_training(where, config, resources)
-    return _Draft(name, kind, inputs, config, resources, sources), faults
+    return _Draft(name, kind, inputs, config, resources, sources, user_code), faults
 
 
 def _read_inputs(value: Any, where: str) -> tuple[dict[str, list[str]], list[Fault]]:
@@ -329,15 +366,59 @@ def _read_inputs(value: Any, where: str) -> tuple[dict[str, list[str]], list[Fau
     return references, faults
 
 
-def _check_recordable(config: Settings, where: str) -> list[Fault]:
-    """Keys, records and workers have the settings as JSON; a default may be what JSON can't hold, or no value of its own setting."""
+def _read_user_code(kind: Kind, config: Settings | None, folder: Path, where: str) -> tuple[list[UserCode], list[Fault]]:
+    found = [UserCode("uses", kind.uses, kind.file)] if kind.file else []
+    faults = []
+    for setting, reference in _user_functions(config, ""):
+        try:
+            function, file = load_function(reference, folder)
+        except ValueError as error:
+            faults.append(Fault(f"{where}.{setting}", str(error)))
+            continue
+        module = f"{USER_MODULE}{file.stem}"
+        if function.__module__ != module or getattr(sys.modules[module], function.__qualname__, None) is not function:
+            found_there = f"{function.__module__.removeprefix(USER_MODULE)}.{function.__qualname__}"
+            wanted = f"wanted a `def` at the top of {file.name}, which other processes import by its name"
+            faults.append(Fault(f"{where}.{setting}", f"{reference!r} is {found_there}; {wanted}"))
+            continue
+        found.append(UserCode(setting, reference, file))
+    for each in found[1:]:
+        if each.file.parent != found[0].file.parent:
+            faults.append(
+                Fault(
+                    f"{where}.{each.setting}",
+                    f"{each.reference!r} and {found[0].reference!r} lie in two folders; a stage's own code is imported from one: "
+                    "put the files side by side",
+                )
+            )
+    return found, faults
+
+
+def _user_functions(value: Any, setting: str) -> Iterator[tuple[str, str]]:
+    """The settings of type `UserFunction`, at any depth: ("reward", "./reward.py:score")."""
+    if isinstance(value, UserFunction):
+        yield setting, str(value)
+    elif isinstance(value, Settings | dict):
+        for name, each in dict(value).items():
+            yield from _user_functions(each, f"{setting}.{name}" if setting else str(name))
+    elif isinstance(value, list | tuple | set | frozenset):
+        for index, each in enumerate(value):
+            yield from _user_functions(each, f"{setting}.{index}")
+
+
+def _as_recorded(config: Settings, where: str) -> tuple[Settings, list[Fault]]:
+    """A config as a worker will read it. Keys, records and workers have the settings as JSON; a default may be what JSON can't hold, or
+    no value of its own setting."""
     faults = []
     for name in type(config).model_fields:
         try:
             config.model_dump(mode="json", include={name}, warnings=False)
         except Exception as error:
             faults.append(Fault(f"{where}.{name}", f"is {getattr(config, name)!r}, which can't be recorded as JSON: {error}"))
-    return faults or validate(type(config), config.model_dump(mode="json", warnings=False), where)[1]
+    if faults:
+        return config, faults
+    again, faults = validate(type(config), config.model_dump(mode="json", warnings=False), where)
+    return again or config, faults
 
 
 def _read_sources(config: StageConfig, data: Path, where: str) -> tuple[list[Source], list[Fault]]:
@@ -448,22 +529,21 @@ def _check_inputs(stage: _Draft, stages: dict[str, _Draft], tables: dict[str, An
 
 def _check_files(stages: dict[str, _Draft]) -> list[Fault]:
     """A user's files are imported by their names, on every machine: two files of one name would be taken for each other."""
-    faults: list[Fault] = []
+    faults: dict[str, str] = {}  # what is wrong to the first place that it was met at
     known: dict[str, Path] = {}
     for stage in stages.values():
-        folder = stage.kind.file.parent if stage.kind.file else None
-        if folder is None:
-            continue
-        try:
-            files = Code(ROOT, folder).files([stage.kind.entry()])
-        except ValueError as error:
-            faults.append(Fault(f"stages.{stage.name}.uses", str(error)))
-            continue
-        for file in files:
-            name = file.relative_to(folder).as_posix()
-            if known.setdefault(name, file) != file:
-                faults.append(Fault(f"stages.{stage.name}.uses", f"{file} and {known[name]} have one name; call one something else"))
-    return faults
+        for each in stage.user_code:
+            where, folder = f"stages.{stage.name}.{each.setting}", each.file.parent
+            try:
+                files = Code(ROOT, folder).files([each.entry()])
+            except ValueError as error:
+                faults.setdefault(str(error), where)
+                continue
+            for file in files:
+                name = file.relative_to(folder).as_posix()
+                if known.setdefault(name, file) != file:
+                    faults.setdefault(f"{file} and {known[name]} have one name; call one something else", where)
+    return [Fault(where, what) for what, where in faults.items()]
 
 
 def _check_reference(reference: str, wanted: Input, stages: dict[str, _Draft], tables: dict[str, Any]) -> str | None:

@@ -63,7 +63,7 @@ class Planner:
         until: str | None = None,
         inline: bool = False,
     ) -> None:
-        """`code_root` holds our packages, `user_folders` a stage's own file where that is not the one beside the TOML: a snapshot's.
+        """`code_root` holds our packages, `user_folders` a stage's user code where that is not beside the TOML: in a snapshot.
 
         `fresh`, `given` (stage to reference) and `until` are the command line's. ConfigError tells all that is wrong with them.
         """
@@ -85,9 +85,9 @@ class Planner:
         readers: dict[tuple[Path, Path | None], Code] = {}
         self._code: dict[str, dict[str, str]] = {}
         for stage in graph.stages.values():  # all of it now: an edit after this moment is the next run's
-            user = user_folders.get(stage.name) or (stage.kind.file.parent if stage.kind.file else None)
+            user = user_folders.get(stage.name) or stage.user_folder()
             code = readers.setdefault((code_root, user), Code(code_root, user))
-            self._code[stage.name] = code.leaves(stage.kind.entries())
+            self._code[stage.name] = code.leaves(stage.kind.entries(), [each.entry() for each in stage.user_code])
 
     def plan(self) -> list[Decision]:
         """The chosen stages, as things stand now."""

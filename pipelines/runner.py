@@ -18,6 +18,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -112,6 +113,8 @@ class Run:
                 stack.enter_context(self._session())
                 if remote and (faults := [*lacks_in_cluster(to_make), *unshared(self.store)]):
                     raise ConfigError(self.graph.loaded.path, faults)
+            if self.options.inline:
+                stack.enter_context(_importable(self._snapshot.path))
             stack.enter_context(self._signals())  # after the session: Ray puts a SIGTERM handler of its own in place
             lease = Watch(self.store, f"run-{self.run}").take(run=self.run)
             assert lease is not None
@@ -316,11 +319,13 @@ class Run:
         planned = {name.removeprefix("source."): digest for name, digest in decision.leaves.items() if name.startswith("source.")}
         assert decision.key is not None
         inline = self.options.inline
+        places = {} if inline else self._snapshot.references
         return Job(
             run=self.run,
             stage=stage.name,
-            uses=stage.kind.uses if inline else self._snapshot.uses[stage.name],
+            uses=places.get(stage.kind.uses, stage.kind.uses),
             user_folder=self.graph.user_folder() if inline else self._snapshot.user,
+            functions={each.reference: places.get(each.reference, each.reference) for each in stage.user_code},
             config=stage.config.model_dump(mode="json"),
             inputs=decision.inputs,
             sources=[replace(source, sha256=planned[source.name]) for source in stage.sources],
@@ -515,6 +520,16 @@ class Run:
 
     def _write(self, type: str, **fields: Any) -> None:
         self._say(self._journal.write(type, **fields))
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Processes that a stage starts from here find the user's code where those of a Ray worker do."""
+    sys.path.append(str(folder))  # last: the rest of it is here already
+    try:
+        yield
+    finally:
+        sys.path[:] = [each for each in sys.path if each != str(folder)]  # whatever a stage did to it
 
 
 class _Inline:

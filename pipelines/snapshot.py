@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipelines.artifacts import Artifact
 from pipelines.fingerprint import PACKAGES, Code
-from pipelines.graph import ROOT, Graph
+from pipelines.graph import ROOT, USER_MODULE, Graph
 from pipelines.store import Store
 
 _SHIM = """import sys
@@ -32,10 +32,10 @@ exec(compile(_file.read_bytes(), str(_file), "exec"))
 @dataclass(frozen=True)
 class Snapshot:
     artifact: Artifact
-    uses: dict[str, str]
-    """Stage to `uses`, relative to `user`."""
+    references: dict[str, str]
+    """What names the user's code in the pipeline file, to the same relative to `user`: "../mine/a.py:b" to "./outside-0/a.py:b"."""
     places: dict[str, str]
-    """Stage to the folder of its own file, relative to `user`; only stages that have one."""
+    """Stage to the folder of its user code, relative to `user`; only stages that have some."""
 
     @property
     def path(self) -> Path:
@@ -54,23 +54,23 @@ def freeze(graph: Graph, store: Store) -> Snapshot:
     folder = store.new_folder()
     for package in PACKAGES:
         _copy(sorted((ROOT / package).rglob("*.py")), ROOT, folder)
-    uses: dict[str, str] = {}
+    references: dict[str, str] = {}
     of_stage: dict[str, str] = {}
     places: dict[Path, Path] = {}
     for stage in graph.stages.values():
-        file = stage.kind.file
-        uses[stage.name] = stage.kind.uses
-        if file is None:
+        home = stage.user_folder()
+        if home is None:
             continue
-        # a file outside the TOML's folder gets a place of its own, numbered in the order of the stages
-        inside = file.parent.is_relative_to(graph.user_folder())
-        place = places.setdefault(file.parent, file.parent.relative_to(graph.user_folder()) if inside else Path(f"outside-{len(places)}"))
-        _copy(Code(ROOT, file.parent).files([stage.kind.entry()]), file.parent, folder / "user" / place)
-        name = (place / file.name).as_posix()
-        (folder / f"gptline_user_{file.stem}.py").write_text(_SHIM.format(file=name))
+        # a folder outside the TOML's gets a place of its own, numbered in the order of the stages
+        inside = home.is_relative_to(graph.user_folder())
+        place = places.setdefault(home, home.relative_to(graph.user_folder()) if inside else Path(f"outside-{len(places)}"))
+        _copy(Code(ROOT, home).files([each.entry() for each in stage.user_code]), home, folder / "user" / place)
         of_stage[stage.name] = place.as_posix()
-        uses[stage.name] = f"./{name}:{stage.kind.name()}"
-    return Snapshot(store.publish(folder, "code", {}), uses, of_stage)
+        for each in stage.user_code:
+            name = (place / each.file.name).as_posix()
+            (folder / f"{USER_MODULE}{each.file.stem}.py").write_text(_SHIM.format(file=name))
+            references[each.reference] = f"./{name}:{each.entry()[1]}"
+    return Snapshot(store.publish(folder, "code", {}), references, of_stage)
 
 
 def _copy(files: Iterable[Path], base: Path, target: Path) -> None:

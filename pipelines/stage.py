@@ -55,6 +55,12 @@ class StageContext(Protocol):
         """Open a source; the bytes read are hashed, and the stage fails if they are not those that were planned."""
         ...
 
+    def function(self, reference: str) -> Callable[..., Any]:
+        """What a setting of type `UserFunction` names: `stage.function(config.reward)`. Other processes can import it, so it may be handed
+        to `gang` and pickled. ValueError where no such setting has this value.
+        """
+        ...
+
     def progress(self, done: int, total: int, unit: str) -> None:
         """How far the stage is, for people."""
         ...

@@ -49,6 +49,7 @@ class Bench:
             stage="it",
             uses="./bench.py:it",
             user_folder=self.folder,
+            functions={},
             config={},
             inputs={},
             sources=list(sources),
