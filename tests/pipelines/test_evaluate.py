@@ -99,6 +99,8 @@ def test_questions_of_ones_own_are_put_to_model_and_baseline_and_scored(tmp_path
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["questions"] == 3
     assert [(each["prompt"], each["reference"]) for each in report["samples"]] == [("a?", "b"), ("c?", "No.")]
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    assert [name for name in figures if f"`{name.replace('baseline_', '').replace('best_of_', '')}`" not in page] == []
     assert set(report["samples"][0]) == {"prompt", "reference", "answer", "drawn", "score", "baseline", "baseline_drawn"}
 
 
