@@ -1,13 +1,15 @@
 """The one door to MLflow, and how a run looks there. What the journal says is the truth; MLflow is a view that may die and come back.
 
-    delivery.py --> RunInMlflow: events become runs, metrics, datasets, models --> Door: an MlflowClient --> MLflow
+    delivery.py --> RunInMlflow: events become runs, metrics, datasets, models, versions --> Door: an MlflowClient --> MLflow
 
 Events may come twice, from several processes at once, and each thing is in MLflow once all the same, because MLflow drops an exact
 repeat of (key, time, step, value) and because everything else is looked up by its `gptline.*` tags before it is created.
 
 Experiment = pipeline; parent run = one `gptline run`; child run = stage, a reused one too, with the curves of the action it
 reuses. A blocked stage has no child, since nothing happened there; it is a row of the parent's table.
-Leaves out: the registry, and uploading weights (models are external: a digest and a path into the store).
+Registered model = pipeline; its versions are the assistants that the runs ended with, each once per digest, and the alias `newest` is
+on the one that `model:<pipeline>@newest` means. Base models and reward models are logged, not registered.
+Leaves out: uploading weights (models are external: a digest and a path into the store).
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from pipelines.store import Action, Store
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
+    from mlflow.entities.model_registry import ModelVersion
 
 BATCH = 1000
 """Metrics a call: MLflow's own limit."""
@@ -252,23 +255,27 @@ class RunInMlflow:
         return tags
 
     def _log_artifacts(self, run_id: str, action: Action) -> str | None:
-        """What a stage read and made. Returns the model that its figures speak of: the one it made, or the only one it read."""
+        """What a stage read and made. Returns the model that its figures speak of.
+
+        That is the one it made; else the one that its parameter `model` was given, beside which others serve it; else the only one.
+        """
         from mlflow.entities import LoggedModelInput, LoggedModelOutput
 
         client = self._door.client
-        models_in: list[str] = []
+        models: dict[str, str] = {}
         for name, digests in action.inputs.items():
             for digest in digests:
                 if (self._store.manifest(digest) or {}).get("kind") == "model":
-                    models_in.append(self._door.model(digest, self._maker(digest), self._pipeline, run_id))
+                    models[digest] = self._door.model(digest, self._maker(digest), self._pipeline, run_id)
                 else:
                     self._dataset(run_id, digest, "input", name)
         self._sources(run_id, action)
-        if models_in:
-            client.log_inputs(run_id, models=[LoggedModelInput(each) for each in dict.fromkeys(models_in)])
+        if models:
+            client.log_inputs(run_id, models=[LoggedModelInput(each) for each in models.values()])
         if action.output_kind != "model":
             self._dataset(run_id, action.output, "output", "output")
-            return models_in[0] if len(models_in) == 1 else None
+            measured = action.inputs.get("model") or list(models)
+            return models.get(measured[0]) if len(measured) == 1 else None
         model = self._door.model(action.output, action, self._pipeline, run_id)
         outputs = client.get_run(run_id).outputs
         if model not in {each.model_id for each in (outputs.model_outputs if outputs else [])}:  # a second time would raise
@@ -288,7 +295,9 @@ class RunInMlflow:
         ended_ms = action.started_ms + round(1000 * action.seconds)
         figures = {"time/stage_s": action.seconds, **action.figures}
         singles = [
-            _metric(name, value, ended_ms, 0, model) for name, value in figures.items() if name not in action.curves and name not in seen
+            _metric(name, value, ended_ms, 0, model if name in action.figures else None)
+            for name, value in figures.items()
+            if name not in action.curves and name not in seen
         ]
         self._door.log(run_id, metrics=[*curves, *singles])
 
@@ -343,7 +352,19 @@ class RunInMlflow:
         lineage = trace_all(self._store, digests, downstream=False)
         self._artifact(parent, as_mermaid(lineage), "lineage.mmd")
         self._artifact(parent, as_html(lineage), "lineage.html")
+        if event["status"] != "KILLED":
+            self._taken(self._register, parent)
         self._door.client.set_terminated(parent, event["status"], event["time_ms"])
+
+    def _register(self, parent: str) -> None:
+        """The last policy of the line becomes a version, if it is an assistant; `newest` goes where the store says, if to a version."""
+        manifests = [(stage.output, self._store.manifest(stage.output)) for stage in self._view.stages.values() if stage.output]
+        policies = [(digest, found["metadata"]) for digest, found in manifests if found and found["metadata"].get("role") == "policy"]
+        if policies and policies[-1][1].get("chat_format"):  # stages stand in the order of the line
+            digest = policies[-1][0]
+            model = self._door.model(digest, self._maker(digest), self._pipeline, parent)
+            self._door.register(self._pipeline, model, digest, self._view.run)
+        self._door.name_newest(self._pipeline)
 
     def _artifact(self, run_id: str, text: str, name: str) -> None:
         """An artifact store that refuses, while the server itself answers, costs that file alone."""
@@ -480,8 +501,7 @@ class Door:
     def dataset(self, run_id: str, *, name: str, digest: str, context: str, parameter: str, source: str, metadata: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        profile = {name: value for name, value in metadata.items() if isinstance(value, int | float | str)}
-        dataset = Dataset(name[:500], digest[:DIGEST_CHARS], "local", json.dumps({"uri": source}), profile=json.dumps(profile))
+        dataset = Dataset(name[:500], digest[:DIGEST_CHARS], "local", json.dumps({"uri": source}), profile=json.dumps(metadata))
         tags = [
             InputTag("mlflow.data.context", context),
             InputTag("gptline.digest", digest),
@@ -520,6 +540,45 @@ class Door:
                 self.client.finalize_logged_model(model.model_id, "READY")
         self._models[digest] = model.model_id
         return model.model_id
+
+    def register(self, name: str, model_id: str, digest: str, run: str) -> None:
+        """Let a logged model be a version of the registered model `name`, once per digest."""
+        from mlflow.exceptions import MlflowException
+
+        with self.lock("mlflow-models"):
+            try:
+                self.client.create_registered_model(name, tags={"gptline.pipeline": name})
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            model = self.client.get_logged_model(model_id)
+            version = self._version(name, digest) or self.client.create_model_version(
+                name,
+                # Not models:/<id>: a database looks that up through the process's own tracking URI, and so it does without the run's id.
+                model.artifact_location,
+                run_id=model.source_run_id,
+                model_id=model_id,  # without it a server refuses the source
+                tags={"gptline.digest": digest, "gptline.model_id": model_id, "gptline.run": run},
+                await_creation_for=0,
+            )
+            # A server writes this link, which the logged model's page shows; a database's client does not.
+            links = json.loads(model.tags.get("mlflow.modelVersions", "[]"))
+            link = {"name": name, "version": int(version.version)}
+            if link not in links:
+                self.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps([*links, link])})
+
+    def name_newest(self, name: str) -> None:
+        """Put the alias `newest` on the version that the store's pointer of that name means, whichever run is being sent."""
+        with self.lock("mlflow-models"):
+            digest = self._store.pointed(name, "newest")
+            version = None if digest is None else self._version(name, digest)
+            if version is not None:
+                self.client.set_registered_model_alias(name, "newest", str(version.version))
+
+    def _version(self, name: str, digest: str) -> ModelVersion | None:
+        """The first, should senders of two machines have made two. A database numbers with int, a server with str."""
+        found = self.client.search_model_versions(f"name = '{name}' AND tags.`gptline.digest` = '{digest}'")
+        return min(found, key=lambda version: int(version.version), default=None)
 
 
 def _metric(name: str, value: float | None, time_ms: int, step: int, model_id: str | None = None) -> Metric:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -278,6 +279,197 @@ def test_a_model_that_is_read_is_an_input_and_takes_the_figures_of_who_measured_
     assert mlflow.get_logged_model(given.model_id).tags["gptline.digest"] == model
     assert ("eval/bits_per_byte", 1.75) in [(each.key, each.value) for each in mlflow.get_logged_model(given.model_id).metrics]
     assert runs[""].data.metrics == {"eval/bits_per_byte": 1.75}
+
+
+POLICY = {"role": "policy", "tokenizer": "7" * 64, "chat_format": "gptline-1", "parameters": 1_074_304}
+REWARD = {"role": "reward", "tokenizer": "7" * 64, "score_mean": 0.25, "score_std": 1.5}
+
+
+def an_assistant(store: Store, run: str, weights: str = "rl", status: str = "FINISHED") -> dict[str, Action]:
+    """sft(conversations) -> reward_model(sft, pairs and ratings) -> rl(sft, reward_model, prompts) -> evaluate(all three models)."""
+    writer = begin(store, run)
+    made: dict[str, Action] = {}
+
+    def make(stage: str, kind: str, metadata: dict[str, Any], text: str = "", **more: Any) -> str:
+        writer.write("stage_started", stage=stage, key=f"key-{stage}", decision="run", reason="new", steps=None)
+        made[stage] = action(store, stage, run, artifact(store, kind, text or stage, **metadata), kind, **more)
+        ended(writer, stage, made[stage], "done", "run")
+        return made[stage].output
+
+    for kind, unit in (("conversations", "conversations"), ("preferences", "pairs"), ("ratings", "ratings"), ("prompts", "prompts")):
+        make(kind, kind, {"train": {unit: 12}, "held_out": {unit: 3}}, leaves={f"source.{kind}.jsonl": "d" * 64})
+    base = artifact(store, "model", "base", role="policy", tokenizer="7" * 64)  # that no action of this store speaks of
+    sft = make("sft", "model", POLICY, inputs={"policy": [base], "conversations": [made["conversations"].output]})
+    scored = {"policy": [sft], "preferences": [made["preferences"].output], "ratings": [made["ratings"].output]}
+    reward_model = make("reward_model", "model", REWARD, inputs=scored, figures={"eval/pair_accuracy": 0.75})
+    asked = {"policy": [sft], "reward_model": [reward_model], "prompts": [made["prompts"].output]}
+    policy = make("rl", "model", POLICY, weights, inputs=asked)
+    judged = {"model": [policy], "baseline": [sft], "reward_model": [reward_model]}
+    make("evaluate", "report", {}, weights, inputs=judged, figures={"eval/exactly_right": 0.5})
+    store.point("line", "newest", policy)
+    writer.write("run_ended", status=status, exit_code=0, text="")
+    return made
+
+
+def versions(mlflow: Any, name: str = "line") -> list[tuple[str, str]]:
+    """(version, digest), oldest first."""
+    found = mlflow.search_model_versions(f"name = '{name}'")
+    return sorted((str(each.version), each.tags["gptline.digest"]) for each in found)
+
+
+def newest(mlflow: Any) -> str:
+    return mlflow.get_model_version_by_alias("line", "newest").tags["gptline.digest"]
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, Action]]:
+    """An assistant's run that was delivered twice: what is not looked up before it is created would be there twice."""
+    store = Store(tmp_path_factory.mktemp("shown"))
+    made = an_assistant(store, "r1")
+    for again in (False, True):
+        assert Sender(store, "r1", "sqlite").deliver(again).error is None
+    assert Sender(store, "r1", "sqlite")._state.refused == []
+    return store, made
+
+
+@pytest.mark.slow
+def test_models_stand_with_role_tokenizer_chat_format_and_scale_as_inputs_of_the_stages_that_read_them(
+    shown: tuple[Store, dict[str, Action]],
+) -> None:
+    store, made = shown
+    mlflow = client(store)
+    runs = children(mlflow, "r1")
+
+    def read(stage: str) -> list[str]:
+        models = mlflow.get_run(runs[stage].info.run_id).inputs.model_inputs
+        return sorted(mlflow.get_logged_model(each.model_id).tags["gptline.digest"] for each in models)
+
+    sft, reward_model, rl = (made[stage].output for stage in ("sft", "reward_model", "rl"))
+    assert read("reward_model") == [sft]
+    assert read("rl") == sorted([sft, reward_model])
+    assert read("evaluate") == sorted([sft, reward_model, rl])
+    experiment = mlflow.get_experiment_by_name("line").experiment_id
+    models = {each.tags["gptline.digest"]: each for each in mlflow.search_logged_models([experiment])}
+    assert len(models) == 4  # the base model that nobody here made, and three
+    found = models[reward_model]
+    assert found.model_type == "reward"
+    told = {name: found.params[name] for name in ("role", "tokenizer", "score_mean", "score_std")}
+    assert told == {"role": "reward", "tokenizer": "7" * 64, "score_mean": "0.25", "score_std": "1.5"}
+    assert models[rl].model_type == models[rl].params["role"] == "policy"
+    assert models[rl].params["chat_format"] == "gptline-1"
+    assert [(each.key, each.value) for each in models[rl].metrics] == [("eval/exactly_right", 0.5)]  # it was the one measured
+    assert [(each.key, each.value) for each in found.metrics] == [("eval/pair_accuracy", 0.75)]
+    assert not models[sft].metrics
+
+
+@pytest.mark.slow
+def test_conversations_preferences_ratings_and_prompts_are_datasets_with_digest_counts_and_source(
+    shown: tuple[Store, dict[str, Action]],
+) -> None:
+    store, made = shown
+    mlflow = client(store)
+    runs = children(mlflow, "r1")
+
+    def datasets(stage: str) -> dict[tuple[str, str], Any]:
+        given = runs[stage].inputs.dataset_inputs
+        return {({tag.key: tag.value for tag in each.tags}["mlflow.data.context"], each.dataset.name): each.dataset for each in given}
+
+    assert set(datasets("sft")) == {("input", "conversations:conversations")}
+    assert set(datasets("reward_model")) == {("input", "preferences:preferences"), ("input", "ratings:ratings")}
+    assert set(datasets("rl")) == {("input", "prompts:prompts")}
+    assert set(datasets("prompts")) == {("source", "source:prompts.jsonl"), ("output", "prompts:prompts")}
+    pairs = datasets("reward_model")["input", "preferences:preferences"]
+    assert pairs.digest == made["preferences"].output[:36]
+    assert json.loads(pairs.source) == {"uri": str(store.root / "artifacts" / made["preferences"].output)}
+    assert json.loads(pairs.profile) == {"train": {"pairs": 12}, "held_out": {"pairs": 3}}
+    source = datasets("prompts")["source", "source:prompts.jsonl"]
+    assert (source.digest, json.loads(source.source)) == ("d" * 36, {"uri": "prompts.jsonl"})
+
+
+@pytest.mark.slow
+def test_the_assistant_of_a_run_is_a_version_once_per_digest_and_newest_follows_the_store(store: Store, tmp_path: Path) -> None:
+    first = an_assistant(store, "r1")
+    second = an_assistant(store, "r2", weights="rl of another seed")
+    a_reusing(store, "r3", [first["sft"], first["rl"]])
+    store.point("line", "newest", first["rl"].output)
+    assert [line for line in sync(store, "sqlite") if "refused" in line] == []
+    mlflow = client(store)
+    assert versions(mlflow) == [("1", first["rl"].output), ("2", second["rl"].output)]
+    assert newest(mlflow) == first["rl"].output
+    for run in ("r2", "r1", "r3"):  # in any order, and as often as one likes
+        assert Sender(store, run, "sqlite").deliver(again=True).error is None
+    assert len(versions(mlflow)) == 2
+    assert newest(mlflow) == first["rl"].output
+    store.point("line", "newest", second["rl"].output)
+    Sender(store, "r1", "sqlite").deliver(again=True)
+    assert newest(mlflow) == second["rl"].output
+    version = mlflow.get_model_version_by_alias("line", "newest")
+    model = mlflow.get_logged_model(version.tags["gptline.model_id"])
+    assert (version.source, version.run_id) == (model.artifact_location, model.source_run_id)
+    assert version.run_id == children(mlflow, "r2")["rl"].info.run_id
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "line", "version": 2}]
+
+
+@pytest.mark.slow
+def test_registering_speaks_to_the_named_database_alone(store: Store, tmp_path: Path) -> None:
+    an_assistant(store, "r1")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = [sys.executable, "-m", "pipelines.delivery", str(store.root), "r1", "sqlite", "--driver", str(os.getpid())]
+    root = str(Path(__file__).resolve().parents[2])
+    subprocess.run(command, check=True, cwd=elsewhere, env={**os.environ, "PYTHONPATH": root})
+    assert list(elsewhere.iterdir()) == []  # no mlflow.db of the ambient tracking URI
+    assert len(versions(client(store))) == 1
+
+
+@pytest.mark.slow
+def test_a_base_model_a_reward_model_and_what_a_killed_run_ended_with_are_not_registered(store: Store) -> None:
+    store.point("line", "newest", a_pretraining(store, "a base model", points=10).output)
+    a_reusing(store, "a reward model", [an_assistant(store, "killed", status="KILLED")["reward_model"]])
+    for run in ("a base model", "killed", "a reward model"):
+        assert Sender(store, run, "sqlite").deliver().error is None
+    mlflow = client(store)
+    assert mlflow.search_registered_models() == []
+    statuses = [children(mlflow, run)[""].info.status for run in ("a base model", "killed", "a reward model")]
+    assert statuses == ["FINISHED", "KILLED", "FINISHED"]
+
+
+@pytest.mark.slow
+def test_an_assistant_is_registered_once_though_the_delivery_broke_off_after_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = an_assistant(store, "r1")
+
+    def gone(*_: Any) -> None:
+        raise OSError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Door, "name_newest", gone)
+        assert "did not take this run (gone)" in str(Sender(store, "r1", "sqlite").deliver().error)
+    mlflow = client(store)
+    assert children(mlflow, "r1")[""].info.status == "RUNNING"
+    assert Sender(store, "r1", "sqlite").deliver().error is None
+    assert versions(mlflow) == [("1", made["rl"].output)]
+    assert newest(mlflow) == made["rl"].output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_server_that_was_away_has_each_assistant_once_with_its_alias(store: Store) -> None:
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    first = an_assistant(store, "r1")
+    assert "not reachable" in str(Sender(store, "r1", uri).deliver().error)
+    second = an_assistant(store, "r2", weights="rl of another seed")
+    with server(store, port):
+        lines = sync(store, uri)
+        assert [line for line in lines if "refused" in line or "has all of" in line] == [f"MLflow {uri} has all of 2 runs"]
+        mlflow = client(store, uri)
+        for again in (False, True):
+            assert Sender(store, "r1", uri).deliver(again).error is None
+            assert versions(mlflow) == [("1", first["rl"].output), ("2", second["rl"].output)]
+            assert newest(mlflow) == second["rl"].output
+        model = mlflow.get_logged_model(mlflow.get_model_version("line", "1").tags["gptline.model_id"])
+        assert model.params["chat_format"] == "gptline-1"
+        assert len(json.loads(model.tags["mlflow.modelVersions"])) == 1
 
 
 @pytest.mark.slow
