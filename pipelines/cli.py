@@ -134,7 +134,12 @@ def stop(run: RunId = None, store: Root = Path(".gptline")) -> None:
     from pipelines.watching import stop as end
 
     opened = _store(store)
-    raise typer.Exit(not end(opened, _chosen(opened, run), _print, door))
+    chosen = _chosen(opened, run)
+    try:
+        raise typer.Exit(not end(opened, chosen, _print, door))
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{chosen} goes on stopping; `gptline status {chosen}` tells when it has ended\n")
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -197,6 +202,30 @@ def sample(
         sys.stdout.write(text)
         sys.stdout.flush()
     _print("")
+
+
+@app.command()
+def chat(
+    ref: Annotated[
+        str | None,
+        typer.Argument(metavar="[REF]", help="As for sample; without it, the newest model that speaks in turns.", show_default=False),
+    ] = None,
+    system: Annotated[str, typer.Option(metavar="TEXT", help="Said to it before all else.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Above temperature 0, the same seed gives the same answers.")] = 0,
+    store: Root = Path(".gptline"),
+) -> None:
+    """Talk to a model. What is piped in is a question a line; the answers alone go to stdout."""
+    from pipelines.chat import Chat, choose, talk
+
+    try:
+        model, name = choose(_store(store), ref)
+        sys.stderr.write(f"{name}\n")
+        answered = talk(Chat(model, system=system, tokens=tokens, temperature=temperature, seed=seed), sys.stdin, sys.stdout, sys.stderr)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    raise typer.Exit(0 if answered else 2)
 
 
 @app.command()
