@@ -1,0 +1,379 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from gpt import scorers
+from gpt.rl import Rollout, Scores
+from gpt.rl import score as total_scores
+from gpt.scorers import FunctionScorer, NumberScorer, number_after, reference_number
+from gpt.settings import RlSettings
+
+CPU = torch.device("cpu")
+PROMPT = [{"role": "user", "content": "What is 2 + 2?"}]
+FAULTY = """import ctypes, json, os, re, time
+class Mute(Exception):
+    def __str__(self): raise ValueError
+def score(prompt, response, record):
+    if response == "x": {body}
+    return 7
+"""
+LIMITS: dict[str, Any] = dict(failed_score=-1.0, max_failures=100, timeout_s=20.0, memory_gib=1.0)
+
+
+def rollouts(*texts: str, **fields: Any) -> list[Rollout]:
+    record = {"prompt": PROMPT, "reference": "4", "source": "test", **fields}
+    return [Rollout(record, [1], [2], text) for text in texts]
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
+    """A user's file as a stage has loaded it."""
+
+    def module_of(code: str) -> ModuleType:
+        file = tmp_path / "reward.py"
+        file.write_text(code)
+        spec = importlib.util.spec_from_file_location("gptline_user_reward", file)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "gptline_user_reward", module)
+        spec.loader.exec_module(module)
+        return module
+
+    return module_of
+
+
+@pytest.fixture
+def score(load: Callable[..., ModuleType]) -> Callable[..., Scores]:
+    """`score(code, texts, timeout_s=0.5)`: what the function `score` of the code says, by way of a rank that was sent the scorer."""
+
+    def scored(code: str, *texts: str, **changes: Any) -> Scores:
+        scorer = pickle.loads(pickle.dumps(FunctionScorer.of(load(code).score, **{**LIMITS, **changes})))
+        scorer.open(CPU)
+        return scorer.scores(rollouts(*texts))
+
+    return scored
+
+
+def is_alive(pid: int) -> bool:
+    """False for a zombie too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(true: Callable[[], bool]) -> bool:
+    deadline_s = time.monotonic() + 20
+    while not true() and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    return true()
+
+
+def test_the_function_sees_prompt_response_and_the_whole_record(load):
+    code = "def score(prompt, response, record): return len(prompt[0]['content'] + response) + int(record['reference']) + record['n']"
+    scorer = FunctionScorer.of(load(code).score, **LIMITS)
+    scorer.open(CPU)
+    # "What is 2 + 2?" has 14 characters, the reference is 4, the field n is 100.
+    found = scorer.scores(rollouts("", "ab", "\u00e9\ud800\n", n=100))
+    assert found.scores.tolist() == [118.0, 120.0, 121.0]
+    assert list(found.failures) == []
+
+
+@pytest.mark.parametrize(
+    ("returned", "wanted"),
+    [
+        ("3", 3.0),
+        ("True", 1.0),
+        ("-0.25", -0.25),
+        ("__import__('fractions').Fraction(1, 4)", 0.25),
+        ("__import__('numpy').float32(0.5)", 0.5),
+    ],
+)
+def test_whatever_python_takes_for_a_finite_number_is_a_score(score, returned, wanted):
+    assert score(f"def score(prompt, response, record): return {returned}", "a").scores.tolist() == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("returned", "shown"),
+    [
+        ("float('nan')", "nan"),
+        ("float('inf')", "inf"),
+        ("None", "None"),
+        ("'0.5'", "'0.5'"),
+        ("[1.0]", "[1.0]"),
+        ("10 ** 400", "10000000000000"),
+        ("1j", "1j"),
+    ],
+)
+def test_what_is_no_finite_number_has_failed(score, returned, shown):
+    found = score(f"def score(prompt, response, record): return {returned}", "a")
+    assert found.scores.tolist() == [-1.0]
+    [failure] = found.failures
+    assert failure.startswith(f"score() of reward.py on 'a': returned {shown}")
+    assert failure.endswith(", wanted a finite number")
+
+
+def test_a_function_that_raises_on_every_second_response_fails_on_those_and_its_line_is_named(score):
+    code = "def score(prompt, response, record):\n    n = int(response)\n    return n / (1 - n % 2)\n"
+    found = score(code, "0", "1", "2", "3")
+    assert found.scores.tolist() == [0.0, -1.0, 2.0, -1.0]
+    assert list(found.failures) == [
+        f"score() of reward.py on '{n}': ZeroDivisionError: division by zero (reward.py, line 3)" for n in (1, 3)
+    ]
+
+
+def test_a_function_of_other_parameters_fails_on_everything(score):
+    [failure] = score("def score(response): return 1", "a").failures
+    assert failure == "score() of reward.py on 'a': TypeError: score() takes 1 positional argument but 3 were given"
+
+
+def test_a_score_beyond_fp32_is_a_failure_to_the_loop(load):
+    scorer = FunctionScorer.of(load("def score(prompt, response, record): return float(response)").score, **LIMITS)
+    scorer.open(CPU)
+    config = RlSettings(steps=1, prompts_per_step=2, global_batch_size=2, max_response_tokens=1, lr=1e-3)
+    scores, failures = total_scores(config, [scorer, NumberScorer("#")], rollouts("0.5", "1e300"))
+    assert scores.tolist() == [0.5, config.missing_end_score]
+    assert failures == ["FunctionScorer scored '1e300' inf"]
+
+
+@pytest.mark.parametrize(
+    ("body", "failure"),
+    [
+        ("raise SystemExit(3)", "SystemExit: 3 (reward.py, line 5)"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt:  (reward.py, line 5)"),
+        ("raise Mute", "Mute: an exception without words (reward.py, line 5)"),
+        ("score(prompt, response, record)", "RecursionError: maximum recursion depth exceeded (reward.py, line 5)"),
+        ("json.loads(response)", "JSONDecodeError: Expecting value: line 1 column 1 (char 0) (reward.py, line 5)"),
+        ("bytearray(2 << 30)", "MemoryError:  (reward.py, line 5)"),
+        ("os._exit(3)", "ended its process with exit status 3"),
+        ("os._exit(0)", "ended its process with exit status 0"),
+        ("os.kill(os.getpid(), 11)", "ended its process by SIGSEGV"),
+        ("ctypes.string_at(0)", "ended its process by SIGSEGV"),
+        ("os.closerange(3, 100); time.sleep(60)", "closed the connection to its rank"),
+    ],
+)
+def test_however_a_call_fails_the_next_one_is_scored(score, body, failure):
+    found = score(FAULTY.format(body=body), "x", "ok")
+    assert found.scores.tolist() == [-1.0, 7.0]
+    assert list(found.failures) == [f"score() of reward.py on 'x': {failure}"]
+
+
+@pytest.mark.parametrize(
+    "body", ["time.sleep(60)", "[0 for _ in iter(int, 1)]", "re.match('(a*)*b', 'a' * 40)"]
+)  # the last one holds the GIL
+def test_a_call_that_hangs_is_ended_and_the_next_one_is_scored(score, body):
+    found = score(FAULTY.format(body=body), "x", "ok", timeout_s=0.5)
+    assert found.scores.tolist() == [-1.0, 7.0]
+    assert list(found.failures) == ["score() of reward.py on 'x': gave no answer within reward_timeout_s = 0.5 s"]
+
+
+def test_memory_is_bounded_for_the_process_as_a_whole(score):
+    # Each call keeps 300 MiB. Three fit into 1 GiB, a fourth does not.
+    code = "kept = []\ndef score(prompt, response, record):\n    kept.append(bytearray(300 << 20))\n    return len(kept)"
+    found = score(code, *"abcd")
+    assert found.scores.tolist() == [1.0, 2.0, 3.0, -1.0]
+    assert list(found.failures) == ["score() of reward.py on 'd': MemoryError:  (reward.py, line 3)"]
+
+
+def test_one_failure_more_than_is_allowed_is_enough(score, tmp_path):
+    # With 1 allowed, the second failure is one too many: of the 5 responses the last 2 are never tried.
+    code = f"def score(prompt, response, record):\n    open({str(tmp_path / 'calls')!r}, 'a').write(response)\n    return int(response)"
+    found = score(code, "1", "x", "y", "2", "3", max_failures=1)
+    assert (tmp_path / "calls").read_text() == "1xy"
+    assert found.scores.tolist() == [1.0, -1.0, -1.0, -1.0, -1.0]
+    assert list(found.failures)[2:] == ["not tried after 2 failures", "not tried after 3 failures"]
+
+
+def test_what_the_function_prints_and_reads_is_no_part_of_an_answer(score, capfd):
+    code = (
+        "import os, subprocess, sys\n"
+        "print('{\"score\": 9}')\n"
+        "def score(prompt, response, record):\n"
+        "    print('{\"score\": 9}', flush=True)\n"
+        "    os.write(1, b'by hand')\n"
+        "    subprocess.run(['echo', 'from below'])\n"
+        "    return len(sys.stdin.read())\n"
+    )
+    assert score(code, "a", "b").scores.tolist() == [0.0, 0.0]
+    out, err = capfd.readouterr()
+    assert out == '{"score": 9}\n'  # of the import in this very process
+    assert "by hand" in err
+    assert "from below" in err
+
+
+def test_hashes_are_the_same_in_every_process(score):
+    code = "import os\ndef score(prompt, response, record):\n    if response == 'end': os._exit(1)\n    return hash('a') % 1000"
+    first, _, again = score(code, "a", "end", "a").scores.tolist()
+    assert first == again == score(code, "a").scores.tolist()[0]
+
+
+def test_the_process_loads_no_torch_and_finds_our_packages_and_neighbours_that_shadow_nothing(load, tmp_path, monkeypatch):
+    (tmp_path / "neighbour_of_reward.py").write_text("BONUS = 5")
+    (tmp_path / "calendar.py").write_text("TUESDAY = 1000")
+    path = sys.path.copy()
+    monkeypatch.setattr(sys, "path", [*path, str(tmp_path)])
+    module = load(
+        "import calendar, sys\nfrom gpt.settings import PRESETS\nfrom neighbour_of_reward import BONUS\n"
+        "def score(prompt, response, record):\n"
+        "    return BONUS + 10 * PRESETS['gpt2-nano'].n_layer + 100 * calendar.TUESDAY + 1000 * ('torch' in sys.modules)"
+    )
+    for rank_path in (path, [str(tmp_path), *path]):
+        monkeypatch.setattr(sys, "path", rank_path)
+        scorer = FunctionScorer.of(module.score, **LIMITS)
+        scorer.open(CPU)
+        assert scorer.scores(rollouts("a")).scores.tolist() == [125.0]
+
+
+def test_a_decorated_function_is_the_one_that_is_called(score):
+    code = (
+        "import functools\n"
+        "def doubled(function):\n"
+        "    @functools.wraps(function)\n"
+        "    def twice(*arguments): return 2 * function(*arguments)\n"
+        "    return twice\n"
+        "@doubled\n"
+        "def score(prompt, response, record): return 3\n"
+    )
+    assert score(code, "a").scores.tolist() == [6.0]
+
+
+@pytest.mark.parametrize(
+    ("first_line", "failure"),
+    [
+        ("raise OSError('no licence')", r"OSError: no licence \(reward.py, line 1\)"),
+        ("import os; os._exit(4)", "ended its process with exit status 4"),
+        ("kept = bytearray(3 << 30)", r"MemoryError:  \(reward.py, line 1\)"),
+        ("while True: pass", "gave no answer within 1 s"),
+    ],
+)
+def test_a_file_that_can_not_be_imported_on_the_rank_is_told_with_its_line(load, monkeypatch, first_line, failure):
+    monkeypatch.setattr(scorers, "START_LIMIT_S", 1.0)
+    module = load("def score(prompt, response, record): return 1")
+    Path(module.__file__).write_text(f"{first_line}\ndef score(prompt, response, record): return 1")
+    wanted = rf"reward.py can't be imported in a process of its own with reward_memory_gib = 1: {failure}; mend the file, or "
+    with pytest.raises(ValueError, match=wanted):
+        FunctionScorer.of(module.score, **LIMITS).open(CPU)
+
+
+def test_the_process_ends_with_its_scorer_and_so_does_what_it_started(load, tmp_path):
+    code = (
+        "import os, subprocess\n"
+        "def score(prompt, response, record):\n"
+        "    started = subprocess.Popen(['sleep', '1000'])\n"
+        f"    open({str(tmp_path / 'pids')!r}, 'w').write(f'{{os.getpid()}} {{started.pid}}')\n"
+        "    return 1"
+    )
+    scorer = FunctionScorer.of(load(code).score, **LIMITS)
+    scorer.open(CPU)
+    scorer.scores(rollouts("a"))
+    own, started = map(int, (tmp_path / "pids").read_text().split())
+    assert is_alive(own)
+    assert is_alive(started)
+    del scorer
+    assert not is_alive(own)
+    assert wait_until(lambda: not is_alive(started))
+
+
+@pytest.mark.parametrize("body", ["re.match('(a*)*b', 'a' * 40)", "return 1"])
+def test_a_rank_that_is_killed_leaves_no_process_behind(tmp_path, body):
+    file = tmp_path / "pid"
+    (tmp_path / "reward.py").write_text(
+        f"import os, re\ndef score(prompt, response, record):\n    open({str(file)!r}, 'w').write(f'{{os.getpid()}}.')\n    {body}"
+    )
+    rank = (
+        "import sys, time, torch\n"
+        "sys.path.append(sys.argv[1])\n"
+        "import reward\n"
+        "from gpt.rl import Rollout\n"
+        "from gpt.scorers import FunctionScorer\n"
+        f"scorer = FunctionScorer.of(reward.score, **{ {**LIMITS, 'timeout_s': 1000.0}!r})\n"
+        "scorer.open(torch.device('cpu'))\n"
+        "scorer.scores([Rollout({'prompt': []}, [1], [2], 'a')])\n"
+        "time.sleep(1000)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", rank, str(tmp_path)])
+    try:
+        assert wait_until(lambda: file.exists() and file.read_text().endswith("."))
+        child = int(file.read_text()[:-1])
+        assert is_alive(child)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert wait_until(lambda: not is_alive(child))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### 42", "42"),
+        ("so it is ####42.", "42"),
+        ("#### 1,234", "1234"),
+        ("#### 1234.0 apples", "1234"),
+        ("#### 1,234,567.50\nand more", "1234567.5"),
+        ("#### -7", "-7"),
+        ("#### +7", "7"),
+        ("#### -0", "0"),
+        ("#### .5", "0.5"),
+        ("####\n5", "5"),
+        ("#### 1 #### 2", "2"),
+        ("#### 123456789012345678901234567890", "123456789012345678901234567890"),
+        ("42", None),
+        ("####", None),
+        ("#### forty-two", None),
+        ("#### 1 ####", None),
+        ("#### 1,23", None),
+        ("#### 1,2345", None),
+        ("#### 1.2.3", None),
+        ("#### 3/4", None),
+        ("#### 1e5", None),
+        ("#### 2024-01-02", None),
+        ("#### 12:30", None),
+        ("#### - 5", None),
+        ("#### \u0665", None),
+    ],
+)
+def test_the_number_after_the_last_marker(text, number):
+    assert number_after(text, "####") == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize(
+    ("reference", "number"),
+    [
+        ("1,234", "1234"),
+        (" -3.50 \n", "-3.5"),
+        ("2 + 2 = 4\n#### 4", "4"),
+        ("4 apples", None),
+        ("four", None),
+        ("", None),
+        (None, None),
+        ("#### x", None),
+    ],
+)
+def test_a_reference_is_a_number_or_a_worked_answer(reference, number):
+    assert reference_number(reference, "####") == (None if number is None else Decimal(number))
+
+
+def test_the_verifier_gives_1_for_the_right_number_and_0_for_everything_else():
+    found = NumberScorer("####").scores(
+        rollouts("#### 1,234", "#### 1234.0", "#### 1234.01", "#### -1234", "1234", "#### 1234 #### 5", reference="a\n#### 1234")
+    )
+    assert found.scores.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert list(found.failures) == []
+
+
+def test_the_marker_is_taken_to_the_letter():
+    found = NumberScorer(".*").scores(rollouts("#### 4", ".* 4"))
+    assert found.scores.tolist() == [0.0, 1.0]
