@@ -27,15 +27,43 @@ ANSWER_COLUMNS = {
     "drawn": "this model, drawn",
     "baseline": "baseline, likeliest",
     "baseline_drawn": "baseline, drawn",
+    "score": "score of the draw",
 }
 MOST_CHARTS = 24
 MOST_NODES = 80
 LOSSES = ("train/loss", "val/loss")
+OF_RL = ("reward/score_mean", "rollout/kl_k1_nats_per_response", "rollout/kl_k3_nats_per_token")
+"""What reinforcement learning is after, and what it pays for that: these stand before its loss, which says little."""
 CODERS = (
     ("eval/bits_per_byte", "this model", "predicts held-out text it has never seen"),
     ("eval/ppmd_bits_per_byte", "PPMd", "a statistical coder that has read the training text first"),
     ("eval/xz_bits_per_byte", "xz -9e", "the same held-out text, compressed alone"),
 )
+BESIDE = {"eval/baseline_": "baseline", "eval/best_of_": "best of several draws"}
+"""Figures of the same name behind these prefixes stand in one row."""
+OF_KIND = "eval/pair_accuracy_"
+MEANINGS = {
+    "eval/loss": "Nats per held-out token; lower is better.",
+    "eval/bits_per_byte": "Bits for a byte of held-out text, comparable between tokenizers; lower is better.",
+    "eval/ppmd_bits_per_byte": "What PPMd needs for it after reading the training text; hard to beat for a small model.",
+    "eval/xz_bits_per_byte": "What xz -9e needs for it; to be beaten.",
+    "eval/exactly_right": "Share of questions answered right to the letter, by the likeliest tokens; higher is better.",
+    "eval/exactly_right_sampled": "Share of questions answered right to the letter by a draw at temperature 1; higher is better.",
+    "eval/declined": "Share of questions declined, of those where that is right; higher is better.",
+    "eval/false_refusals": "Share of questions declined, of those that have an answer; lower is better.",
+    "eval/truncated_share": "Share of answers cut off before the model ended them; lower is better.",
+    "eval/response_tokens": "Tokens of an answer, on average.",
+    "eval/score_mean": "Mean score of drawn answers, normalised as in training; higher is better, where the reward model judges well.",
+    "eval/score_std": "How far the scores of drawn answers lie apart: their standard deviation.",
+    "eval/score_gain_in_deviations": "How much higher drawn answers score than the baseline's, in deviations of the baseline's scores.",
+    "eval/kl_nats_per_response": "How far drawn answers are from what the baseline would say, in nats; what the gain in score has cost.",
+    "eval/pair_accuracy": "Share of held-out pairs whose chosen response scores higher; 0.5 is a coin.",
+    "eval/rating_auc": "How often a held-out response rated good scores higher than one rated bad; 0.5 is a coin.",
+    "reward/score_mean": "Mean score of the last step's responses; higher is better, where the scorer judges well.",
+    "rollout/kl_k1_nats_per_response": "How far the last step's policy was from the reference policy; what the score has cost.",
+    "rollout/truncated_share": "Share of the last step's responses that were cut off; lower is better.",
+}
+"""What a figure says, in the order of the table; README's table of metrics says it at length."""
 
 
 def render(store: Store, run: str) -> str:
@@ -46,8 +74,8 @@ def render(store: Store, run: str) -> str:
     title = f"{view.pipeline or info.get('pipeline', '')} {view.status.lower()}"
     sections = [
         _header(view, info),
-        _stages(view, actions),
-        _comparison(actions),
+        _stages(view, actions, lineage),
+        *(_comparison(name, action) + _figures(name, action) for name, action in actions.items()),
         *(_curves(name, _all_curves(stage, actions.get(name))) for name, stage in view.stages.items()),
         *(_samples(store, name, action) for name, action in actions.items()),
         _picture(lineage),
@@ -104,16 +132,14 @@ def _header(view: RunView, info: dict[str, Any]) -> str:
     )
 
 
-def _stages(view: RunView, actions: dict[str, Action]) -> str:
+def _stages(view: RunView, actions: dict[str, Action], lineage: Lineage) -> str:
     rows = []
     for name, stage in view.stages.items():
         action = actions.get(name)
-        figures = action.figures if action is not None else {}
-        shown = "".join(f"<div><span>{_esc(figure)}</span> {_number(value)}</div>" for figure, value in list(figures.items())[:12])
         trouble = f'<p class="error">{_esc(stage.error)}</p>' if stage.error else ""
         notes = "".join(f'<p class="note">{_esc(note)}</p>' for note in stage.notes)
         output = action.output if action is not None else stage.output
-        kind = f"<span>{_esc(action.output_kind)}</span> " if action is not None else ""
+        kind = f"<span>{_esc(lineage.nodes[output].what)}</span> " if output in lineage.nodes else ""
         digest = f'<div>{kind}<code title="{_esc(output)}">{_esc(output[:12])}</code></div>' if output else ""
         key = f'<div><span>key</span> <code title="{_esc(stage.key)}">{_esc(stage.key[:12])}</code></div>' if stage.key else ""
         word = stage.decision if stage.status in ("done", "reused", "planned", "running", "blocked") else stage.status
@@ -122,44 +148,95 @@ def _stages(view: RunView, actions: dict[str, Action]) -> str:
         rows.append(
             f'<tr><th scope="row">{_esc(name)}</th><td><span class="pill {_esc(word)}">{_esc(word)}</span></td>'
             f'<td class="why">{_esc(stage.reason)}{made}{trouble}{notes}</td><td class="small">{digest}{key}</td>'
-            f'<td class="number">{_duration(seconds) if seconds is not None else ""}</td><td class="small">{shown}</td></tr>'
+            f'<td class="number">{_duration(seconds) if seconds is not None else ""}</td></tr>'
         )
     return (
         '<section><h2>Stages</h2><div class="scroll"><table><thead><tr><th>Stage</th><th>Decision</th><th>Why</th><th>Output</th>'
-        f'<th class="number">Took</th><th>Figures</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div></section>'
+        f'<th class="number">Took</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div></section>'
     )
 
 
-def _comparison(actions: dict[str, Action]) -> str:
-    parts = []
-    for name, action in actions.items():
-        bars = [(label, why, action.figures[figure]) for figure, label, why in CODERS if figure in action.figures]
-        if CODERS[0][0] not in action.figures or not all(math.isfinite(value) for _, _, value in bars):
-            continue
-        widest = max(value for _, _, value in bars)
-        rows = "".join(
-            f'<div class="bar{" own" if label == CODERS[0][1] else ""}"><div class="label">{_esc(label)}<small>{_esc(why)}</small></div>'
-            f'<div class="track"><div style="width:{100 * value / widest:.1f}%"></div></div><div class="value">{value:.3f}</div></div>'
-            for label, why, value in sorted(bars, key=lambda bar: bar[2])
-        )
-        parts.append(f'<section><h2>{_esc(name)}: bits per byte of held-out text</h2><p class="lead">Lower is better.</p>{rows}</section>')
-    return "\n".join(parts)
+def _bars(action: Action) -> list[tuple[str, str, float]]:
+    """The model's bits per byte beside those of the coders; none where one of them is no number."""
+    bars = [(label, why, action.figures[figure]) for figure, label, why in CODERS if figure in action.figures]
+    return bars if CODERS[0][0] in action.figures and all(math.isfinite(value) for _, _, value in bars) else []
+
+
+def _comparison(name: str, action: Action) -> str:
+    bars = _bars(action)
+    if not bars:
+        return ""
+    widest = max(value for _, _, value in bars)
+    rows = "".join(
+        f'<div class="bar{" own" if label == CODERS[0][1] else ""}"><div class="label">{_esc(label)}<small>{_esc(why)}</small></div>'
+        f'<div class="track"><div style="width:{100 * value / widest:.1f}%"></div></div><div class="value">{value:.3f}</div></div>'
+        for label, why, value in sorted(bars, key=lambda bar: bar[2])
+    )
+    return f'<section><h2>{_esc(name)}: bits per byte of held-out text</h2><p class="lead">Lower is better.</p>{rows}</section>'
+
+
+def _figures(name: str, action: Action) -> str:
+    """All that no bar shows, a row each, with what a baseline came to in the same row."""
+    drawn = {figure for figure, _, _ in CODERS} if _bars(action) else set()
+    rows: dict[str, dict[str, float]] = {}
+    for figure, value in action.figures.items():
+        if figure not in drawn:
+            prefix = next((each for each in BESIDE if figure.startswith(each)), "")
+            rows.setdefault(f"eval/{figure.removeprefix(prefix)}" if prefix else figure, {})[BESIDE.get(prefix, "")] = value
+    if not rows:
+        return ""
+    columns = ["", *(column for column in BESIDE.values() if any(column in values for values in rows.values()))]
+    head = "".join(f'<th class="number">{column or ("this model" if len(columns) > 1 else "")}</th>' for column in columns)
+    body = "".join(
+        f'<tr><th scope="row" class="metric">{_esc(figure)}</th>'
+        + "".join(f'<td class="number">{_number(values[column]) if column in values else ""}</td>' for column in columns)
+        + f'<td class="why">{_esc(_meaning(figure))}</td></tr>'
+        for figure, values in sorted(rows.items(), key=lambda row: _place(row[0]))
+    )
+    return (
+        f'<section><h2>{_esc(name)}: figures</h2><div class="scroll"><table>'
+        f"<thead><tr><th>Figure</th>{head}<th>What it says</th></tr></thead><tbody>{body}</tbody></table></div></section>"
+    )
+
+
+def _place(figure: str) -> tuple[int, bool]:
+    """Where it stands in the table, kinds below all pairs; what has no meaning here comes last, as it was measured."""
+    known = list(MEANINGS)
+    is_kind = figure.startswith(OF_KIND)
+    name = OF_KIND.removesuffix("_") if is_kind else figure
+    return known.index(name) if name in known else len(known), is_kind
+
+
+def _meaning(figure: str) -> str:
+    kind = figure.removeprefix(OF_KIND)
+    return f"The same for pairs of the kind {kind} alone." if kind != figure else MEANINGS.get(figure, "")
 
 
 def _curves(name: str, curves: dict[str, list[Point]]) -> str:
+    """What tells how it went is open; all other curves are folded away by area."""
     losses = {metric: curves[metric] for metric in LOSSES if curves.get(metric)}
-    others = {metric: points for metric, points in curves.items() if metric not in losses and points}
-    if not losses and not others:
+    of_rl = {metric: curves[metric] for metric in OF_RL if curves.get(metric)}
+    folded: dict[str, dict[str, list[Point]]] = {}
+    for metric, points in curves.items():
+        if points and metric not in losses and metric not in of_rl:
+            folded.setdefault(metric.partition("/")[0], {})[metric] = points
+    shown = losses or of_rl
+    if not shown and not folded:
         return ""
-    first = _chart(losses, 960, 320) if losses else ""
-    small = "".join(
-        f'<figure class="small-chart"><figcaption>{_esc(metric)}</figcaption>{_chart({metric: points}, 460, 170)}</figure>'
-        for metric, points in list(others.items())[:MOST_CHARTS]
+    parts = [_grid(of_rl) if of_rl else "", _chart(losses, 960, 220 if of_rl else 320) if losses else ""]
+    for area, others in sorted(folded.items()):
+        count = f"{len(others)} curve{'s' if len(others) != 1 else ''}"
+        count += f", the first {MOST_CHARTS} of them drawn" if len(others) > MOST_CHARTS else ""
+        parts.append(f"<details{'' if shown else ' open'}><summary>{_esc(area)}: {count}</summary>{_grid(others)}</details>")
+    return f"<section><h2>{_esc(name)}: {'loss' if losses and not of_rl else 'curves'} over steps</h2>{''.join(parts)}</section>"
+
+
+def _grid(curves: dict[str, list[Point]]) -> str:
+    charts = (
+        f'<figure class="small-chart">{_chart({metric: points}, 345, 160)}</figure>'
+        for metric, points in list(curves.items())[:MOST_CHARTS]
     )
-    count = f"{len(others)} more curve{'s' if len(others) != 1 else ''}"
-    grid = f'<summary>{count}</summary><div class="grid">{small}</div>'
-    folded = f"<details{'' if losses else ' open'}>{grid}</details>" if small else ""
-    return f"<section><h2>{_esc(name)}: {'loss' if losses else 'curves'} over steps</h2>{first}{folded}</section>"
+    return f'<div class="grid">{"".join(charts)}</div>'
 
 
 def _samples(store: Store, name: str, action: Action) -> str:
@@ -294,11 +371,11 @@ def _tick(value: float, ticks: Sequence[float]) -> str:
     return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
 
-_NODE_WIDTH, _NODE_HEIGHT, _GAP_X, _GAP_Y = 166, 62, 40, 22
+_NODE_WIDTH, _NODE_HEIGHT, _GAP_X, _GAP_Y = 166, 62, 22, 34
 
 
 def _graph(lineage: Lineage) -> str:
-    """Layers from left to right; an edge that skips layers gets a free lane in each, so that no line runs behind a box."""
+    """Layers from top to bottom; an edge that skips layers gets a free lane in each, so that no line runs behind a box."""
     depth: dict[str, int] = {}
 
     def place(digest: str, above: frozenset[str]) -> int:
@@ -309,6 +386,9 @@ def _graph(lineage: Lineage) -> str:
 
     for digest in lineage.nodes:
         place(digest, frozenset())
+    for digest in lineage.nodes:
+        if not lineage.inputs[digest]:  # what comes from outside stands above the first that reads it, not all in one row
+            depth[digest] = max(0, min((depth[each] for each in lineage.uses[digest]), default=1) - 1)
     layers: list[list[tuple[str, int]]] = [[] for _ in range(max(depth.values()) + 1)]
     parents: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for digest in lineage.nodes:
@@ -325,42 +405,43 @@ def _graph(lineage: Lineage) -> str:
             if lane:
                 parents[digest, depth[digest]].append(lane[-1])
                 edges.append([*lane, (digest, depth[digest])])
-    row: dict[tuple[str, int], float] = {}
+    column: dict[tuple[str, int], float] = {}
     for layer in layers:
-        wanted = {slot: (sum(row[each] for each in parents[slot]) / len(parents[slot]) if parents[slot] else 0.0) for slot in layer}
+        wanted = {slot: (sum(column[each] for each in parents[slot]) / len(parents[slot]) if parents[slot] else 0.0) for slot in layer}
         layer.sort(key=lambda slot: (wanted[slot], depth[slot[0]] != slot[1], slot[0]))
-        row |= {slot: float(at) for at, slot in enumerate(layer)}
-    rows = max(len(layer) for layer in layers)
-    width = len(layers) * (_NODE_WIDTH + _GAP_X) - _GAP_X + 2
-    height = rows * (_NODE_HEIGHT + _GAP_Y) - _GAP_Y + 2
+        column |= {slot: float(at) for at, slot in enumerate(layer)}
+    widest = max(len(layer) for layer in layers)
+    width = widest * (_NODE_WIDTH + _GAP_X) - _GAP_X + 2
+    height = len(layers) * (_NODE_HEIGHT + _GAP_Y) - _GAP_Y + 2
 
-    def left(slot: tuple[str, int]) -> float:
-        return 1 + slot[1] * (_NODE_WIDTH + _GAP_X)
+    def top(slot: tuple[str, int]) -> float:
+        return 1 + slot[1] * (_NODE_HEIGHT + _GAP_Y)
 
     def middle(slot: tuple[str, int]) -> float:
-        centred = (rows - len(layers[slot[1]])) / 2
-        return 1 + (row[slot] + centred) * (_NODE_HEIGHT + _GAP_Y) + _NODE_HEIGHT / 2
+        centred = (widest - len(layers[slot[1]])) / 2
+        return 1 + (column[slot] + centred) * (_NODE_WIDTH + _GAP_X) + _NODE_WIDTH / 2
 
     parts = [f'<svg class="graph" viewBox="0 0 {width} {height}" style="width:{width}px" role="img" aria-label="lineage">']
     for edge in edges:
-        path = f"M{left(edge[0]) + _NODE_WIDTH:.0f},{middle(edge[0]):.0f}"
+        path = f"M{middle(edge[0]):.0f},{top(edge[0]) + _NODE_HEIGHT:.0f}"
         for before, after in pairwise(edge):
-            bend = left(after) - _GAP_X / 2
-            path += f" C{bend:.0f},{middle(before):.0f} {bend:.0f},{middle(after):.0f} {left(after):.0f},{middle(after):.0f}"
+            bend = top(after) - _GAP_Y / 2
+            path += f" C{middle(before):.0f},{bend:.0f} {middle(after):.0f},{bend:.0f} {middle(after):.0f},{top(after):.0f}"
             if after != edge[-1]:
-                path += f" H{left(after) + _NODE_WIDTH:.0f}"
+                path += f" V{top(after) + _NODE_HEIGHT:.0f}"
         parts.append(f'<path d="{path}"/>')
     for digest, node in lineage.nodes.items():
         slot = (digest, depth[digest])
-        x, y = left(slot), middle(slot) - _NODE_HEIGHT / 2
-        what = next((f"{value:,} {name.replace('_', ' ')}" for name, value in node.metadata.items() if type(value) is int), "")
+        x, y = middle(slot) - _NODE_WIDTH / 2, top(slot)
+        counts = [(name, value) for name, value in node.metadata.items() if type(value) is int]
+        counts.sort(key=lambda count: count[0] == "bytes")  # how many there are says more
         texts = (
             (20, "name", node.stage or node.kind),
-            (37, "", f"{node.kind} {digest[:8]}" if node.stage != node.kind else digest[:12]),
-            (53, "", what),
+            (37, "", f"{node.what} {digest[:8]}" if node.stage != node.what else digest[:12]),
+            (53, "", f"{counts[0][1]:,} {counts[0][0].replace('_', ' ')}" if counts else ""),
         )
         box = f'<rect x="{x:.0f}" y="{y:.0f}" width="{_NODE_WIDTH}" height="{_NODE_HEIGHT}" rx="7"/>'
-        parts.append(f"<g><title>{_esc(node.kind)} sha256:{_esc(digest)}</title>{box}")
+        parts.append(f"<g><title>{_esc(node.what)} sha256:{_esc(digest)}</title>{box}")
         parts += [
             f'<text class="{kind}" x="{x + 11:.0f}" y="{y + down:.0f}">{_esc(_cut(text, 24))}</text>' for down, kind, text in texts if text
         ]
@@ -437,6 +518,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; vertical-align: top; padding: 0.6rem 1.1rem 0.6rem 0; border-bottom: 1px solid var(--line); }
 thead th { color: var(--soft); font-weight: 500; font-size: 0.8rem; padding-bottom: 0.35rem; }
 tbody th { font-weight: 600; white-space: nowrap; }
+tbody th.metric { font-weight: 400; }
 .number { text-align: right; white-space: nowrap; }
 .small { font-size: 0.84rem; white-space: nowrap; }
 .small span { color: var(--soft); }
@@ -454,8 +536,8 @@ polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap
 .legend b { color: var(--ink); font-weight: 600; }
 .legend i { display: inline-block; width: 1rem; height: 0.2rem; border-radius: 1px; margin-right: 0.45rem; vertical-align: middle; }
 .key0 { background: var(--a); } .key1 { background: var(--b); }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1.4rem 2rem; padding-top: 0.9rem; }
-.small-chart { margin: 0; } .small-chart figcaption { font-size: 0.88rem; margin-bottom: 0.3rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1.4rem 2rem; padding: 0.9rem 0; }
+.small-chart { margin: 0; }
 .bar { display: grid; grid-template-columns: minmax(9rem, 17rem) 1fr 4rem; gap: 1rem; align-items: center; padding: 0.35rem 0; }
 .bar small { display: block; color: var(--soft); line-height: 1.3; }
 .bar .track { background: var(--card); border-radius: 4px; }

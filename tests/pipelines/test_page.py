@@ -20,7 +20,7 @@ def finish(store: Store, writer: JournalWriter, stage: str, kind: str, files: di
     folder = store.new_folder()
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    output = store.publish(folder, kind, {}).digest
+    output = store.publish(folder, kind, more.pop("metadata", {})).digest
     action = store.record(
         Action(
             **({"inputs": {}} | more), key=f"key-{stage}", pipeline="line", stage=stage, kind=stage, run=writer.run, leaves={},
@@ -133,6 +133,97 @@ def test_questions_stand_beside_what_each_model_answered(store: Store) -> None:
     assert "<th>asked</th><th>right</th><th>this model, likeliest</th><th>baseline, likeliest</th>" in page
     assert "<td>What does len do?</td><td>Counts.</td><td>Counts.</td><td>Cou&lt;nts</td>" in page
     assert Tags(page).open == []
+
+
+def row(page: str, figure: str) -> list[str]:
+    """The cells behind a figure's name."""
+    [found] = re.findall(rf'<th scope="row" class="metric">{figure}</th>(.*?)</tr>', page)
+    return re.findall(r"<td[^>]*>(.*?)</td>", found)
+
+
+def test_a_figure_stands_beside_the_baselines_with_a_sentence_and_what_a_bar_shows_is_not_told_twice(store: Store) -> None:
+    writer = begin(store)
+    figures = {
+        "eval/bits_per_byte": 1.75, "eval/xz_bits_per_byte": 2.5, "eval/truncated_share": 0.02, "eval/my_own": 7.0,
+        "eval/exactly_right": 0.5, "eval/best_of_exactly_right": 0.75, "eval/baseline_exactly_right": 0.25,
+        "eval/kl_nats_per_response": 4.5,
+    }  # fmt: skip
+    finish(store, writer, "evaluate", "report", {"report.json": "{}"}, figures=figures)
+    page = render(store, "r1")
+    head = re.findall(r"<th>Figure</th>(.*?)</tr>", page)
+    assert [re.sub("<[^>]*>", " ", each).split("  ") for each in head] == [
+        [" this model", "baseline", "best of several draws", "What it says "]
+    ]
+    right = row(page, "eval/exactly_right")
+    assert right[:3] == ["0.5", "0.25", "0.75"]
+    assert right[3].startswith("Share of questions answered right to the letter")
+    assert row(page, "eval/kl_nats_per_response")[:3] == ["4.5", "", ""]
+    assert row(page, "eval/my_own") == ["7", "", "", ""]
+    names = re.findall(r'class="metric">(.*?)</th>', page)
+    assert names == ["eval/exactly_right", "eval/truncated_share", "eval/kl_nats_per_response", "eval/my_own"]
+    assert "1.750" in page  # at its bar
+
+
+def test_pairs_of_a_kind_stand_below_all_pairs(store: Store) -> None:
+    writer = begin(store)
+    figures = {"eval/rating_auc": 0.8, "eval/pair_accuracy_refusal": 0.9, "eval/pair_accuracy": 0.7}
+    finish(store, writer, "reward_model", "model", {"model": "x"}, figures=figures, metadata={"role": "reward"})
+    page = render(store, "r1")
+    assert re.findall(r'class="metric">(.*?)</th>', page) == ["eval/pair_accuracy", "eval/pair_accuracy_refusal", "eval/rating_auc"]
+    assert row(page, "eval/pair_accuracy_refusal") == ["0.9", "The same for pairs of the kind refusal alone."]
+    assert "<span>reward model</span>" in page
+
+
+def test_bits_per_byte_that_are_no_number_stand_in_the_table_since_they_have_no_bar(store: Store) -> None:
+    writer = begin(store)
+    figures = {"eval/bits_per_byte": math.inf, "eval/xz_bits_per_byte": 2.5}
+    finish(store, writer, "evaluate", "report", {"report.json": "{}"}, figures=figures)
+    page = render(store, "r1")
+    assert row(page, "eval/bits_per_byte")[0] == "infinite"
+    assert row(page, "eval/xz_bits_per_byte")[0] == "2.5"
+    assert 'class="bar' not in page
+
+
+def test_score_and_kl_come_before_the_loss_and_the_other_curves_are_folded_by_area(store: Store) -> None:
+    writer = begin(store)
+    folded = ["train/lr", "train/entropy", "rollout/response_tokens", "time/step_s", "rollout/truncated_share", "reward/score_std"]
+    shown = ["rollout/kl_k3_nats_per_token", "train/loss", "rollout/kl_k1_nats_per_response", "reward/score_mean"]
+    curves = {name: [(0, 1.0, 0), (1, 2.0, 1)] for name in folded + shown}
+    finish(store, writer, "rl", "model", {"model": "x"}, curves=curves)
+    page = render(store, "r1")
+    section = page.split("<h2>rl: curves over steps</h2>")[1].split("</section>")[0]
+    opened, *details = section.split("<details>")
+    assert re.findall(r'aria-label="(.*?) over steps"', opened) == [
+        "reward/score_mean", "rollout/kl_k1_nats_per_response", "rollout/kl_k3_nats_per_token", "train/loss",
+    ]  # fmt: skip
+    assert [re.findall("<summary>(.*?)</summary>", each)[0] for each in details] == [
+        "reward: 1 curve", "rollout: 2 curves", "time: 1 curve", "train: 2 curves",
+    ]  # fmt: skip
+    assert sorted(re.findall(r'aria-label="(.*?) over steps"', "".join(details))) == sorted(folded)
+
+
+def test_a_stage_that_logs_neither_loss_nor_score_shows_its_curves_unfolded(store: Store) -> None:
+    writer = begin(store)
+    finish(store, writer, "count", "report", {"report.json": "{}"}, curves={"data/words": [(0, 1.0, 0), (1, 2.0, 1)]})
+    assert "<details open><summary>data: 1 curve</summary>" in render(store, "r1")
+
+
+def test_what_comes_from_outside_is_drawn_right_above_the_first_that_reads_it(store: Store) -> None:
+    writer = begin(store)
+    documents = finish(store, writer, "documents", "documents", {"train.jsonl": "x"}, metadata={"bytes": 9, "documents": 4})
+    pretrain = finish(
+        store, writer, "pretrain", "model", {"model": "x"}, inputs={"documents": [documents.output]}, metadata={"role": "policy"}
+    )
+    talks = finish(store, writer, "talks", "conversations", {"train.jsonl": "y"})
+    finish(store, writer, "sft", "model", {"model": "y"}, inputs={"policy": [pretrain.output], "conversations": [talks.output]})
+    page = render(store, "r1")
+    drawing = re.findall('<svg class="graph".*?</svg>', page)[0]
+    at = {name: (int(x), int(y)) for x, y, name in re.findall(r'<text class="name" x="(\d+)" y="(\d+)">(\w+)</text>', drawing)}
+    assert at["documents"][1] < at["pretrain"][1] == at["talks"][1] < at["sft"][1]
+    assert at["pretrain"][0] != at["talks"][0]
+    assert f">policy model {pretrain.output[:8]}<" in drawing
+    assert ">4 documents<" in drawing
+    assert len(re.findall("<path", drawing)) == 3
 
 
 def test_a_reused_stage_shows_the_curve_of_the_action_it_reuses(store: Store) -> None:
