@@ -161,6 +161,37 @@ global_batch_size = 4
 lr = 1e-3
 eval_every = 2
 
+[stages.sums]
+uses = "prompts"
+source = "json"
+files = ["talks/plain.json"]
+format = "plain"
+keys = { reference = "score" }
+
+[stages.rl]
+inputs = { policy = "sft", prompts = ["prompts", "sums"], reward_model = "reward_model" }
+reward = "./reward.py:score"
+steps = 2
+prompts_per_step = 4
+responses_per_prompt = 2
+global_batch_size = 4
+max_response_tokens = 6
+lr = 1e-3
+entropy_coef = 0.01
+
+[stages.reinforced]
+uses = "rl"
+algorithm = "reinforce"
+inputs = { policy = "sft", prompts = ["sums"] }
+verifier = "number"
+number_marker = "="
+steps = 2
+prompts_per_step = 4
+global_batch_size = 4
+max_response_tokens = 6
+lr = 1e-3
+kl_coef = 0
+
 [stages.import_hf_tokenizer]
 folder = "foreign"
 
@@ -217,6 +248,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, save_foreign: Callable[..., An
     (folder / "sound.toml").write_text(text)
     (folder / "talks").mkdir()
     (folder / "talks" / "plain.json").write_text(json.dumps(TALKS))
+    (folder / "reward.py").write_text("def score(prompt, response, record):\n    return len(response) / len(prompt[0]['content'])\n")
     messages = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
     (folder / "talks" / "messages.json").write_text(json.dumps([{"messages": messages}]))
     (folder / "talks" / "questions.jsonl").write_text('{"question": "?", "answer": "No."}')
@@ -265,6 +297,9 @@ STAGES = [
     "examine",
     "export",
     "reward_model",
+    "sums",
+    "rl",
+    "reinforced",
     "import_hf_tokenizer",
     "import_hf",
 ]
