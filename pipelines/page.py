@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from pipelines.journal import JournalReader
 from pipelines.lineage import Lineage, as_mermaid, trace_all
 from pipelines.progress import Point, RunView, StageView, run_view
 from pipelines.store import Action, Store
@@ -73,7 +74,7 @@ def render(store: Store, run: str) -> str:
     lineage = trace_all(store, [stage.output for stage in view.stages.values() if stage.output], downstream=False)
     title = f"{view.pipeline or info.get('pipeline', '')} {view.status.lower()}"
     sections = [
-        _header(view, info),
+        _header(view, info, next(JournalReader(store, run).read(), {}).get("forecast_s")),
         _stages(view, actions, lineage),
         *(_comparison(name, action) + _figures(name, action) for name, action in actions.items()),
         *(_curves(name, _all_curves(stage, actions.get(name))) for name, stage in view.stages.items()),
@@ -104,7 +105,7 @@ def _all_curves(stage: StageView, action: Action | None) -> dict[str, list[Point
     return action.curves if action is not None and action.curves else stage.curves
 
 
-def _header(view: RunView, info: dict[str, Any]) -> str:
+def _header(view: RunView, info: dict[str, Any], forecast_s: float | None) -> str:
     began = view.started_ms or info.get("started_ms")
     when = time.strftime("%d %B %Y, %H:%M %Z", time.localtime(began / 1000)) if began else ""
     took = _duration((view.ended_ms - began) / 1000) if began and view.ended_ms else ""
@@ -114,6 +115,7 @@ def _header(view: RunView, info: dict[str, Any]) -> str:
         tally[word] = tally.get(word, 0) + 1
     facts = [
         ("When", when),
+        ("Forecast", _duration(forecast_s) if forecast_s else ""),
         ("Took", took),
         ("Stages", ", ".join(f"{count} {word}" for word, count in tally.items())),
         ("Where", " on ".join(part for part in (view.user or info.get("user"), view.host or info.get("host")) if part)),

@@ -34,7 +34,7 @@ def finish(store: Store, writer: JournalWriter, stage: str, kind: str, files: di
     return action
 
 
-def begin(store: Store, run: str = "r1", **fields: str) -> JournalWriter:
+def begin(store: Store, run: str = "r1", **fields: Any) -> JournalWriter:
     store.backend.put(f"runs/{run}/run.json", canonical_json({"run": run, "pipeline": "line", "config": {"seed": 1}, "snapshot": "c" * 64}))
     writer = JournalWriter(store, run)
     writer.write(
@@ -133,6 +133,13 @@ def test_questions_stand_beside_what_each_model_answered(store: Store) -> None:
     assert "<th>asked</th><th>right</th><th>this model, likeliest</th><th>baseline, likeliest</th>" in page
     assert "<td>What does len do?</td><td>Counts.</td><td>Counts.</td><td>Cou&lt;nts</td>" in page
     assert Tags(page).open == []
+
+
+def test_the_forecast_stands_beside_what_the_run_took_where_there_was_one(store: Store) -> None:
+    begin(store, forecast_s=754.0).flush()
+    begin(store, "r2", forecast_s=None).flush()
+    assert "<dt>Forecast</dt><dd>12 min 34 s</dd>" in render(store, "r1")
+    assert "Forecast" not in render(store, "r2")
 
 
 def row(page: str, figure: str) -> list[str]:
