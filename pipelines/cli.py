@@ -187,7 +187,7 @@ def lineage(
 @app.command()
 def sample(
     ref: Annotated[str, typer.Argument(metavar="REF", help="model:<pipeline>@newest, run:<id>/<stage>, sha256:<digest> or hf:<folder>")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
+    prompt: Annotated[str, typer.Option(help="The text to continue.", callback=_utf8)] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
     seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
@@ -210,7 +210,7 @@ def chat(
         str | None,
         typer.Argument(metavar="[REF]", help="As for sample; without it, the newest model that speaks in turns.", show_default=False),
     ] = None,
-    system: Annotated[str, typer.Option(metavar="TEXT", help="Said to it before all else.")] = "",
+    system: Annotated[str, typer.Option(metavar="TEXT", help="Said to it before all else.", callback=_utf8)] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Above temperature 0, the same seed gives the same answers.")] = 0,
@@ -316,6 +316,14 @@ def _pairs(items: list[str] | None) -> dict[str, str]:
             raise StageFailure(f"--use {item}: wanted STAGE=REF, for example --use pretrain=sha256:1f0c...")
         pairs[name] = value
     return pairs
+
+
+def _utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise typer.BadParameter(f"{text!a} is no UTF-8; give it in that encoding") from error
+    return text
 
 
 def _print(*lines: str) -> None:
