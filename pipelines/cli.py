@@ -11,11 +11,19 @@ from typing import Annotated
 
 import typer
 
-from pipelines.config import ConfigError, load
+from pipelines.config import ConfigError, TrackingConfig, load, validate
 from pipelines.graph import Graph, build
 from pipelines.journal import Superseded
 from pipelines.stage import StageFailure
 from pipelines.store import Store
+
+
+def _mlflow(uri: str | None) -> str | None:
+    """An address that a pipeline file could have, too."""
+    for fault in validate(TrackingConfig, {"uri": uri}, "")[1] if uri is not None else []:
+        raise StageFailure(f"--tracking {fault.what}")
+    return uri
+
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -29,7 +37,9 @@ Fresh = Annotated[list[str] | None, typer.Option("--fresh", metavar="STAGE", hel
 Inline = Annotated[bool, typer.Option("--inline", help="In this process, one rank, plain torch: for a debugger.")]
 RunId = Annotated[str | None, typer.Argument(metavar="RUN", help="A run's id.", show_default=False)]
 Root = Annotated[Path, typer.Option("--store", metavar="DIR", help="The store's folder.")]
-Uri = Annotated[str | None, typer.Option("--tracking", metavar="URI", help="Another MLflow than each run's own: sqlite, http://...")]
+Uri = Annotated[
+    str | None, typer.Option("--tracking", metavar="URI", callback=_mlflow, help="Another MLflow than each run's own: sqlite, http://...")
+]
 
 
 @app.callback()

@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pipelines.cli import app
 from pipelines.config import ConfigError, load
 from pipelines.graph import Graph, build
 
@@ -152,6 +154,13 @@ def test_an_address_that_is_no_mlflow_is_refused_as_the_file_is_read(tmp_path: P
 )
 def test_an_address_that_mlflow_takes_is_left_as_it_is(tmp_path: Path, uri: str):
     assert built(tmp_path, LINE, f"tracking.uri={uri!r}").loaded.file.tracking.uri == uri
+
+
+@pytest.mark.parametrize("verb", ["sync", "ui"])
+def test_an_address_on_the_command_line_is_checked_as_the_files_is(tmp_path: Path, verb: str):
+    done = CliRunner().invoke(app, [verb, "--store", str(tmp_path), "--tracking", "./mlruns"])
+    assert str(done.exception).startswith("--tracking is './mlruns', wanted 'sqlite' (a file inside the store), a server such as")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_all_faults_are_told_at_once_and_nothing_is_written(tmp_path: Path):
