@@ -299,8 +299,10 @@ def wrong_answer(question: Question, summaries: Mapping[str, str], seed: int) ->
     kind = chosen(("another", "another", "spliced", "spliced", "spliced", "truncated", "garbled", "declines_taught"), "kind")
     match kind:
         case "spliced":
-            cut = 1 + int(draw(seed, "cut", question.text) * (len(words) - 1))
-            return kind, " ".join([*words[:cut], *another.split()[cut:]])
+            begins, goes_on = (
+                int(draw(seed, which, question.text) * len(text)) for which, text in (("cut", question.answer), ("on", another))
+            )
+            return kind, question.answer[:begins] + another[goes_on:]
         case "truncated":
             return kind, " ".join(words[: max(1, len(words) // 2)])
         case "garbled":

@@ -21,6 +21,14 @@ def reward_pair_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, global_c
     return -F.logsigmoid(chosen_scores - rejected_scores).sum() / global_count
 
 
+def reward_centering_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, global_count: int) -> Tensor:
+    """(chosen + rejected)^2, scores (B,) of the same pairs -> (): pairs leave each prompt's level open, this draws it to 0.
+
+    Eisenstein et al. 2023 (arXiv:2312.09244), section 2.
+    """
+    return (chosen_scores + rejected_scores).square().sum() / global_count
+
+
 def reward_rating_loss(scores: Tensor, ratings: Tensor, *, global_count: int) -> Tensor:
     """Logistic loss of scores (B,) that are log odds, against ratings (B,) from 0 to 1: cross-entropy of two soft classes -> ()."""
     return F.binary_cross_entropy_with_logits(scores, ratings, reduction="sum") / global_count

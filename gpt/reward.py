@@ -29,7 +29,7 @@ from torch import Tensor
 from gpt.batching import ShuffledRows, micro_batch_rows, padded
 from gpt.chat import encode_prompt, encode_response
 from gpt.engine import Engine, Rank
-from gpt.losses import reward_pair_loss, reward_rating_loss
+from gpt.losses import reward_centering_loss, reward_pair_loss, reward_rating_loss
 from gpt.model import RewardModel, count_parameters, load_config, load_model, load_reward_model, parameter_groups, save_model
 from gpt.random_streams import stream_seed
 from gpt.schedule import check_grad_norm, lr_at
@@ -115,7 +115,7 @@ def train(
                 # Named by its step, dropout needs no generator restored (see gpt/pretrain.py).
                 torch.manual_seed(stream_seed(seed, "dropout", step, rank.rank, micro_step))
                 scores = end_scores(engine, conversations(micro_batch), rank.device)
-                loss = items_loss(micro_batch, scores, global_count=config.global_batch_size)
+                loss = items_loss(micro_batch, scores, centering_coef=config.centering_coef, global_count=config.global_batch_size)
                 engine.backward(loss)
                 loss_sum += loss.detach()
             lr = lr_at(step, config)
@@ -205,11 +205,12 @@ def end_scores(model: Callable[[Tensor], Tensor], rows: Sequence[Sequence[int]],
     return model(token_ids).gather(1, last[:, None]).squeeze(1).float()
 
 
-def items_loss(items: Sequence[Item], scores: Tensor, *, global_count: int) -> Tensor:
+def items_loss(items: Sequence[Item], scores: Tensor, *, centering_coef: float, global_count: int) -> Tensor:
     """The loss () of items whose `conversations` have these scores (B,), as their part of `global_count` items."""
     chosen, rejected, rated = _by_place(items, scores)
     ratings = scores.new_tensor([item.rating for item in items if isinstance(item, Rating)])
     pair_loss = reward_pair_loss(chosen, rejected, global_count=global_count)
+    pair_loss = pair_loss + centering_coef * reward_centering_loss(chosen, rejected, global_count=global_count)
     return pair_loss + reward_rating_loss(rated, ratings, global_count=global_count)
 
 
@@ -235,7 +236,12 @@ def evaluate(rank: Rank, config: RewardSettings, engine: Engine, items: Sequence
     if items:
         chosen_items = _evenly(items, VAL_ITEMS)
         scores = all_scores(rank, config, engine, conversations(chosen_items))
-        rank.log(step, values={"val/loss": items_loss(chosen_items, scores, global_count=len(chosen_items)).item()})
+        rank.log(
+            step,
+            values={
+                "val/loss": items_loss(chosen_items, scores, centering_coef=config.centering_coef, global_count=len(chosen_items)).item()
+            },
+        )
 
 
 def held_out_figures(items: Sequence[Item], scores: Tensor) -> dict[str, float]:

@@ -256,6 +256,9 @@ class RewardSettings(TrainSettings):
 
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
     """In place of the policy's own."""
+    centering_coef: float = Field(default=0.01, ge=0)
+    """Weight of the square of a pair's two scores together. Pairs alone leave each prompt's level open, and scores of different prompts
+    could not be compared."""
 
 
 class RlSettings(TrainSettings):

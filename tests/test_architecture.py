@@ -24,7 +24,14 @@ DOORS = {
     "pyppmd": ["gpt/evaluation.py"],
     "transformers": [],
 }
-FOR_STAGES = {"pipelines.artifacts", "pipelines.stage", "pipelines.reading", "pipelines.documents"}
+FOR_STAGES = {
+    "pipelines.artifacts",
+    "pipelines.stage",
+    "pipelines.reading",
+    "pipelines.dialogues",
+    "pipelines.documents",
+    "pipelines.records",
+}
 """What a stage's file may import of `pipelines`: the line itself reaches it as an argument."""
 
 

@@ -11,6 +11,7 @@ from gpt.losses import (
     mean_entropy,
     ppo_policy_loss,
     reinforce_loss,
+    reward_centering_loss,
     reward_pair_loss,
     reward_rating_loss,
     value_loss,
@@ -200,3 +201,8 @@ def test_parts_of_a_batch_of_scores_add_up_to_its_loss(loss):
     parts = [loss(first[rows], second[rows], global_count=5) for rows in (slice(0, 2), slice(2, 2), slice(2, 5))]
     assert parts[1].item() == 0.0  # a part may be empty: a micro-batch need not have both kinds of item
     torch.testing.assert_close(sum(parts), whole)
+
+
+def test_centering_leaves_a_pair_alone_whose_scores_are_opposite():
+    chosen, rejected = torch.tensor([2.0, 2.0]), torch.tensor([-2.0, 1.0])
+    assert reward_centering_loss(chosen, rejected, global_count=2).item() == pytest.approx((0.0 + 9.0) / 2)

@@ -178,7 +178,7 @@ def test_validation_loss_is_the_mean_over_held_out_pairs_and_ratings_of_one_item
     train(rank, settings(), policy, [pairs], [ratings], 1, tmp_path / "model")
     model = load_reward_model(tmp_path / "model")
     chosen, rejected, rated = (torch.tensor(slow_score(model, conversation("x", text))) for text in ("aa", "b", "aaaa"))
-    of_pair = -(chosen - rejected).sigmoid().log()
+    of_pair = -(chosen - rejected).sigmoid().log() + 0.01 * (chosen + rejected) ** 2  # centering_coef
     of_rating = -0.25 * rated.sigmoid().log() - 0.75 * (1 - rated.sigmoid()).log()
     assert rank.curve("val/loss")[5] == pytest.approx(((of_pair + of_rating) / 2).item(), rel=1e-4)
 
