@@ -85,26 +85,31 @@ def submitted(store: Store, run: str) -> dict[str, Any] | None:
 def _not_to_be_frozen(graph: Graph) -> list[Fault]:
     return [
         Fault(
-            f"stages.{stage.name}.uses",
-            f"{stage.kind.uses!r} is an absolute path, which a job would read as it is by then; "
+            f"stages.{stage.name}.{each.setting}",
+            f"{each.reference!r} is an absolute path, which a job would read as it is by then; "
             f"name it relative to the folder of {graph.loaded.path.name}",
         )
         for stage in graph.stages.values()
-        if stage.kind.file is not None and os.path.isabs(stage.kind.uses)
+        for each in stage.user_code
+        if os.path.isabs(each.reference)
     ]
 
 
 def freeze_config(graph: Graph, store: Store, snapshot: Snapshot, folder: Path) -> Path:
-    """Write the config with its overrides, and beside it the user's files as they lie beside the original, so that `uses` stays as it is:
-    it is part of the key. Below `folder` comes as much of the original's own path as a `uses` that begins with ../ goes up.
+    """Write the config with its overrides, and beside it the user's files as they lie beside the original, so that what names them, which
+    is part of the key, stays as it is. Below `folder` comes as much of the original's own path as a name that begins with ../ goes up.
     """
-    places = {name: os.path.normpath(os.path.dirname(graph.stages[name].kind.uses) or ".") for name in snapshot.places}
-    up = max((place.split(os.sep).count(os.pardir) for place in places.values()), default=0)
+    places = {
+        os.path.normpath(os.path.dirname(each.reference.rpartition(":")[0])): frozen
+        for name, frozen in snapshot.user_folders().items()
+        for each in graph.stages[name].user_code
+    }
+    up = max((place.split(os.sep).count(os.pardir) for place in places), default=0)
     above = ["_"] * up + list(graph.user_folder().parts[1:])
     home = folder.joinpath(*above[len(above) - up :])
     home.mkdir(parents=True)
-    for name, place in snapshot.user_folders().items():
-        shutil.copytree(place, home / places[name], dirs_exist_ok=True)
+    for place, frozen in places.items():
+        shutil.copytree(frozen, home / place, dirs_exist_ok=True)
     file = graph.loaded.file.model_dump(mode="json")
     file["store"]["root"] = str(store.root)
     file["data"] = str(graph.loaded.data())

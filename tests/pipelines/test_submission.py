@@ -40,12 +40,21 @@ def words(config: WordsConfig, stage: StageContext) -> Documents:
     raise AssertionError(LETTERS)
 """
 CUT = """
+from gpt.settings import UserFunction
 from pipelines.artifacts import Documents
-from pipelines.stage import StageContext
+from pipelines.stage import StageConfig, StageContext
 
 
-def cut(documents: Documents, stage: StageContext) -> Documents:
-    raise AssertionError
+class CutConfig(StageConfig):
+    by: UserFunction
+
+
+def cut(config: CutConfig, documents: Documents, stage: StageContext) -> Documents:
+    return stage.function(config.by)
+"""
+RULE = """
+def rule(text):
+    return text[:3]
 """
 TOML = """
 pipeline = "small"
@@ -60,6 +69,7 @@ file = "a.txt"
 
 [stages.cut]
 uses = "../shared/own_cut.py:cut"
+by = "../shared/own_rule.py:rule"
 inputs = { documents = "words" }
 """
 
@@ -81,13 +91,14 @@ class Sent:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """line/small.toml with a file of its own, its neighbour, one in ../shared, and data."""
+    """line/small.toml with a file of its own, its neighbour, two in ../shared, and data."""
     folder = tmp_path / "project"
     for name, text in {
         "line/small.toml": TOML,
         "line/own_words.py": WORDS,
         "line/our_neighbour.py": "LETTERS = 3\n",
         "shared/own_cut.py": CUT,
+        "shared/own_rule.py": RULE,
         "line/texts/a.txt": "abc",
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +109,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def graph_of(config: Path, *overrides: str) -> Graph:
-    for name in ("gptline_user_own_words", "gptline_user_own_cut", "our_neighbour"):
+    for name in ("gptline_user_own_words", "gptline_user_own_cut", "gptline_user_own_rule", "our_neighbour"):
         sys.modules.pop(name, None)
     sys.path[:] = [each for each in sys.path if not Path(each, "our_neighbour.py").exists()]  # of an earlier graph
     return build(load(config, overrides))
@@ -119,7 +130,7 @@ def test_the_frozen_config_has_the_keys_and_the_code_of_the_one_that_was_submitt
     (project / "line" / "small.toml").write_text("another\n")
     again = graph_of(config)
     assert leaves(again, store) == before
-    assert before["cut"]["kind"] == "../shared/own_cut.py:cut"
+    assert (before["cut"]["kind"], before["cut"]["config.by"]) == ("../shared/own_cut.py:cut", "../shared/own_rule.py:rule")
     assert freeze(again, store).artifact.digest == snapshot.artifact.digest
 
 
@@ -147,7 +158,7 @@ def test_a_config_near_the_root_puts_nothing_outside_its_folder(project: Path, s
 def test_a_file_that_is_named_absolutely_can_not_be_frozen(project: Path, store: Store) -> None:
     file = project / "line" / "small.toml"
     file.write_text(TOML.replace("../shared", f"{project}/shared"))
-    with pytest.raises(ConfigError, match=r"stages.cut.uses: '/.*' is an absolute path, .*; name it relative to the folder of small.toml"):
+    with pytest.raises(ConfigError, match=r"stages.cut.by: '/.*' is an absolute path, .*; name it relative to the folder of small.toml"):
         submit(graph_of(file), store, Options("", ""), {}, Sent())  # type: ignore[arg-type]
     assert store.runs() == []
 
