@@ -142,7 +142,7 @@ def _newest(store: Store, made: dict[str, Action]) -> str:
 
 
 def talk(chat: Chat, stdin: TextIO, stdout: TextIO, stderr: TextIO) -> bool:
-    """Until the lines end; False where one of them was not answered. KeyboardInterrupt only where lines are piped in."""
+    """Until the lines end; False where one that was piped in was not answered. KeyboardInterrupt only where lines are piped in."""
 
     def note(text: str) -> None:
         stderr.write(f"({text})\n")
@@ -182,7 +182,7 @@ def talk(chat: Chat, stdin: TextIO, stdout: TextIO, stderr: TextIO) -> bool:
             _show(answer, stdout, interruptible=typing)
             if chat.cut_off:
                 note(chat.cut_off)
-    return all_answered
+    return typing or all_answered
 
 
 def _show(answer: Generator[str, None, None], stdout: TextIO, *, interruptible: bool) -> None:

@@ -274,6 +274,13 @@ def test_ctrl_c_while_typing_drops_the_line_and_ctrl_d_ends(moon: Model, monkeyp
     assert stderr == "(/help lists the commands, Ctrl-D ends)\n"
 
 
+def test_who_types_a_wrong_command_is_told_and_has_not_failed(moon: Model, monkeypatch: pytest.MonkeyPatch):
+    answered, stdout, stderr = type_in(chat_with(moon), monkeypatch, "/rest", "1")
+    assert answered
+    assert stdout == "月é!\n\n"
+    assert "(there is no command /rest; " in stderr
+
+
 def test_ctrl_c_ends_the_program_where_lines_are_piped_in(store: Store, moon: Model, monkeypatch: pytest.MonkeyPatch):
     interrupted_after(2, monkeypatch)
     found = ask(store, "1\n2\n", f"sha256:{moon.digest}")

@@ -80,9 +80,18 @@ def test_damaged_weights_write_nothing(store: Store, untrained: Artifact, harm: 
         next(continue_prompt(store, untrained.digest, "", tokens=1, temperature=1.0, seed=1))
 
 
+def test_a_reward_model_cannot_be_sampled(store: Store):
+    folder = store.new_folder()
+    (folder / "config.json").write_text("{}")
+    reward = store.publish(folder, "model", {"role": "reward", "tokenizer": "0"})
+    with pytest.raises(StageFailure, match=f"model {reward.digest[:12]} has the role reward; wanted a policy: only those write"):
+        next(continue_prompt(store, reward.digest, "", tokens=1, temperature=1.0, seed=1))
+
+
+@pytest.mark.parametrize("verb", ["sample", "chat"])
 @pytest.mark.parametrize("temperature", ["-1", "nan", "-inf"])
-def test_a_temperature_is_a_number_from_0_on(store: Store, temperature: str):
-    asked = ["sample", "model:line@newest", "--store", str(store.root), "--temperature", temperature]
+def test_a_temperature_is_a_number_from_0_on(store: Store, verb: str, temperature: str):
+    asked = [verb, "model:line@newest", "--store", str(store.root), "--temperature", temperature]
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 2
     assert "Invalid value for '--temperature': " in result.output
