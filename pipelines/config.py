@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 import tomllib
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from cluster.metric_names import check_metric_name
 from gpt.settings import Operational, Settings
 
 M = TypeVar("M", bound=BaseModel)
@@ -121,6 +123,37 @@ class Resources(Settings):
     """Ray's accelerator type, such as "H100"."""
     labels: Operational[dict[str, str]] = Field(default_factory=dict)
     """Ray node labels that a node must have."""
+
+
+class Gate(Settings):
+    """`Gate(figure="eval/pair_accuracy", min=0.65)`: a stage whose figure is less is made and kept, but what reads it is not made."""
+
+    figure: str
+    """A figure of the stage, or a curve whose last value counts."""
+    min: float | None = None
+    max: float | None = None
+
+    @field_validator("figure")
+    @classmethod
+    def _figure_is_a_metric(cls, value: str) -> str:
+        check_metric_name(value)
+        return value
+
+    @model_validator(mode="after")
+    def _bounds_leave_room(self) -> Gate:
+        if self.min is None and self.max is None:
+            raise ValueError("has no bound; wanted min, max or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min = {self.min:.15g} is more than max = {self.max:.15g}; nothing would pass")
+        return self
+
+    def passes(self, value: float) -> bool:
+        """False for what is no number, too."""
+        return not math.isnan(value) and (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
+
+    def wanted(self) -> str:
+        bounds = [f"{word} {bound:.15g}" for word, bound in (("at least", self.min), ("at most", self.max)) if bound is not None]
+        return " and ".join(bounds)
 
 
 class PipelineFile(Settings):

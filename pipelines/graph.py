@@ -27,7 +27,7 @@ from typing import Any
 
 from gpt.settings import OPERATIONAL, Settings, TrainSettings, UserFunction
 from pipelines.artifacts import Artifact
-from pipelines.config import ConfigError, Fault, Loaded, Resources, validate
+from pipelines.config import ConfigError, Fault, Gate, Loaded, Resources, validate
 from pipelines.fingerprint import PACKAGES, Code
 from pipelines.stage import Source, StageConfig, StageContext
 
@@ -124,6 +124,8 @@ class Stage:
     sources: list[Source] = field(default_factory=list)
     user_code: list[UserCode] = field(default_factory=list)
     """All in one folder."""
+    gates: list[Gate] = field(default_factory=list)
+    """In no key: they say who may read what the stage makes, not what that is."""
 
     def user_folder(self) -> Path | None:
         """Where its user code lies."""
@@ -205,6 +207,7 @@ class _Draft:
     resources: Resources | None
     sources: list[Source]
     user_code: list[UserCode]
+    gates: list[Gate]
 
     def upstream(self) -> list[str]:
         return [each for references in self.inputs.values() for each in references if ":" not in each]
@@ -212,7 +215,7 @@ class _Draft:
     def stage(self) -> Stage:
         assert self.config is not None
         assert self.resources is not None
-        return Stage(self.name, self.kind, self.config, self.inputs, self.resources, self.sources, self.user_code)
+        return Stage(self.name, self.kind, self.config, self.inputs, self.resources, self.sources, self.user_code, self.gates)
 
 
 def load_kind(uses: str, folder: Path) -> Kind:
@@ -333,6 +336,8 @@ def _read_stage(name: str, table: dict[str, Any], loaded: Loaded) -> tuple[_Draf
     inputs, faults = _read_inputs(table.pop("inputs", {}), f"{where}.inputs")
     resources, found = validate(Resources, table.pop("resources", {}), f"{where}.resources")
     faults += found
+    gates, found = _read_gates(table.pop("gate", []), f"{where}.gate")
+    faults += found
     try:
         kind = load_kind(str(uses), loaded.path.parent)
     except ValueError as error:
@@ -350,7 +355,7 @@ def _read_stage(name: str, table: dict[str, Any], loaded: Loaded) -> tuple[_Draf
         faults += found
     if isinstance(config, TrainSettings) and resources is not None:
         faults += _check_training(where, config, resources)
-    return _Draft(name, kind, inputs, config, resources, sources, user_code), faults
+    return _Draft(name, kind, inputs, config, resources, sources, user_code, gates), faults
 
 
 def _read_inputs(value: Any, where: str) -> tuple[dict[str, list[str]], list[Fault]]:
@@ -364,6 +369,13 @@ def _read_inputs(value: Any, where: str) -> tuple[dict[str, list[str]], list[Fau
         else:
             faults.append(Fault(f"{where}.{parameter}", f"is {each!r}, wanted a reference or a list of references"))
     return references, faults
+
+
+def _read_gates(value: Any, where: str) -> tuple[list[Gate], list[Fault]]:
+    """One table or a list of them."""
+    places = {f"{where}.{index}": each for index, each in enumerate(value)} if isinstance(value, list) else {where: value}
+    read = [validate(Gate, each, place) for place, each in places.items()]
+    return [gate for gate, _ in read if gate], [fault for _, found in read for fault in found]
 
 
 def _read_user_code(kind: Kind, config: Settings | None, folder: Path, where: str) -> tuple[list[UserCode], list[Fault]]:
@@ -407,8 +419,7 @@ def _user_functions(value: Any, setting: str) -> Iterator[tuple[str, str]]:
 
 
 def _as_recorded(config: Settings, where: str) -> tuple[Settings, list[Fault]]:
-    """A config as a worker will read it. Keys, records and workers have the settings as JSON; a default may be what JSON can't hold, or
-    no value of its own setting."""
+    """A config as a worker will read it: as JSON, which keys and records have too. A default may be no value of its own setting."""
     faults = []
     for name in type(config).model_fields:
         try:

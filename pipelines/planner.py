@@ -46,6 +46,8 @@ class Decision:
     expected_s: float | None = None
     """Seconds that it took last time; None when nobody knows."""
     notes: tuple[str, ...] = ()
+    closed: str | None = None
+    """Why nothing may read what is reused: a gate of its stage."""
 
 
 class Planner:
@@ -95,8 +97,11 @@ class Planner:
         for stage in self.graph.stages.values():
             if stage.name not in self.chosen:
                 continue
+            closed = [each for name in self.upstream(stage) if (each := decisions[name].closed)]
             pending = [name for name in self.upstream(stage) if decisions[name].output is None]
-            if pending:
+            if closed:
+                decisions[stage.name] = Decision(stage.name, "blocked", closed[0])
+            elif pending:
                 decisions[stage.name] = self._not_yet(stage, decisions[pending[0]])
             else:
                 decisions[stage.name] = self.decide(stage, {name: each.output for name, each in decisions.items() if each.output})
@@ -126,10 +131,10 @@ class Planner:
             damage = self.store.intact(action.output)
             if damage is None:
                 common["expected_s"] = 0.0
-                notes = tuple(_notes(action, stage))
-                return Decision(
-                    stage.name, "reuse", f"made by run {action.run}", action=action, output=action.output, notes=notes, **common
-                )
+                closed = closed_gate(stage, action)
+                notes = (*_notes(action, stage), *([closed] if closed else []))
+                reason = f"made by run {action.run}"
+                return Decision(stage.name, "reuse", reason, action=action, output=action.output, notes=notes, closed=closed, **common)
         common |= {"series": max(newest_series, last + 1), "forced": rerun_interrupted}
         holder = Watch(self.store, key).taken_by()
         if holder is not None and not held:
@@ -263,6 +268,21 @@ def _imported(store: Store, folder: Path) -> str:
     raise ValueError(
         f"{folder} was not imported into the store {store.root} as it is now; name it in a pipeline's inputs or with --use, and run that"
     )
+
+
+def closed_gate(stage: Stage, action: Action) -> str | None:
+    """Why what a stage made may not be read, as a sentence; None when it passes all its gates."""
+    known = {name: points[-1][1] for name, points in action.curves.items() if points} | action.figures
+    found = []
+    for gate in stage.gates:
+        value = known.get(gate.figure)
+        if value is None:
+            found.append(f"it has no figure {gate.figure}, {'only ' + ', '.join(sorted(known)) if known else 'nor any other'}")
+        elif not gate.passes(value):
+            shown = next(text for text in (f"{value:.6g}", repr(value)) if not gate.passes(float(text)))  # no rounding across the bound
+            found.append(f"{gate.figure} is {shown}, wanted {gate.wanted()}")
+    remedy = "train it longer or otherwise" if stage.kind.trains() else "change its settings or its inputs"
+    return f"{stage.name}'s gate is closed: {', and '.join(found)}; {remedy}, or change the gate" if found else None
 
 
 def identity(stage: Stage, *, inline: bool = False) -> dict[str, Any]:

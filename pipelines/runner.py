@@ -5,7 +5,8 @@
                   -> run:   lease, task, record         /
 
 The driver alone writes action records and the journal. It waits for a task's events and is unblocked by them, by the task's end, by
-a lease that comes free, or by 0.1 s passing. A stage that fails leaves the others running; what reads it is blocked.
+a lease that comes free, or by 0.1 s passing. A stage that fails leaves the others running; what reads it is blocked. So is what reads a
+stage whose gate is closed, though that stage itself is done.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from pipelines.execute import Job, Outcome, StopFile, execute, stream
 from pipelines.graph import IMPORTS, ROOT, Graph, Stage
 from pipelines.journal import Event, JournalWriter, Superseded, read_journal
 from pipelines.lease import Lease, Watch, dead, describe, user_name
-from pipelines.planner import Decision, Planner, identity, versions
+from pipelines.planner import Decision, Planner, closed_gate, identity, versions
 from pipelines.preflight import lacks_here, lacks_in_cluster, room_of, unshared
 from pipelines.snapshot import freeze
 from pipelines.store import Action, Store
@@ -90,6 +91,7 @@ class Run:
         self._told: dict[str, str] = {}
         self._looked_at_s: dict[str, float] = {}
         self._failed: dict[str, str] = {}
+        self._closed: dict[str, str] = {}
         self._signal: int | None = None
         self._made = False
         self._broken = False
@@ -202,7 +204,7 @@ class Run:
         }
         self.store.backend.put_if_absent(f"runs/{self.run}/run.json", json.dumps(record, ensure_ascii=False).encode())
         self._journal = JournalWriter(self.store, self.run)
-        expected = [each.expected_s for each in plan]
+        expected = [each.expected_s for each in plan if each.word != "blocked"]
         forecast_s = None if any(each is None for each in expected) else sum(each for each in expected if each)
         begun = {name: record[name] for name in ("run", "pipeline", "command", "snapshot", "user", "host")}
         self._write("run_started", config=record["config_path"], versions=versions(), forecast_s=forecast_s, **begun)
@@ -224,6 +226,7 @@ class Run:
                 "inputs": stage.inputs,
                 **stage.config.model_dump(mode="json"),
                 "resources": stage.resources.model_dump(mode="json"),
+                **({"gate": [gate.model_dump(mode="json") for gate in stage.gates]} if stage.gates else {}),
             }
             for name, stage in self.graph.stages.items()
         }
@@ -255,7 +258,11 @@ class Run:
     def _consider(self, stage: Stage) -> None:
         """Start a stage whose inputs are there, take its output, or leave it for later."""
         upstream = self._planner_of_run.upstream(stage)
+        closed = [self._closed[name] for name in upstream if name in self._closed]
         broken = [name for name in upstream if name in self._failed]
+        if closed:
+            self._finish(stage, "blocked", Decision(stage.name, "blocked", closed[0]))
+            return
         if broken:
             reason = f"its input {broken[0]} {self._failed[broken[0]]}"
             self._finish(stage, "blocked", Decision(stage.name, "blocked", reason))
@@ -406,6 +413,9 @@ class Run:
         self.store.note_latest(action.pipeline, stage.name, action.key, action.number)
         shutil.rmtree(self.store.work(action.key), ignore_errors=True)
         self._outputs[stage.name] = action.output
+        if closed := closed_gate(stage, action):
+            self._closed[stage.name] = closed
+            self._write("note", stage=stage.name, text=closed)
         self._finish(stage, "done", decision, number=action.number, output=action.output, seconds=seconds)
 
     def _reuse(self, stage: Stage, decision: Decision) -> None:
@@ -414,6 +424,8 @@ class Run:
         action = decision.action
         if action is not None:
             self.store.note_latest(self.graph.loaded.file.pipeline, stage.name, action.key, action.number)
+        if decision.closed:
+            self._closed[stage.name] = decision.closed
         for note in decision.notes:
             self._write("note", stage=stage.name, text=note)
         self._finish(stage, "reused", decision, number=action.number if action else None, output=decision.output, seconds=0.0)
@@ -457,15 +469,18 @@ class Run:
         """The last words, each for itself: of a store that is full or gone, what can still be said is said."""
         self._try_to("name the newest model", self._name_newest_model)
         failed = [name for name, how in self._failed.items() if how == "failed"]
+        closed = "".join(f"{each}. " for each in self._closed.values())
         go_on = f"go on with: {self.options.go_on}"
         if self._signal is not None:
             status, code, text = "KILLED", 128 + self._signal, f"interrupted; {go_on}"
         elif failed:
             status, code = "FAILED", 1
-            text = f"{' and '.join(failed)} failed; the other results are kept. Mend it, then {go_on}"
+            text = f"{closed}{' and '.join(failed)} failed; the other results are kept. Mend it, then {go_on}"
         elif self._broken:
             status, code = "FAILED", 1
             text = f"the store {self.store.root} failed; what it has is kept. Mend it, then {go_on}"
+        elif closed:
+            status, code, text = "FAILED", 1, f"{closed}Then {go_on}"
         else:
             status, code, text = "FINISHED", 0, ""
         ended = {"status": status, "exit_code": code, "text": text}
@@ -511,9 +526,10 @@ class Run:
         return found
 
     def _name_newest_model(self) -> None:
-        """`model:<pipeline>@newest` is the policy that stands last in the line, of those that this run made or reused: no import."""
+        """`model:<pipeline>@newest` is the line's last policy that this run made or reused: no import, and none whose gate is closed."""
         for name, stage in self.graph.stages.items():
-            if name in self._outputs and name not in self._planner_of_run.given and stage.kind.uses != IMPORTS["model"]:
+            own = name not in self._planner_of_run.given and stage.kind.uses != IMPORTS["model"]
+            if own and name in self._outputs and name not in self._closed:
                 made = self.store.artifact(self._outputs[name])
                 if isinstance(made, Model) and made.metadata.get("role") == "policy":
                     self.store.point(self.graph.loaded.file.pipeline, "newest", made.digest)
