@@ -144,6 +144,10 @@ def test_a_plan_is_a_line_for_each_stage_and_what_it_comes_to() -> None:
     ]
     assert plan_lines([reused])[-1] == "nothing to do: every stage is reused"
     assert plan_lines([reused, Decision("pretrain", "run", "new")])[-1] == "1 of 2 stages to do, how long nobody knows yet"
+    blocked = Decision("rl", "blocked", "reward_model's gate is closed")
+    assert (
+        plan_lines([reused, Decision("pretrain", "run", "new", expected_s=60), blocked])[-1] == "1 of 3 stages to do, about 1:00; 1 blocked"
+    )
 
 
 def test_the_last_words_of_a_run_are_said_when_the_progress_closes() -> None:
