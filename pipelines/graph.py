@@ -411,7 +411,7 @@ def _user_functions(value: Any, setting: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, UserFunction):
         yield setting, str(value)
     elif isinstance(value, Settings | dict):
-        for name, each in dict(value).items():
+        for name, each in value if isinstance(value, Settings) else value.items():  # dict(settings) fails on a setting called `keys`
             yield from _user_functions(each, f"{setting}.{name}" if setting else str(name))
     elif isinstance(value, list | tuple | set | frozenset):
         for index, each in enumerate(value):

@@ -29,6 +29,7 @@ class MarkConfig(StageConfig):
     reward: UserFunction | None = None
     others: list[UserFunction] = []
     best: UserFunction = "./reward.py:best"
+    keys: dict[str, list[UserFunction]] = {}
 
 
 class GangConfig(MarkConfig, PretrainSettings):
@@ -36,7 +37,7 @@ class GangConfig(MarkConfig, PretrainSettings):
 
 
 def mark(config: MarkConfig, stage: StageContext) -> Report:
-    named = [each for each in (config.reward, *config.others, config.best) if each]
+    named = [each for each in (config.reward, *config.others, *config.keys.get("more", []), config.best) if each]
     return published(stage, {each: stage.function(each)("four") for each in named})
 
 
@@ -166,8 +167,9 @@ def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Marks:
 
 
 def test_a_stage_calls_the_functions_that_its_settings_name(marks: Marks):
-    assert marks.run("stages.marked.others=['./reward.py:best']") == 0
-    assert marks.figures("marked") == {"eval/score": 4, "eval/best": 10}  # four letters
+    marks.edit("reward.py", "nested = made()", "def half(response):\n    return count(response) / 2")
+    assert marks.run("stages.marked.others=['./reward.py:best']", "stages.marked.keys={more=['./reward.py:half']}") == 0
+    assert marks.figures("marked") == {"eval/score": 4, "eval/best": 10, "eval/half": 2}  # four letters
     assert marks.figures("plain") == {"eval/best": 10}  # named by a default
 
 
