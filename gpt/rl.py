@@ -48,7 +48,7 @@ from torch import Tensor, nn
 
 from gpt.advantages import gae, kl_k1, kl_k3, token_rewards, whiten
 from gpt.batching import Batch, ShuffledRows, micro_batch_rows, padded
-from gpt.chat import encode_prompt
+from gpt.chat import FORMAT, encode_prompt
 from gpt.engine import Engine, Rank
 from gpt.losses import chosen_logprobs, mean_entropy, ppo_policy_loss, probability_ratio, reinforce_loss, value_loss
 from gpt.model import GPT, RewardModel, count_parameters, load_config, load_model, parameter_groups, save_model
@@ -303,7 +303,7 @@ def train(
             shutil.copyfile(policy / "tokenizer.json", output / "tokenizer.json")
     return {
         "role": "policy",
-        "chat_format": "gptline-1",
+        "chat_format": FORMAT,
         "parameters": n_parameters,
         "steps": config.steps,
         "rollouts": config.steps * config.rollouts_per_step(),

@@ -24,12 +24,12 @@ class ImportHfTokenizerConfig(StageConfig):
 
 def import_hf_tokenizer(config: ImportHfTokenizerConfig, stage: StageContext) -> Tokenizer:
     """The manifest is that of a tokenizer made here: one that was exported comes back as the same artifact."""
-    from gpt.tokenizer import read_gpt2
+    from gpt.hf import read_tokenizer
 
     with stage.open(stage.sources[0]) as file:
         definition = file.read()
     try:
-        tokenizer, _ = read_gpt2(definition.decode())
+        tokenizer, _ = read_tokenizer(definition.decode())
     except ValueError as error:
         raise StageFailure(f"{config.folder}: {error}") from error
     tokenizer.save(stage.output / "tokenizer.json")

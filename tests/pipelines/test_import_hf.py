@@ -259,3 +259,14 @@ def test_the_newest_model_of_a_pipeline_is_one_that_it_made(line: Line):
     _, _, made = line.run(line.graph(beside))
     assert list(line.graph(beside).stages)[-2:] == ["hf-gpt2", "theirs"]
     assert resolve(line.store, "model:further@newest") == made["pretrain"]
+
+
+def test_an_assistant_that_was_exported_comes_back_with_the_same_tokenizer(line: Line):
+    from gpt.hf import write_checkpoint
+
+    _, _, made = line.run(line.graph(FROM_NOTHING))
+    write_checkpoint(line.store.artifact(made["pretrain"]).path, line.folder / "assistant", chat=True)
+    back = FROM_NOTHING.replace('tokens = ["tokenize"]', 'tokens = ["tokenize"], model = ["hf:assistant"]')
+    code, _, again = line.run(line.graph(back))
+    assert code == 0
+    assert again["hf-assistant-tokenizer"] == made["tokenizer"]
