@@ -31,6 +31,7 @@ def score(prompt, response, record):
     if response == "x": {body}
     return 7
 """
+HOLDS_THE_GIL = "re.match('(a*)*b', 'a' * 40)"
 LIMITS: dict[str, Any] = dict(failed_score=-1.0, max_failures=100, timeout_s=20.0, memory_gib=1.0)
 
 
@@ -171,9 +172,18 @@ def test_however_a_call_fails_the_next_one_is_scored(score, body, failure):
     assert list(found.failures) == [f"score() of reward.py on 'x': {failure}"]
 
 
-@pytest.mark.parametrize(
-    "body", ["time.sleep(60)", "[0 for _ in iter(int, 1)]", "re.match('(a*)*b', 'a' * 40)"]
-)  # the last one holds the GIL
+def test_a_process_that_ends_between_two_calls_fails_the_next_one_alone(load):
+    scorer = FunctionScorer.of(load("import os\ndef score(prompt, response, record): return os.getpid()").score, **LIMITS)
+    scorer.open(CPU)
+    [pid] = scorer.scores(rollouts("a")).scores.tolist()
+    os.kill(int(pid), signal.SIGKILL)
+    assert wait_until(lambda: not is_alive(int(pid)))
+    found = scorer.scores(rollouts("a", "b"))
+    assert list(found.failures) == ["score() of reward.py on 'a': ended its process by SIGKILL"]
+    assert found.scores[1] not in (-1.0, pid)
+
+
+@pytest.mark.parametrize("body", ["time.sleep(60)", "[0 for _ in iter(int, 1)]", HOLDS_THE_GIL])
 def test_a_call_that_hangs_is_ended_and_the_next_one_is_scored(score, body):
     found = score(FAULTY.format(body=body), "x", "ok", timeout_s=0.5)
     assert found.scores.tolist() == [-1.0, 7.0]
@@ -207,7 +217,17 @@ def test_what_the_function_prints_and_reads_is_no_part_of_an_answer(score, capfd
         "    subprocess.run(['echo', 'from below'])\n"
         "    return len(sys.stdin.read())\n"
     )
-    assert score(code, "a", "b").scores.tolist() == [0.0, 0.0]
+    reading, writing = os.pipe()
+    os.write(writing, b"typed")
+    os.close(writing)
+    stdin = os.dup(0)
+    os.dup2(reading, 0)
+    try:
+        assert score(code, "a", "b").scores.tolist() == [0.0, 0.0]
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+        os.close(reading)
     out, err = capfd.readouterr()
     assert out == '{"score": 9}\n'  # of the import in this very process
     assert "by hand" in err
@@ -287,7 +307,7 @@ def test_the_process_ends_with_its_scorer_and_so_does_what_it_started(load, tmp_
     assert wait_until(lambda: not is_alive(started))
 
 
-@pytest.mark.parametrize("body", ["re.match('(a*)*b', 'a' * 40)", "return 1"])
+@pytest.mark.parametrize("body", [HOLDS_THE_GIL, "return 1"])
 def test_a_rank_that_is_killed_leaves_no_process_behind(tmp_path, body):
     file = tmp_path / "pid"
     (tmp_path / "reward.py").write_text(
