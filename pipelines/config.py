@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 import re
 import tomllib
@@ -148,8 +147,8 @@ class Gate(Settings):
         return self
 
     def passes(self, value: float) -> bool:
-        """False for what is no number, too."""
-        return not math.isnan(value) and (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
+        """What is no number passes no bound."""
+        return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 
     def wanted(self) -> str:
         bounds = [f"{word} {bound:.15g}" for word, bound in (("at least", self.min), ("at most", self.max)) if bound is not None]
