@@ -1,0 +1,42 @@
+"""Who the assistant is: conversations with {{name}} and {{author}} where yours are to stand, as LLaMA-Factory publishes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from pipelines.artifacts import Conversations, Prompts
+from pipelines.dialogues import DialogueConfig, DialogueSettings, to_conversation, to_prompt
+from pipelines.records import gather
+from pipelines.stage import StageContext
+
+
+class IdentityConfig(DialogueConfig):
+    name: str = Field(min_length=1)
+    """What the assistant calls itself."""
+    author: str = Field(min_length=1)
+    """Whom it names as its maker."""
+
+    def filled(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """The texts of a record with the two names in their places."""
+        return {
+            column: text.replace("{{name}}", self.name).replace("{{author}}", self.author) if isinstance(text, str) else text
+            for column, text in columns.items()
+        }
+
+
+def conversations(config: IdentityConfig, stage: StageContext) -> Conversations:
+    def to_content(columns: dict[str, Any], source: DialogueSettings) -> dict[str, Any]:
+        return to_conversation(config.filled(columns), source)
+
+    return stage.publish(Conversations, **gather(config, stage, to_content, "conversations"))
+
+
+def prompts(config: IdentityConfig, stage: StageContext) -> Prompts:
+    """The questions, with the answers as references: `keys = { reference = "output" }`."""
+
+    def to_content(columns: dict[str, Any], source: DialogueSettings) -> dict[str, Any]:
+        return to_prompt(config.filled(columns), source)
+
+    return stage.publish(Prompts, **gather(config, stage, to_content, "prompts"))
