@@ -13,9 +13,9 @@ pytestmark = pytest.mark.slow
 BOOKS = 'stages.documents.files=["pretrain_en_books/derived/mary*.jsonl", "pretrain_en_books/derived/arthur*.jsonl"]'
 SMALL = {
     "pretrain": ("preset=gpt2-nano", "steps=10", "warmup_steps=2", "eval_every=5"),
-    "sft": ("steps=8", "warmup_steps=2", "eval_every=4", "global_batch_size=4"),
+    "sft": ("steps=8", "warmup_steps=2", "eval_every=4", "global_batch_size=4", "micro_batch_size=2"),
     "reward_model": ("steps=6", "warmup_steps=2", "eval_every=3", "global_batch_size=4"),
-    "rl": ("steps=3", "prompts_per_step=4", "global_batch_size=4", "max_response_tokens=12", "value_warmup_steps=1"),
+    "rl": ("steps=3", "prompts_per_step=4", "global_batch_size=4", "micro_batch_size=2", "max_response_tokens=12", "value_warmup_steps=1"),
     "evaluate": ("answer_tokens=12",),
 }
 
