@@ -17,7 +17,7 @@ from torch import Tensor
 from gpt.batching import padded
 from gpt.chat import Message, encode_prompt
 from gpt.losses import chosen_logprobs
-from gpt.model import GPT, load_model
+from gpt.model import GPT, load_config, load_model
 from gpt.random_streams import stream_seed
 from gpt.reward import RewardScorer
 from gpt.sampling import sample
@@ -94,15 +94,34 @@ def response_logprobs(model: GPT, answers: Sequence[Answer], *, temperature: flo
 class Examiner:
     """One set of questions put to several models, each by the likeliest tokens and by a draw at temperature 1.
 
-    `Examiner([{"prompt": [...], "reference": "Yes."}], seed=1, refusal=None, max_tokens=64).examine(folder)` are the figures.
+    `Examiner([{"prompt": [...], "reference": "Yes."}], [folder], seed=1, refusal=None, max_tokens=64).examine(folder)` are the figures.
     """
 
     def __init__(
-        self, questions: Sequence[Mapping[str, Any]], seed: int, *, refusal: str | None, max_tokens: int, device: str = "cpu"
+        self,
+        questions: Sequence[Mapping[str, Any]],
+        folders: Sequence[Path],
+        seed: int,
+        *,
+        refusal: str | None,
+        max_tokens: int,
+        device: str = "cpu",
     ) -> None:
-        """A question is `{"prompt": [messages], "reference": right answer or None}`."""
-        self._prompts = [question["prompt"] for question in questions]
-        self._references = [question["reference"] for question in questions]
+        """A question is `{"prompt": [messages], "reference": right answer or None}`; `folders` are all models that will read it.
+
+        Questions that leave no room for an answer of `max_tokens` within the shortest seq_len are not put, and counted in `too_long`.
+        """
+        tokenizer = Tokenizer.load(folders[0] / "tokenizer.json")
+        room = min(load_config(folder).seq_len for folder in folders) - max_tokens
+        put = [question for question in questions if len(encode_prompt(tokenizer, question["prompt"])) <= room]
+        if not put:
+            raise ValueError(
+                f"none of {len(questions)} questions leaves room for an answer of {max_tokens} tokens within the models' seq_len = "
+                f"{room + max_tokens}; ask shorter ones, or allow fewer tokens for an answer"
+            )
+        self.too_long = len(questions) - len(put)
+        self._prompts = [question["prompt"] for question in put]
+        self._references = [question["reference"] for question in put]
         self._seed = seed
         self._refusal = refusal
         self._max_tokens = max_tokens

@@ -158,7 +158,8 @@ def _of_answers(
     """Each question is answered twice, by the likeliest tokens and by a draw at temperature 1."""
     from gpt.answers import Examiner
 
-    examiner = Examiner(asked, stage.seed, refusal=config.refusal, max_tokens=config.answer_tokens, device=stage.device)
+    folders = [each.path for each in (model, baseline, reward_model) if each]
+    examiner = Examiner(asked, folders, stage.seed, refusal=config.refusal, max_tokens=config.answer_tokens, device=stage.device)
     if reward_model:
         scale = reward_model.metadata["score_mean"], reward_model.metadata["score_std"]
         examiner.score_by(reward_model.path, *scale, missing_end_score=config.missing_end_score)
@@ -167,4 +168,4 @@ def _of_answers(
         figures |= examiner.compare(model.path, baseline.path)
     report["figures"] |= {f"eval/{name}": value for name, value in figures.items()}
     report["samples"] += examiner.samples(config.samples)
-    report["questions"] = len(asked)
+    report |= {"questions": len(asked) - examiner.too_long, "too_long": examiner.too_long}

@@ -97,11 +97,26 @@ def test_questions_of_ones_own_are_put_to_model_and_baseline_and_scored(tmp_path
     assert figures["eval/score_mean"] == figures["eval/baseline_score_mean"]
     assert figures["eval/best_of_score_mean"] >= figures["eval/score_mean"]
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["questions"] == 3
+    assert (report["questions"], report["too_long"]) == (3, 0)
     assert [(each["prompt"], each["reference"]) for each in report["samples"]] == [("a?", "b"), ("c?", "No.")]
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     assert [name for name in figures if f"`{name.replace('baseline_', '').replace('best_of_', '')}`" not in page] == []
     assert set(report["samples"][0]) == {"prompt", "reference", "answer", "drawn", "score", "baseline", "baseline_drawn"}
+
+
+def test_a_question_that_leaves_no_room_for_its_answer_is_not_put(tmp_path: Path):
+    (tmp_path / "questions.jsonl").write_text(
+        """{"question": "short?", "answer": "b"}\n""" + json.dumps({"question": "?" * 30, "answer": ""})
+    )
+    config = EvaluateConfig(questions_file="questions.jsonl", answer_tokens=8)  # seq_len = 32
+    bench = Bench(tmp_path)
+    bench.sources = config.sources(tmp_path)
+    model = made_model(tmp_path / "model", 1)
+    run(config, model, bench)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["questions"], report["too_long"]) == (1, 1)
+    with pytest.raises(ValueError, match="none of 2 questions leaves room for an answer of 30 tokens within the models' seq_len = 32"):
+        run(config.model_copy(update={"answer_tokens": 30}), model, bench)
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "{", '{"question": "a?"}'])
