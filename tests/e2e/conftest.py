@@ -35,18 +35,18 @@ class Program:
         self._code = code
         self._started: list[subprocess.Popen[str]] = []
 
-    def run(self, *words: str, code: int = 0) -> str:
-        """What it printed, on both channels; it must end with `code`."""
-        return self.finish(self.start(*words), code)
+    def run(self, *words: str, code: int = 0, typed: str | None = None) -> str:
+        """What it printed, on both channels; it must end with `code`. `typed` comes through a pipe."""
+        return self.finish(self.start(*words, piped=typed is not None), code, typed)
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, piped: bool = False) -> subprocess.Popen[str]:
         """As a session of its own, so that a signal to its group reaches what it started and nobody else."""
         command = [str(PROGRAM), *words] if self._code is None else [sys.executable, "-c", _MAIN, *words]
         process = subprocess.Popen(
             command,
             cwd=self.folder,
             env=self._environment(),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if piped else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -55,8 +55,8 @@ class Program:
         self._started.append(process)
         return process
 
-    def finish(self, process: subprocess.Popen[str], code: int = 0) -> str:
-        said, _ = process.communicate(timeout=LONGEST_S)
+    def finish(self, process: subprocess.Popen[str], code: int = 0, typed: str | None = None) -> str:
+        said, _ = process.communicate(typed, timeout=LONGEST_S)
         assert process.returncode == code, f"ended with {process.returncode}, wanted {code}:\n{said}"
         return said
 

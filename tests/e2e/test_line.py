@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import re
+import tomllib
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-STAGES = ("documents", "tokenizer", "tokenize", "pretrain", "evaluate", "export")
 SMALL = (
     "stages.pretrain.preset=gpt2-nano",
     "stages.pretrain.steps=20",
@@ -22,7 +22,17 @@ SMALL = (
     "stages.evaluate.sample_tokens=20",
 )
 RECIPES = {
-    "quickstart": ("stages.tokenizer.vocab_size=400",),
+    "quickstart": (
+        "stages.tokenizer.vocab_size=400",
+        "stages.pretrain.seq_len=128",  # room for questions
+        *(f"stages.{stage}.steps=6" for stage in ("sft", "sft_longer", "reward_model")),
+        *(f"stages.{stage}.eval_every=3" for stage in ("sft", "reward_model")),
+        *(f"stages.{stage}.warmup_steps=2" for stage in ("sft", "reward_model")),
+        "stages.reward_model.gate.min=0.0",
+        *(f"stages.rl.{setting}" for setting in ("steps=2", "prompts_per_step=8", "global_batch_size=8", "value_warmup_steps=1")),
+        "stages.rl.max_response_tokens=12",
+        *(f"stages.evaluate_{which}.answer_tokens=8" for which in ("sft", "longer", "rl")),
+    ),
     "shakespeare": tuple(f"stages.pretrain.{size}" for size in ("n_layer=2", "n_head=2", "n_embd=32", "seq_len=32")),
     "books": (
         'stages.documents.files=["pretrain_en_books/derived/mary*.jsonl", "pretrain_en_books/derived/arthur*.jsonl"]',
@@ -49,8 +59,10 @@ class Line:
     said: str
     run: str
 
-    def model(self) -> Any:
-        return self.program.store.artifact(self.program.outputs(self.run)["pretrain"])
+    stages: tuple[str, ...]
+
+    def model(self, stage: str = "pretrain") -> Any:
+        return self.program.store.artifact(self.program.outputs(self.run)[stage])
 
 
 @pytest.fixture(scope="module", params=RECIPES)
@@ -60,12 +72,13 @@ def line(request, new_program, configs, data) -> Line:
     settings = [*SMALL, *RECIPES[recipe], *([] if recipe == ON_RAY else [f'data="{data}"'])]
     words = (str(configs / f"{recipe}.toml"), *(word for setting in settings for word in ("--set", setting)))
     said = program.run("run", *words, *([] if recipe == ON_RAY else ["--inline"]))
-    return Line(recipe, program, words, said, program.last_run())
+    stages = tuple(tomllib.loads((configs / f"{recipe}.toml").read_text())["stages"])
+    return Line(recipe, program, words, said, program.last_run(), stages)
 
 
 def test_every_stage_is_made_and_a_pipe_gets_plain_lines(line):
-    assert line.program.status(line.run) == dict.fromkeys(STAGES, "done")
-    assert line.said.splitlines()[-1].startswith("6 made in ")
+    assert line.program.status(line.run) == dict.fromkeys(line.stages, "done")
+    assert line.said.splitlines()[-1].startswith(f"{len(line.stages)} made in ")
     assert line.said.replace("\n", "").isprintable()
     made = line.program.action("pretrain", line.run).operational
     assert (made["engine"], made["ranks"]) == (("deepspeed", 2) if line.recipe == ON_RAY else ("torch", 1))
@@ -91,7 +104,8 @@ def test_transformers_opens_the_export_with_equal_logits_and_equal_ids(line, mon
     from gpt.tokenizer import Tokenizer
 
     export = line.program.store.artifact(line.program.outputs(line.run)["export"]).path
-    ours, tokenizer = load_model(line.model().path).eval(), Tokenizer.load(line.model().path / "tokenizer.json")
+    model = line.model("rl" if "rl" in line.stages else "pretrain")
+    ours, tokenizer = load_model(model.path), Tokenizer.load(model.path / "tokenizer.json")
     theirs = GPT2LMHeadModel.from_pretrained(export).eval()
     held_out = next(iter(line.program.store.artifact(line.program.outputs(line.run)["documents"]).texts("held_out")))
     token_ids = tokenizer.encode(held_out)
@@ -102,13 +116,13 @@ def test_transformers_opens_the_export_with_equal_logits_and_equal_ids(line, mon
 
 
 def test_a_second_run_and_a_plan_reuse_every_stage(line):
-    assert line.program.plan(*line.words) == {stage: ("reuse", line.program.plan(*line.words)[stage][1]) for stage in STAGES}
+    assert {stage: word for stage, (word, _) in line.program.plan(*line.words).items()} == dict.fromkeys(line.stages, "reuse")
     before = line.program.outputs(line.run)
     said = line.program.run("run", *line.words)  # without --inline: nothing has to be started
-    assert line.program.status() == dict.fromkeys(STAGES, "reused")
+    assert line.program.status() == dict.fromkeys(line.stages, "reused")
     assert line.program.outputs() == before
     assert "starting Ray" not in said
-    assert said.splitlines()[-1].startswith("6 reused in ")
+    assert said.splitlines()[-1].startswith(f"{len(line.stages)} reused in ")
 
 
 def test_lineage_leads_from_the_model_to_the_source_files(line):
@@ -137,6 +151,17 @@ def test_sample_continues_a_prompt_the_same_way_for_the_same_seed(line):
         assert line.program.run(*sample, "--seed", "5") == line.program.run(*sample, "--seed", "5")
 
 
+def test_the_assistant_is_the_pipelines_newest_model_and_answers_in_a_pipe(line):
+    if "rl" not in line.stages:
+        pytest.skip("this recipe has no assistant")
+    assert line.program.store.pointed(line.recipe, "newest") == line.program.outputs(line.run)["rl"]
+    answer = line.program.run("chat", "--tokens", "8", typed="What does len do?\n")
+    assert answer.strip()
+    traced = line.program.run("lineage", f"run:{line.run}/rl")
+    for kind in ("documents", "conversations", "preferences", "prompts", "reward model"):
+        assert re.search(rf"^\W*{kind} ", traced, re.MULTILINE), traced
+
+
 class _Loaded(html.parser.HTMLParser):
     """What a browser would fetch or run from elsewhere."""
 
@@ -158,7 +183,7 @@ def test_the_page_is_one_file_that_loads_nothing(line):
     assert loaded.found == []
     assert "@import" not in page
     assert not re.search(r"url\((?!['\"]?(data:|#))", page)
-    for stage in STAGES:
+    for stage in line.stages:
         assert stage in page
     assert "<svg" in page  # curves
 
@@ -172,7 +197,7 @@ def test_mlflow_has_the_run_and_a_child_per_stage_with_what_went_in_and_came_out
     runs = client.search_runs([experiment.experiment_id], f"tags.`gptline.run` = '{line.run}'")
     children = {run.data.tags["gptline.stage"]: run for run in runs if "gptline.stage" in run.data.tags}
     (parent,) = [run for run in runs if "gptline.stage" not in run.data.tags]
-    assert set(children) == set(STAGES)
+    assert set(children) == set(line.stages)
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}
 
