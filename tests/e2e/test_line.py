@@ -29,7 +29,10 @@ RECIPES = {
         *(f"stages.{stage}.eval_every=3" for stage in ("sft", "reward_model")),
         *(f"stages.{stage}.warmup_steps=2" for stage in ("sft", "reward_model")),
         "stages.reward_model.gate.min=0.0",
-        *(f"stages.rl.{setting}" for setting in ("steps=2", "prompts_per_step=8", "global_batch_size=8", "value_warmup_steps=1")),
+        *(
+            f"stages.rl.{setting}"
+            for setting in ("steps=2", "prompts_per_step=8", "global_batch_size=8", "micro_batch_size=4", "value_warmup_steps=1")
+        ),
         "stages.rl.max_response_tokens=12",
         *(f"stages.evaluate_{which}.answer_tokens=8" for which in ("sft", "longer", "rl")),
     ),
@@ -135,7 +138,7 @@ def test_lineage_leads_from_the_model_to_the_source_files(line):
     }
     assert said.startswith(f"policy model {line.model().digest[:12]}  pretrain")
     assert re.search(sources[line.recipe], said), said
-    assert re.search(r"^├─ (hf_checkpoint|report) ", said, re.MULTILINE)  # and what was made of it
+    assert re.search(r"^[├└]─ (hf_checkpoint|report) ", said, re.MULTILINE)  # and what was made of it
     assert line.program.run("lineage", f"run:{line.run}/pretrain") == said
 
 
@@ -159,7 +162,7 @@ def test_the_assistant_is_the_pipelines_newest_model_and_answers_in_a_pipe(line)
     assert answer.strip()
     traced = line.program.run("lineage", f"run:{line.run}/rl")
     for kind in ("documents", "conversations", "preferences", "prompts", "reward model"):
-        assert re.search(rf"^\W*{kind} ", traced, re.MULTILINE), traced
+        assert re.search(rf"^\W*\w+: {kind} ", traced, re.MULTILINE), traced
 
 
 class _Loaded(html.parser.HTMLParser):
