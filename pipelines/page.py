@@ -146,8 +146,9 @@ def _stages(view: RunView, actions: dict[str, Action], lineage: Lineage) -> str:
         key = f'<div><span>key</span> <code title="{_esc(stage.key)}">{_esc(stage.key[:12])}</code></div>' if stage.key else ""
         word = stage.decision if stage.status in ("done", "reused", "planned", "running", "blocked") else stage.status
         seconds = action.seconds if action is not None else stage.seconds
-        told = action is None or action.run == view.run or action.run in (stage.reason or "")
-        made = "" if told else f'<p class="note">made by run {_esc(action.run)}</p>'
+        maker = action.run if action is not None else view.run
+        told = maker == view.run or maker in (stage.reason or "")
+        made = "" if told else f'<p class="note">made by run {_esc(maker)}</p>'
         rows.append(
             f'<tr><th scope="row">{_esc(name)}</th><td><span class="pill {_esc(word)}">{_esc(word)}</span></td>'
             f'<td class="why">{_esc(stage.reason)}{made}{trouble}{notes}</td><td class="small">{digest}{key}</td>'
