@@ -49,9 +49,16 @@ class JournalWriter:
         event = {"type": type, "time_ms": time.time_ns() // 1_000_000, **fields}
         with self._lock:
             self._pending.append(event)
-        if type not in ("points", "progress") or time.monotonic() - self._flushed_at_s > FLUSH_S:
+        if type not in ("points", "progress"):
             self.flush()
+        else:
+            self.keep_up()
         return event
+
+    def keep_up(self) -> None:
+        """Flush what has waited long enough; to be called while nothing happens, or the last step before a pause would not be told."""
+        if self._pending and time.monotonic() - self._flushed_at_s > FLUSH_S:
+            self.flush()
 
     def flush(self) -> None:
         with self._lock:

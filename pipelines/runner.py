@@ -251,6 +251,7 @@ class Run:
                 self._consider(stage)
             for running in list(self._running.values()):
                 self._attend(running)
+            self._journal.keep_up()
             self._say_of_tracking(self._tracker.news())
             if self._waiting or self._running:
                 time.sleep(LOOK_EVERY_S)
@@ -565,8 +566,9 @@ class _Inline:
 
 
 def new_run(pipeline: str) -> str:
-    """The id of a run that begins now."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{pipeline}-{secrets.token_hex(2)}"
+    """The id of a run that begins now. Its last part begins with the 256th of the second, so that runs of one second have an order."""
+    now_s = time.time()
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now_s))}-{pipeline}-{int(now_s % 1 * 256):02x}{secrets.token_hex(2)}"
 
 
 def git_state() -> dict[str, Any] | None:

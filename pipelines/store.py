@@ -295,9 +295,10 @@ class Store:
     # ---- runs and the rest ----
 
     def runs(self) -> list[str]:
-        """Ids, oldest first (they begin with the time, for people)."""
+        """Ids, oldest first: they begin with the second, and their last part with its 256th."""
         top = self.root / "runs"
-        return sorted(entry.name for entry in top.iterdir() if entry.is_dir()) if top.is_dir() else []
+        names = [entry.name for entry in top.iterdir() if entry.is_dir()] if top.is_dir() else []
+        return sorted(names, key=lambda name: (name[: len("20261122-192002")], name.rpartition("-")[2], name))
 
     def work(self, key: str) -> Path:
         """Where the checkpoints of a key's unfinished attempts lie."""

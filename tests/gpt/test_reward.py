@@ -398,28 +398,31 @@ def train_and_score(rank: Any, folder: Path, scored: Path, output: Path) -> tupl
     return metadata, all_scores(rank, config, engine, rows)
 
 
+def as_one_of_two(number: str, folder: str) -> None:
+    rank = RankOfTwo(int(number), f"{folder}/store")
+    metadata, scores = train_and_score(rank, Path(folder), Path(folder) / "scored", Path(folder) / "both")
+    if rank.rank == 0:
+        torch.save((metadata, scores, [loss.item() for loss in rank.losses]), Path(folder) / "of_two.pt")
+    torch.distributed.destroy_process_group()
+
+
 def test_two_ranks_change_training_by_rounding_alone_and_the_scores_of_given_weights_not_at_all(policy, make_records, make_rank, tmp_path):
     make_records(PAIRS, PAIRS[:5], "pairs")
     make_records(RATINGS, RATINGS[:5], "ratings")
     saved_reward_model(tmp_path / "scored")
     alone = make_rank()
     metadata, scores = train_and_score(alone, tmp_path, tmp_path / "scored", tmp_path / "alone")
-    program = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_reward as t; "
-        "t.train_and_score(t.RankOfTwo(1, sys.argv[2]), *map(Path, sys.argv[3:])); t.torch.distributed.destroy_process_group()"
-    )
-    folders = (tmp_path, tmp_path / "scored", tmp_path / "both")
-    other = subprocess.Popen([sys.executable, "-c", program, Path(__file__).parent, tmp_path / "store", *folders])
+    # Both in processes of their own: this one may have a process group already, of an engine that stood alone.
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import test_reward; test_reward.as_one_of_two(*sys.argv[2:])"
+    ranks = [subprocess.Popen([sys.executable, "-c", program, Path(__file__).parent, str(rank), tmp_path]) for rank in (0, 1)]
     try:
-        rank = RankOfTwo(0, str(tmp_path / "store"))
-        metadata_of_two, scores_of_two = train_and_score(rank, *folders)
-        assert other.wait(timeout=60) == 0
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     finally:
-        other.kill()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        for rank in ranks:
+            rank.kill()
+    metadata_of_two, scores_of_two, losses = torch.load(tmp_path / "of_two.pt")
     assert torch.equal(scores_of_two, scores)
-    assert [loss.item() for loss in rank.losses] == pytest.approx(list(alone.curve("train/loss").values()), rel=1e-5)
+    assert losses == pytest.approx(list(alone.curve("train/loss").values()), rel=1e-5)
     assert metadata_of_two["figures"] == metadata["figures"]
     for name in ("score_mean", "score_std"):
         assert metadata_of_two[name] == pytest.approx(metadata[name], abs=2e-5)

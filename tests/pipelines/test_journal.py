@@ -57,3 +57,13 @@ def test_a_loss_that_is_no_number_is_kept_as_it_is(store: Store):
     (event,) = read_journal(store, "r2")
     assert math.isnan(event["points"][0][2])
     assert event["points"][1][2] == math.inf
+
+
+def test_the_last_point_before_a_pause_is_told_while_nothing_else_happens(store: Store, monkeypatch: pytest.MonkeyPatch):
+    writer = JournalWriter(store, "r")
+    writer.write("points", stage="s", points=[["train/loss", 1, 1.0, 0]])
+    writer.keep_up()
+    assert read_journal(store, "r") == []
+    monkeypatch.setattr("pipelines.journal.FLUSH_S", 0.0)
+    writer.keep_up()
+    assert [event["points"][0][1] for event in read_journal(store, "r")] == [1]

@@ -204,3 +204,10 @@ def test_a_source_is_read_again_only_when_its_stat_changed(store: Store, tmp_pat
     source.write_text("two")  # as long as before
     os.utime(source, (1, 1))  # and as old: ctime still tells
     assert store.content_sha256([source]) != first
+
+
+def test_runs_of_one_second_stand_in_the_order_in_which_they_began(store: Store):
+    names = ["20261122-192002-zebra-05aaaa", "20261122-192002-apple-f0aaaa", "20261122-192003-apple-00aaaa"]
+    for name in reversed(names):
+        (store.root / "runs" / name).mkdir(parents=True)
+    assert store.runs() == names
