@@ -508,8 +508,9 @@ class Run:
 
         page = f"runs/{self.run}/page.html"
         self.store.backend.put(page, render(self.store, self.run).encode(errors="backslashreplace"))
-        for name, figure in self._figures().items():
-            self._say({"type": "said", "text": f"{name} = {figure:.4g}"})
+        for name, figures in self._figures().items():
+            measured = ", ".join(f"{figure.removeprefix('eval/')} {value:.4g}" for figure, value in figures.items())
+            self._say({"type": "said", "text": f"{name}: {measured}"})
         self._say({"type": "said", "text": f"the run's page: {self.graph.loaded.file.store.root}/{page}"})
 
     def _say_of_tracking(self, sentence: str | None) -> None:
@@ -517,13 +518,13 @@ class Run:
             self._tracking_said = sentence
             self._say({"type": "said", "text": sentence})
 
-    def _figures(self) -> dict[str, float]:
-        """What this run's evaluations measured, or had measured."""
-        found: dict[str, float] = {}
+    def _figures(self) -> dict[str, dict[str, float]]:
+        """Stage to what it measured, in this run or in the one that made its output."""
+        found = {}
         for name in self._outputs:
             latest = self.store.latest(self.graph.loaded.file.pipeline, name)
-            if latest is not None and latest.output == self._outputs[name]:
-                found |= latest.figures
+            if latest is not None and latest.output == self._outputs[name] and latest.figures:
+                found[name] = latest.figures
         return found
 
     def _name_newest_model(self) -> None:
