@@ -10,11 +10,11 @@ install: .venv/installed
 quickstart: install
 	.venv/bin/gptline run configs/quickstart.toml
 
-test: lint
-	.venv/bin/python -m pytest --durations=15
+test: lint unit
+	.venv/bin/python -m pytest -m "slow or gpu" --durations=25
 
 unit: .venv/installed-dev
-	.venv/bin/python -m pytest -m "not slow and not gpu"
+	.venv/bin/python -m pytest -m "not slow and not gpu" --numprocesses=2 --dist=loadscope
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check

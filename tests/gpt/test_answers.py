@@ -53,5 +53,5 @@ def test_log_probabilities_of_whole_responses_equal_those_of_one_row_at_a_time(m
     for each in answers:
         row = [*each.prompt_ids, *each.token_ids]
         logprobs = (model(torch.tensor([row[:-1]]))[0] / 0.7).log_softmax(dim=-1)
-        expected.append(sum(float(logprobs[place, row[place + 1]]) for place in range(len(each.prompt_ids) - 1, len(row) - 1)))
+        expected.append(sum(logprobs[place, row[place + 1]].item() for place in range(len(each.prompt_ids) - 1, len(row) - 1)))
     assert response_logprobs(model, answers, temperature=0.7, pad_id=0).tolist() == pytest.approx(expected, abs=1e-3)

@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import pickle
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import RankOfTwo, as_two_ranks
 from safetensors.torch import load_file
 
 from gpt.chat import encode_prompt, encode_response
@@ -353,42 +351,6 @@ def test_the_loss_of_a_step_is_the_same_however_its_rows_are_split(policy, make_
             torch.testing.assert_close(ends[size][2][name], tensor, rtol=0, atol=2e-5)
 
 
-class RankOfTwo:
-    """One of two processes, without checkpoints."""
-
-    world_size = 2
-    device = CPU
-
-    def __init__(self, rank: int, store: str) -> None:
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-        self.rank = rank
-        self.losses: list[torch.Tensor] = []
-
-    def engine(self, name, model, parameter_groups, settings) -> TorchEngine:
-        return TorchEngine(model, parameter_groups, settings, device=CPU, world_size=2)
-
-    def restore(self) -> int:
-        return 0
-
-    def save(self, finished_steps: int) -> None: ...
-
-    def log(self, step: int, *, sums=None, values=None) -> None:
-        self.losses += [self.all_sum(value) for name, value in (sums or {}).items() if name == "train/loss"]
-
-    @contextlib.contextmanager
-    def section(self, name: str, deadline_s: float) -> Iterator[None]:
-        yield
-
-    def should_stop(self) -> bool:
-        return False
-
-    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        total = tensor.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-
 def train_and_score(rank: Any, folder: Path, scored: Path, output: Path) -> tuple[dict[str, Any], torch.Tensor]:
     """Its metadata; and what all ranks say of 40 conversations under given weights, in 3 passes: one rank has none in the last."""
     config = settings(dropout=0.0, eps=1e-3, log_every=1)
@@ -398,12 +360,11 @@ def train_and_score(rank: Any, folder: Path, scored: Path, output: Path) -> tupl
     return metadata, all_scores(rank, config, engine, rows)
 
 
-def as_one_of_two(number: str, folder: str) -> None:
-    rank = RankOfTwo(int(number), f"{folder}/store")
-    metadata, scores = train_and_score(rank, Path(folder), Path(folder) / "scored", Path(folder) / "both")
-    if rank.rank == 0:
-        torch.save((metadata, scores, [loss.item() for loss in rank.losses]), Path(folder) / "of_two.pt")
-    torch.distributed.destroy_process_group()
+def train_and_score_as_two(rank: int, folder: str) -> None:
+    both = RankOfTwo(rank, Path(folder))
+    metadata, scores = train_and_score(both, Path(folder), Path(folder) / "scored", Path(folder) / "both")
+    if rank == 0:
+        torch.save((metadata, scores, list(both.curve("train/loss").values())), Path(folder) / "of_two.pt")
 
 
 def test_two_ranks_change_training_by_rounding_alone_and_the_scores_of_given_weights_not_at_all(policy, make_records, make_rank, tmp_path):
@@ -412,14 +373,7 @@ def test_two_ranks_change_training_by_rounding_alone_and_the_scores_of_given_wei
     saved_reward_model(tmp_path / "scored")
     alone = make_rank()
     metadata, scores = train_and_score(alone, tmp_path, tmp_path / "scored", tmp_path / "alone")
-    # Both in processes of their own: this one may have a process group already, of an engine that stood alone.
-    program = "import sys; sys.path.insert(0, sys.argv[1]); import test_reward; test_reward.as_one_of_two(*sys.argv[2:])"
-    ranks = [subprocess.Popen([sys.executable, "-c", program, Path(__file__).parent, str(rank), tmp_path]) for rank in (0, 1)]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    as_two_ranks(train_and_score_as_two, tmp_path)
     metadata_of_two, scores_of_two, losses = torch.load(tmp_path / "of_two.pt")
     assert torch.equal(scores_of_two, scores)
     assert losses == pytest.approx(list(alone.curve("train/loss").values()), rel=1e-5)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import RankOfTwo, as_two_ranks
 from safetensors.torch import load_file
 
 from gpt.batching import Batch, padded
@@ -286,44 +285,19 @@ def trained(rank: Any, policy: Path, prompts: Path, output: Path, **changes: Any
     return value | {f"policy {name}": tensor for name, tensor in rank._engines["policy"].full_weights().items()}
 
 
-def join(rank: Any, number: int, store: Path) -> Any:
-    """Make the test's rank one of two."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
-
-    def engine(name: str, model: torch.nn.Module, groups: Any, config: RlSettings) -> TorchEngine:
-        rank._engines[name] = TorchEngine(model, groups, config, device=rank.device, world_size=2)
-        return rank._engines[name]
-
-    def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-        total = tensor.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    rank.rank, rank.world_size, rank.engine, rank.all_sum = number, 2, engine, all_sum
-    return rank
+def trained_by_two(rank: int, folder: str, policy: str, prompts: str) -> None:
+    both = RankOfTwo(rank, Path(folder))
+    weights = trained(both, Path(policy), Path(prompts), Path(folder) / str(rank))
+    assert both.curve("train/ratio_first") == {1: 0.0, 2: 0.0}
+    if rank == 0:
+        torch.save(weights, Path(folder) / "of_two.pt")
 
 
 def test_micro_batches_and_ranks_change_policy_and_value_model_by_rounding_alone(make_rank, policy, prompts, tmp_path):
     whole = trained(make_rank("whole"), policy, prompts, tmp_path / "whole")
     others = [trained(make_rank(str(n)), policy, prompts, tmp_path / str(n), micro_batch_size=n) for n in (2, 1)]
-    program = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import conftest, test_rl as t;"
-        "store, folder, policy, prompts = map(Path, sys.argv[2:]);"
-        "rank = t.join(conftest.FakeRank(folder), 1, store); t.trained(rank, policy, prompts, folder)"
-    )
-    paths = [Path(__file__).parent, tmp_path / "store", tmp_path / "other", policy, prompts]
-    paths[2].mkdir()
-    other = subprocess.Popen([sys.executable, "-c", program, *map(str, paths)])
-    try:
-        rank = join(make_rank("two"), 0, paths[1])
-        others.append(trained(rank, policy, prompts, tmp_path / "two"))
-        assert other.wait(timeout=60) == 0
-    finally:
-        other.kill()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    assert rank.curve("train/ratio_first") == {1: 0.0, 2: 0.0}
+    as_two_ranks(trained_by_two, tmp_path, policy, prompts)
+    others.append(torch.load(tmp_path / "of_two.pt"))
     before = load_model(policy).token_embedding.weight
     assert (whole["policy token_embedding.weight"] - before).abs().max() > 1e-2
     for split in others:

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import as_two_ranks
 from torch import nn
 
 from gpt.batching import TrainingBatches, micro_batch_rows
@@ -102,28 +101,16 @@ def one_step(rank: int, world_size: int, passes: int) -> tuple[float, dict[str, 
     return engine.step(0.01), engine.full_weights()
 
 
-def join(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def splits_of_two(rank: int, folder: str) -> None:
+    splits = [one_step(rank, 2, passes) for passes in (1, 2)]
+    if rank == 0:
+        torch.save(splits, Path(folder) / "splits.pt")
 
 
 def test_splitting_a_batch_over_micro_batches_and_ranks_changes_a_step_by_rounding_alone(tmp_path):
     norm, weights = one_step(0, 1, 1)
-    splits = [one_step(0, 1, passes) for passes in (2, 4)]
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_torch_engine as t; "
-        "t.join(1, sys.argv[2]); t.one_step(1, 2, 1); t.one_step(1, 2, 2)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", program, Path(__file__).parent, tmp_path / "store"])
-    try:
-        join(0, str(tmp_path / "store"))
-        splits += [one_step(0, 2, passes) for passes in (1, 2)]
-        assert other.wait(timeout=60) == 0
-    finally:
-        other.kill()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    for split_norm, split_weights in splits:
+    as_two_ranks(splits_of_two, tmp_path)
+    for split_norm, split_weights in [one_step(0, 1, 2), one_step(0, 1, 4), *torch.load(tmp_path / "splits.pt")]:
         assert split_norm == pytest.approx(norm, rel=1e-5)
         for name, tensor in weights.items():
             torch.testing.assert_close(split_weights[name], tensor, rtol=0, atol=1e-5)
