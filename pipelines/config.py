@@ -157,6 +157,8 @@ class Gate(Settings):
 
 class PipelineFile(Settings):
     pipeline: str
+    about: str = ""
+    """What it makes, of what, and how long that takes where: said at the start, where no earlier run can tell."""
     seed: int = Field(default=0, ge=0)
     data: str = "."
     """What relative source files are relative to; itself relative to this file."""

@@ -292,15 +292,20 @@ def plan_lines(decisions: Sequence[Decision]) -> list[str]:
     for each in decisions:
         lines.append(f"{each.stage:<{widths[0]}}  {each.word:<{widths[1]}}  {_printable(each.reason)}".rstrip())
         lines += [f"{'':<{sum(widths) + 4}}{_printable(note)}" for note in each.notes]
+    return [*lines, "", work_to_do(decisions)]
+
+
+def work_to_do(decisions: Sequence[Decision]) -> str:
+    """How many stages there are to do, and about how long that takes."""
     working = [each for each in decisions if each.word not in ("reuse", "blocked")]
     blocked = sum(each.word == "blocked" for each in decisions)
     if not working:
-        return [*lines, "", f"nothing to do: {f'{blocked} blocked' if blocked else 'every stage is reused'}"]
+        return f"nothing to do: {f'{blocked} blocked' if blocked else 'every stage is reused'}"
     known = [each.expected_s for each in working if each.expected_s is not None]
     unknown = len(working) - len(known)
     about = f", about {_clock_time(sum(known))}" if known else ""
     about += f" and {unknown} of unknown length" if known and unknown else ", how long nobody knows yet" if unknown else ""
-    return [*lines, "", f"{len(working)} of {len(decisions)} stages to do{about}" + (f"; {blocked} blocked" if blocked else "")]
+    return f"{len(working)} of {len(decisions)} stages to do{about}" + (f"; {blocked} blocked" if blocked else "")
 
 
 def _word(stage: StageView) -> str:

@@ -37,6 +37,7 @@ from pipelines.journal import Event, JournalWriter, Superseded, read_journal
 from pipelines.lease import Lease, Watch, dead, describe, user_name
 from pipelines.planner import Decision, Planner, closed_gate, identity, versions
 from pipelines.preflight import lacks_here, lacks_in_cluster, room_of, unshared
+from pipelines.progress import work_to_do
 from pipelines.snapshot import freeze
 from pipelines.store import Action, Store
 
@@ -110,6 +111,8 @@ class Run:
         self._snapshot = freeze(self.graph, self.store)
         self._planner_of_run = planner if self.options.inline else self._planner(self._snapshot.path, self._snapshot.user_folders())
         self._stop_asked = StopFile(self.store, self.run)
+        if to_make:
+            self._forecast(plan)
         with contextlib.ExitStack() as stack:
             if to_make and not self.options.inline:
                 stack.enter_context(self._session())
@@ -137,6 +140,12 @@ class Run:
             return self._end()
 
     # ---- before ----
+
+    def _forecast(self, plan: list[Decision]) -> None:
+        file = self.graph.loaded.file
+        if file.about and any(each.expected_s is None for each in plan):
+            self._say({"type": "said", "text": f"{file.pipeline}: {file.about}"})
+        self._say({"type": "said", "text": work_to_do(plan)})
 
     def _planner(self, code_root: Path, user_folders: Mapping[str, Path] = MappingProxyType({})) -> Planner:
         asked = self.options
