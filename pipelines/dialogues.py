@@ -102,6 +102,8 @@ def to_conversation(columns: Mapping[str, Any], settings: DialogueSettings) -> d
         messages.pop()
     if not messages:
         raise ValueError("no assistant's message, so there is nothing to learn from")
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError("no user's message before the assistant's, who answers nobody")
     return {"messages": messages}
 
 

@@ -46,6 +46,8 @@ def test_alpacas_input_follows_its_instruction_and_a_system_column_comes_first()
     ("messages", "reason"),
     [
         ([HELLO[0]], "no assistant's message, so there is nothing to learn from"),
+        ([HELLO[1]], "no user's message before the assistant's, who answers nobody"),
+        ([{"role": "system", "content": "Be brief."}, HELLO[1], HELLO[0]], "no user's message before the assistant's"),
         ([HELLO[0], {"role": "assistant", "content": " "}], r"message 2 \(the assistant's\) is empty"),
         ([HELLO[0], {"role": "tool", "content": "a"}], "role 'tool' is unknown; say what it is"),
         ([HELLO[0], HELLO[0], HELLO[1]], "message 2 is the user's again; join_turns"),

@@ -77,6 +77,19 @@ def test_a_bad_record_is_named_by_its_line_or_kept_among_the_rejects(made, tmp_p
     assert [each["line"] for each in rejects(tmp_path / "preferences")] == [2]
 
 
+@pytest.mark.parametrize("by", ["prompt", "record"])
+def test_an_assistant_who_answers_nobody_is_a_bad_record_however_records_are_held_out(made, tmp_path, by):
+    rows = [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "a"}]} for question in QUESTIONS]
+    rows[2] = {"messages": rows[2]["messages"][1:]}
+    hold_out = {"share": 0.3, "by": by}
+    with pytest.raises(StageFailure, match=r"rows.jsonl, line 3, column 1 .*: no user's message .*, who answers nobody\. Mend the record"):
+        made(conversations, rows, hold_out=hold_out)
+    (tmp_path / "conversations").rename(tmp_path / "failed")
+    kept = made(conversations, rows, hold_out=hold_out, on_bad_record="skip", max_bad_share=0.03)
+    assert (kept.metadata["conversations"], kept.metadata["records"]["bad"]) == (39, 1)
+    assert [each["line"] for each in rejects(tmp_path / "conversations")] == [3]
+
+
 def test_equal_dialogues_stand_once(made):
     row = {"prompt": "a", "response": "b"}
     kept = made(conversations, [row, row, {"prompt": "a", "response": "c"}], format="plain")
