@@ -63,7 +63,7 @@ def answer_figures(answers: Sequence[Answer], references: Sequence[str], refusal
     """Shares of answers: `exactly_right`, of those that have one; with a refusal, `declined` and `false_refusals` apart from these."""
     pairs = list(zip(answers, references, strict=True))
     known = [(each, reference) for each, reference in pairs if reference != refusal]
-    figures = {"truncated_share": _share(not each.stopped for each in answers)}
+    figures = {}
     if known:
         figures["exactly_right"] = _share(is_right(each, reference) for each, reference in known)
     if refusal is not None:
@@ -107,7 +107,7 @@ class Examiner:
         max_tokens: int,
         device: str = "cpu",
     ) -> None:
-        """A question is `{"prompt": [messages], "reference": right answer or None}`; `folders` are all models that will read it.
+        """A question is `{"prompt": [messages], "reference": right answer, None or absent}`; `folders` are all models that will read it.
 
         Questions that leave no room for an answer of `max_tokens` within the shortest seq_len are not put, and counted in `too_long`.
         """
@@ -116,12 +116,12 @@ class Examiner:
         put = [question for question in questions if len(encode_prompt(tokenizer, question["prompt"])) <= room]
         if not put:
             raise ValueError(
-                f"none of {len(questions)} questions leaves room for an answer of {max_tokens} tokens within the models' seq_len = "
-                f"{room + max_tokens}; ask shorter ones, or allow fewer tokens for an answer"
+                f"none of {len(questions)} questions leaves room for answer_tokens = {max_tokens} within the models' seq_len = "
+                f"{room + max_tokens}; ask shorter ones, or set a lower answer_tokens"
             )
         self.too_long = len(questions) - len(put)
         self._prompts = [question["prompt"] for question in put]
-        self._references = [question["reference"] for question in put]
+        self._references = [question.get("reference") for question in put]
         self._seed = seed
         self._refusal = refusal
         self._max_tokens = max_tokens
@@ -132,7 +132,7 @@ class Examiner:
 
     def score_by(self, folder: Path, mean: float, std: float, *, missing_end_score: float) -> None:
         """From now on answers are scored too, by the reward model of this folder; one that was cut off gets the score for that."""
-        self._scorer = RewardScorer(folder, mean, std).open(self._device)
+        self._scorer = RewardScorer(folder, mean, std, self._device)
         self._missing_end_score = missing_end_score
 
     def examine(self, folder: Path, *, best_of: int | None = None) -> dict[str, float]:
@@ -141,6 +141,7 @@ class Examiner:
         drawn = self._answers(folder, "drawn", temperature=1.0)
         figures = self._figures(likeliest)
         figures |= {f"{name}_sampled": value for name, value in self._figures(drawn).items() if name == "exactly_right"}
+        figures["truncated_share"] = _share(not each.stopped for each in likeliest)
         figures["response_tokens"] = sum(len(each.token_ids) for each in likeliest) / len(likeliest)
         self._columns = {"answer": [each.text for each in likeliest], "drawn": [each.text for each in drawn]}
         if self._scorer:
@@ -151,7 +152,7 @@ class Examiner:
             candidates = [drawn, *(self._answers(folder, f"drawn {number}", temperature=1.0) for number in range(2, best_of + 1))]
             scored = torch.stack([self._scores(each) for each in candidates])  # (best_of, questions)
             best = [candidates[number][place] for place, number in enumerate(scored.argmax(dim=0).tolist())]
-            figures |= {f"best_of_{name}": value for name, value in self._figures(best).items() if name != "truncated_share"}
+            figures |= {f"best_of_{name}": value for name, value in self._figures(best).items()}
             figures["best_of_score_mean"] = scored.max(dim=0).values.mean().item()
         return figures
 
@@ -159,7 +160,7 @@ class Examiner:
         """What the baseline does with the same questions and draws, how far the model has gone from it, and what it gained by that."""
         likeliest = self._answers(baseline, "likeliest", temperature=0.0)
         drawn = self._answers(baseline, "drawn", temperature=1.0)
-        figures = {f"baseline_{name}": value for name, value in self._figures(likeliest).items() if name != "truncated_share"}
+        figures = {f"baseline_{name}": value for name, value in self._figures(likeliest).items()}
         answers = self._answers(folder, "drawn", temperature=1.0)
         pad_id = Tokenizer.load(folder / "tokenizer.json").special["pad"]
         models = (load_model(each).to(self._device) for each in (folder, baseline))
@@ -201,7 +202,7 @@ class Examiner:
     def _scores(self, answers: Sequence[Answer]) -> Tensor:
         assert self._scorer is not None, "score_by comes first"
         stopped = [each.stopped for each in answers]
-        scores = self._scorer.scores([each.prompt_ids for each in answers], [each.token_ids for each in answers], stopped).cpu()
+        scores = self._scorer.scores([each.prompt_ids for each in answers], [each.token_ids for each in answers]).cpu()
         return torch.where(torch.tensor(stopped), scores, self._missing_end_score).double()
 
 

@@ -128,9 +128,15 @@ def _of_documents(config: EvaluateConfig, model: Model, documents: list[Document
 
 
 def _asked(config: EvaluateConfig, questions: list[Prompts], stage: StageContext) -> Iterator[dict[str, Any]]:
-    """`{"prompt": [messages], "reference": "..." or None}` of each held-out question, and of each in the file."""
+    """`{"prompt": [messages], "reference": "..."}` of each held-out question, and of each in the file."""
     for each in questions:
-        yield from each.records("held_out")
+        held_out = list(each.records("held_out"))
+        if not held_out:
+            raise StageFailure(
+                f"prompts {each.digest[:12]} hold nothing out, so there is no question in them that training has not seen; set "
+                'hold_out = { share = 0.1, by = "prompt" } in the stage that makes them, and in those that teach the same questions'
+            )
+        yield from held_out
     for source in stage.sources if config.questions_file else ():
         with stage.open(source) as file:
             for number, line in enumerate(file.read().decode("utf-8-sig").splitlines(), start=1):

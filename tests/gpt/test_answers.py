@@ -29,12 +29,11 @@ def test_what_is_right_declined_and_declined_falsely_is_counted_apart():
     answers = [said("a"), said("b "), said("c", stopped=False), said(NO), said(NO), said("d")]
     references = ["a", "b", "c", "d", NO, NO]
     assert answer_figures(answers, references, NO) == {
-        "truncated_share": 1 / 6,
         "exactly_right": 2 / 4,  # a and b; c was cut off, and d was declined
         "declined": 1 / 2,
         "false_refusals": 1 / 4,
     }
-    assert answer_figures(answers, references) == {"truncated_share": 1 / 6, "exactly_right": 3 / 6}
+    assert answer_figures(answers, references) == {"exactly_right": 3 / 6}
 
 
 def test_an_answer_depends_on_no_neighbour_and_ends_with_its_end_token(model):

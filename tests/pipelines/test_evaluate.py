@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from pipelines.artifacts import Documents, Model, Report
+from pipelines.artifacts import Documents, Model, Prompts, Report
 from pipelines.stage import Source, StageFailure
 from pipelines.stages.evaluate import EvaluateConfig, evaluate
 
@@ -115,8 +115,38 @@ def test_a_question_that_leaves_no_room_for_its_answer_is_not_put(tmp_path: Path
     run(config, model, bench)
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["questions"], report["too_long"]) == (1, 1)
-    with pytest.raises(ValueError, match="none of 2 questions leaves room for an answer of 30 tokens within the models' seq_len = 32"):
+    with pytest.raises(ValueError, match="none of 2 questions leaves room for answer_tokens = 30 within the models' seq_len = 32"):
         run(config.model_copy(update={"answer_tokens": 30}), model, bench)
+
+
+def prompts(folder: Path, *questions: str) -> Prompts:
+    """Held out, and without references."""
+    folder.mkdir()
+    lines = (json.dumps({"prompt": [{"role": "user", "content": question}]}) + "\n" for question in questions)
+    (folder / "held_out.jsonl").write_text("".join(lines))
+    return Prompts(folder, "c" * 64)
+
+
+def test_of_questions_without_references_what_is_cut_off_is_counted_all_the_same(tmp_path: Path):
+    bench = Bench(tmp_path)
+    model = made_model(tmp_path / "model", 1)
+    run(EvaluateConfig(answer_tokens=1), model, bench, questions=[prompts(tmp_path / "prompts", "a?", "b?")], baseline=model)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert bench.figures == {
+        "eval/truncated_share": 1.0,  # this model's likeliest token is not the end
+        "eval/response_tokens": 1.0,
+        "eval/kl_nats_per_response": 0.0,
+    }
+    assert [(each["prompt"], each["reference"]) for each in report["samples"]] == [("a?", None), ("b?", None)]
+
+
+def test_prompts_that_hold_nothing_out_are_named_and_never_passed_over(tmp_path: Path):
+    policy = Model(tmp_path, "e" * 64, {"role": "policy", "tokenizer": "t" * 64})
+    told = r'^prompts cccccccccccc hold nothing out, .*; set hold_out = { share = 0.1, by = "prompt" } in the stage that makes them'
+    asked = [prompts(tmp_path / "prompts")]
+    for others in ({}, {"documents": [documents(tmp_path / "documents", ["a text"])]}):
+        with pytest.raises(StageFailure, match=told):
+            run(EvaluateConfig(), policy, Bench(tmp_path), questions=asked, **others)
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "{", '{"question": "a?"}'])
