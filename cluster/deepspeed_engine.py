@@ -11,7 +11,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,19 @@ class DeepSpeedEngine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
+
+    def frozen(self, model: nn.Module) -> Callable[..., Any]:
+        from deepspeed.runtime.torch_autocast import autocast_if_enabled
+
+        # Sharded, the learning model computes in weights that were cast; unsharded in fp32 ones under autocast.
+        dtype = next(self.module.parameters()).dtype
+        model = model.to(self._device, dtype).eval().requires_grad_(False)
+
+        def read(*args: Any, **kwargs: Any) -> Any:
+            with autocast_if_enabled(self._engine):
+                return model(*args, **kwargs)
+
+        return read
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over ranks and a loop's loss is its part of a sum: scaled once, the average is the sum.

@@ -6,7 +6,7 @@ A loop in `gpt/` knows nothing else of the machines it runs on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,10 @@ class Engine(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass in the engine's precision."""
+        ...
+
+    def frozen(self, model: nn.Module) -> Callable[..., Any]:
+        """Another model that is taken over and does not learn, read in the engine's own precision: equal weights give equal bits."""
         ...
 
     def backward(self, loss: Tensor) -> None:

@@ -106,11 +106,10 @@ class RewardModelScorer:
     std: float
 
     def open(self, device: torch.device) -> None:
-        self._opened = RewardScorer(self.folder, self.mean, self.std).open(device)
+        self._opened = RewardScorer(self.folder, self.mean, self.std, device)
 
     def scores(self, rollouts: Sequence[Rollout]) -> Scores:
-        prompts, responses = [rollout.prompt_ids for rollout in rollouts], [rollout.response_ids for rollout in rollouts]
-        return Scores(self._opened.scores(prompts, responses, [True] * len(rollouts)))
+        return Scores(self._opened.scores([each.prompt_ids for each in rollouts], [each.response_ids for each in rollouts]))
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,8 @@ def train(
             value_engine = _engine(rank, "value", _first_value_model(reward_models, first_policy), value_config)
         start = rank.restore()
         sampler = _without_dropout(first_policy).eval().to(rank.device)
-        reference = first_policy.to(rank.device) if config.kl_coef else None
+        # In the engine's precision: what rounding alone tells apart from the policy would pass for divergence.
+        reference = engine.frozen(first_policy) if config.kl_coef else None
         for scorer in scorers:
             scorer.open(rank.device)
 

@@ -5,7 +5,8 @@ fp32 masters; bf16 and fp16 by autocast; AdamW; gradients summed over ranks by o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,10 @@ class TorchEngine:
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast != torch.float32):
-            return self.module(*args, **kwargs)
+        return self._read(self.module, *args, **kwargs)
+
+    def frozen(self, model: nn.Module) -> Callable[..., Any]:
+        return partial(self._read, model.to(self._device).eval().requires_grad_(False))
 
     def backward(self, loss: Tensor) -> None:
         self._scaler.scale(loss).backward()
@@ -83,6 +86,10 @@ class TorchEngine:
         self.module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
+
+    def _read(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast != torch.float32):
+            return model(*args, **kwargs)
 
 
 def _sum_over_ranks(gradients: Sequence[Tensor]) -> None:

@@ -177,17 +177,20 @@ def test_a_run_stopped_at_any_place_ends_in_the_same_bits_and_the_same_curves(ma
             assert torch.equal(last[weight], tensor), (stop_after, weight)
 
 
-def test_before_the_first_update_every_ratio_is_1_and_the_policy_is_its_reference(make_rank, policy, prompts, tmp_path):
+@pytest.mark.parametrize(("precision", "mismatch"), [("fp32", 1e-5), ("bf16", 0.05)])
+def test_before_the_first_update_every_ratio_is_1_and_the_policy_is_its_reference(
+    precision, mismatch, make_rank, policy, prompts, tmp_path
+):
     # Responses of unequal length, micro-batches padded each in its own way, and a policy that came with dropout.
     rank = make_rank()
-    config = settings(temperature=0.7, micro_batch_size=2, ppo_epochs=2)
+    config = settings(temperature=0.7, micro_batch_size=2, ppo_epochs=2, precision=precision)
     train(rank, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
     assert rank.curve("train/ratio_first") == {1: 0.0, 2: 0.0}
     assert rank.curve("rollout/kl_k1_nats_per_response")[1] == 0.0
     assert rank.curve("rollout/kl_k3_nats_per_token")[1] == 0.0
     assert rank.curve("rollout/kl_k3_nats_per_token")[2] > 1e-4
     assert rank.curve("train/approx_kl")[1] > 1e-4  # of the second update
-    assert max(rank.curve("rollout/logprob_mismatch").values()) < 1e-5
+    assert 0 < max(rank.curve("rollout/logprob_mismatch").values()) < mismatch
 
 
 def test_what_a_ratio_compares_was_read_in_the_same_micro_batches(make_rank, policy, prompts, monkeypatch, tmp_path):
@@ -348,9 +351,10 @@ def test_scores_of_several_scorers_are_added(make_rank, policy, prompts, tmp_pat
     assert rank.curve("reward/score_std")[1] == 0.0
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("max_response_tokens", [1, 8])
-def test_where_all_scores_are_equal_there_is_nothing_to_learn(max_response_tokens, make_rank, policy, prompts, tmp_path):
-    config = one_update(algorithm="reinforce", max_response_tokens=max_response_tokens, missing_end_score=0.3)
+def test_where_all_scores_are_equal_there_is_nothing_to_learn(max_response_tokens, precision, make_rank, policy, prompts, tmp_path):
+    config = one_update(algorithm="reinforce", max_response_tokens=max_response_tokens, missing_end_score=0.3, precision=precision)
     train(make_rank(), config, policy, [prompts], [Always(0.3)], 1, tmp_path / "model")
     for name, tensor in weights(policy).items():
         assert torch.equal(weights(tmp_path / "model")[name], tensor), name
@@ -438,13 +442,6 @@ def test_the_artifact_is_the_policy_with_its_own_dropout_and_tokenizer(make_rank
     assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
     for name, tensor in weights(policy).items():
         assert not torch.equal(weights(tmp_path / "model")[name], tensor), name
-
-
-def test_bf16_trains_too(make_rank, policy, prompts, tmp_path):
-    rank = make_rank()
-    train(rank, settings(precision="bf16"), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
-    assert rank.curve("train/ratio_first") == {1: 0.0, 2: 0.0}
-    assert 0 < rank.curve("rollout/logprob_mismatch")[1] < 0.05
 
 
 def test_an_epoch_visits_every_rollout_once_in_an_order_of_its_own():
