@@ -275,32 +275,23 @@ def score_scale(scores: Tensor) -> tuple[float, float]:
 
 
 class RewardScorer:
-    """Scores rollouts by a reward model: `RewardScorer(folder, mean=0.3, std=1.7).open(device).scores(prompts, responses, stopped)`.
+    """An open reward model: `RewardScorer(folder, mean=0.3, std=1.7, device=device).scores(prompts, responses)`.
 
-    `mean` and `std` are the manifest's score_mean and score_std. It holds no weights before it is opened, so it travels light.
+    `mean` and `std` are the manifest's score_mean and score_std.
     """
 
-    def __init__(self, folder: Path, mean: float, std: float) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, mean: float, std: float, device: torch.device) -> None:
+        self._model = load_reward_model(folder).to(device)
         self._mean = mean
         self._std = std
-        self._model: RewardModel | None = None
-        self._device: torch.device | None = None
-
-    def open(self, device: torch.device) -> RewardScorer:
-        """Load the model onto the device; the scorer itself."""
-        self._model = load_reward_model(self._folder).to(device)
         self._device = device
-        return self
 
     @torch.no_grad()
-    def scores(self, prompts: Sequence[list[int]], responses: Sequence[list[int]], stopped: Sequence[bool]) -> Tensor:
+    def scores(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
         """Normalised scores (B,), each read at its response's last token; among the training items they had mean 0 and deviation 1.
 
-        One that was cut off (`stopped` False) ends without an end token, where training never looked: what it gets is the caller's to say.
+        Of a response that was cut off, that is no end token, where training never looked: what it gets is the caller's to say.
         """
-        assert self._model is not None, "open(device) comes first"
-        assert self._device is not None
         rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         passes = [rows[first : first + ROWS_PER_PASS] for first in range(0, len(rows), ROWS_PER_PASS)]
         raw = torch.cat([end_scores(self._model, rows_of_pass, self._device) for rows_of_pass in passes])  # (B,)

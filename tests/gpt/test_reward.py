@@ -28,6 +28,7 @@ from gpt.reward import (
     train,
     value_model,
 )
+from gpt.rl import RewardModelScorer, Rollout
 from gpt.settings import GPTConfig, RewardSettings
 from gpt.tokenizer import byte_tokenizer
 from gpt.torch_engine import TorchEngine
@@ -310,30 +311,33 @@ def test_recomputing_activations_changes_nothing(policy, make_records, make_rank
     torch.testing.assert_close(recomputed["output.weight"], kept["output.weight"], rtol=0, atol=1e-6)
 
 
-def test_a_scorer_normalises_the_score_at_the_end_and_travels_without_weights(tmp_path):
+def test_a_scorer_normalises_the_score_at_the_end(tmp_path):
     model = saved_reward_model(tmp_path)
     responses = ["a" * (1 + n % 8) for n in range(40)]  # more than one pass, of unequal lengths
-    sent = pickle.dumps(RewardScorer(tmp_path, mean=0.5, std=2.0))
-    assert len(sent) < 1000
-    scores = (
-        pickle.loads(sent)
-        .open(CPU)
-        .scores(
-            [encode_prompt(TOKENIZER, asked("q"))] * 40,
-            [encode_response(TOKENIZER, response) for response in responses],
-            [True] * 40,
-        )
+    scores = RewardScorer(tmp_path, mean=0.5, std=2.0, device=CPU).scores(
+        [encode_prompt(TOKENIZER, asked("q"))] * 40, [encode_response(TOKENIZER, response) for response in responses]
     )
     assert scores.tolist() == pytest.approx([(slow_score(model, conversation("q", each)) - 0.5) / 2.0 for each in responses], abs=1e-6)
 
 
+def test_a_reward_model_travels_to_its_ranks_without_weights(tmp_path):
+    saved_reward_model(tmp_path)
+    prompt, response = encode_prompt(TOKENIZER, asked("q")), encode_response(TOKENIZER, "ab")
+    sent = pickle.dumps(RewardModelScorer(tmp_path, mean=0.5, std=2.0))
+    assert len(sent) < 1000
+    arrived = pickle.loads(sent)
+    arrived.open(CPU)
+    [score] = arrived.scores([Rollout({}, prompt, response, "ab")]).scores.tolist()
+    assert score == RewardScorer(tmp_path, mean=0.5, std=2.0, device=CPU).scores([prompt], [response]).item()
+
+
 def test_the_value_model_starts_as_the_normalised_score(tmp_path):
     saved_reward_model(tmp_path)
-    scorer = RewardScorer(tmp_path, mean=-0.7, std=0.25).open(CPU)
+    scorer = RewardScorer(tmp_path, mean=-0.7, std=0.25, device=CPU)
     prompt, response = encode_prompt(TOKENIZER, asked("q")), encode_response(TOKENIZER, "abc")
     with torch.no_grad():
         values = value_model(tmp_path, mean=-0.7, std=0.25)(torch.tensor([[*prompt, *response]]))  # (1, T)
-    assert values[0, -1].item() == pytest.approx(scorer.scores([prompt], [response], [True]).item(), abs=1e-5)
+    assert values[0, -1].item() == pytest.approx(scorer.scores([prompt], [response]).item(), abs=1e-5)
 
 
 def test_the_loss_of_a_step_is_the_same_however_its_rows_are_split(policy, make_records, make_rank, tmp_path):
