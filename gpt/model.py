@@ -243,6 +243,13 @@ class Cache:
             self.lengths[row] = length
 
 
+def with_dropout(model: M, dropout: float) -> M:
+    """A copy that drops this share."""
+    copy = type(model)(model.config.model_copy(update={"dropout": dropout}))
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
 def sinusoids(positions: Tensor, width: int) -> Tensor:
     """(B, T) -> (B, T, C): sin in even channels, cos in odd ones. Vaswani et al. 2017, section 3.5."""
     rates = 10000.0 ** (-torch.arange(0, width, 2, device=positions.device) / width)  # (C / 2,)

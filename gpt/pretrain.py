@@ -20,7 +20,7 @@ import torch
 from gpt.batching import TrainingBatches, held_out_batch, held_out_windows, micro_batch_rows, open_tokens
 from gpt.engine import Engine, Rank
 from gpt.losses import lm_loss
-from gpt.model import GPT, count_parameters, load_model, parameter_groups, save_model
+from gpt.model import GPT, count_parameters, load_model, parameter_groups, save_model, with_dropout
 from gpt.random_streams import stream_seed
 from gpt.schedule import check_grad_norm, lr_at
 from gpt.settings import GPTConfig, PretrainSettings
@@ -144,8 +144,7 @@ def _first_model(config: PretrainSettings, vocab_size: int, init: Path | None, s
                 f"the model to start from has {', '.join(f'{name} = {theirs[name]}' for name in differing)}; this stage asks for "
                 f"{', '.join(f'{name} = {ours[name]}' for name in differing)}. Set the same shape, or start from nothing"
             )
-        model = GPT(wanted)  # its dropout may be another
-        model.load_state_dict(earlier.state_dict())
+        model = with_dropout(earlier, wanted.dropout)
     model.activation_checkpointing = config.activation_checkpointing
     return model
 

@@ -30,7 +30,7 @@ from gpt.batching import ShuffledRows, micro_batch_rows, padded
 from gpt.chat import encode_prompt, encode_response
 from gpt.engine import Engine, Rank
 from gpt.losses import reward_centering_loss, reward_pair_loss, reward_rating_loss
-from gpt.model import RewardModel, count_parameters, load_config, load_model, load_reward_model, parameter_groups, save_model
+from gpt.model import RewardModel, count_parameters, load_config, load_model, load_reward_model, parameter_groups, save_model, with_dropout
 from gpt.random_streams import stream_seed
 from gpt.schedule import check_grad_norm, lr_at
 from gpt.settings import RewardSettings
@@ -310,7 +310,7 @@ def value_model(folder: Path, mean: float, std: float) -> RewardModel:
 def _first_model(config: RewardSettings, policy: Path, seed: int) -> RewardModel:
     trunk = load_model(policy)
     if config.dropout is not None:
-        trunk.config = trunk.config.model_copy(update={"dropout": config.dropout})  # what the reward model is built by
+        trunk = with_dropout(trunk, config.dropout)
     model = RewardModel.from_policy(trunk, torch.Generator().manual_seed(stream_seed(seed, "reward head")))
     model.activation_checkpointing = config.activation_checkpointing
     return model

@@ -41,7 +41,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ from gpt.batching import Batch, ShuffledRows, micro_batch_rows, padded
 from gpt.chat import FORMAT, encode_prompt
 from gpt.engine import Engine, Rank
 from gpt.losses import chosen_logprobs, mean_entropy, ppo_policy_loss, probability_ratio, reinforce_loss, value_loss
-from gpt.model import GPT, RewardModel, count_parameters, load_config, load_model, parameter_groups, save_model
+from gpt.model import GPT, RewardModel, count_parameters, load_config, load_model, parameter_groups, save_model, with_dropout
 from gpt.random_streams import permutation, stream_seed
 from gpt.reward import RewardScorer, value_model
 from gpt.sampling import sample
@@ -60,8 +60,6 @@ from gpt.settings import RlSettings
 from gpt.tokenizer import Tokenizer
 
 FIGURES = ("reward/score_mean", "rollout/kl_k1_nats_per_response", "rollout/truncated_share")
-
-M = TypeVar("M", bound=GPT)
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ def train(
         if config.algorithm == "ppo":
             value_engine = _engine(rank, "value", _first_value_model(reward_models, first_policy), value_config)
         start = rank.restore()
-        sampler = _without_dropout(first_policy).eval().to(rank.device)
+        sampler = with_dropout(first_policy, 0.0).eval().to(rank.device)
         # In the engine's precision: what rounding alone tells apart from the policy would pass for divergence.
         reference = engine.frozen(first_policy) if config.kl_coef else None
         for scorer in scorers:
@@ -477,7 +475,7 @@ def _check_failures(rank: Rank, config: RlSettings, failures: Sequence[str], ste
 
 
 def _engine(rank: Rank, name: str, model: GPT, config: RlSettings) -> Engine:
-    learner = _without_dropout(model)
+    learner = with_dropout(model, 0.0)
     learner.activation_checkpointing = config.activation_checkpointing
     return rank.engine(name, learner, parameter_groups(learner, config.weight_decay), config)
 
@@ -488,12 +486,6 @@ def _first_value_model(reward_models: Sequence[RewardModelScorer], policy: GPT) 
     model = RewardModel.from_policy(policy, torch.Generator())
     nn.init.zeros_(model.output.weight)  # nothing is expected yet, of any response
     return model
-
-
-def _without_dropout(model: M) -> M:
-    copy = type(model)(model.config.model_copy(update={"dropout": 0.0}))
-    copy.load_state_dict(model.state_dict())
-    return copy
 
 
 @torch.no_grad()

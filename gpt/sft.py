@@ -22,7 +22,7 @@ from gpt.batching import Batch, ShuffledRows, micro_batch_rows, padded
 from gpt.chat import Conversation, Message, encode_conversation
 from gpt.engine import Engine, Rank
 from gpt.losses import lm_loss
-from gpt.model import GPT, count_parameters, load_config, load_model, parameter_groups, save_model
+from gpt.model import GPT, count_parameters, load_config, load_model, parameter_groups, save_model, with_dropout
 from gpt.random_streams import stream_seed
 from gpt.schedule import check_grad_norm, lr_at
 from gpt.settings import SftSettings
@@ -150,10 +150,9 @@ def evaluate(rank: Rank, config: SftSettings, engine: Engine, held_out: Sequence
 
 
 def _first_model(config: SftSettings, policy: Path) -> GPT:
-    theirs = load_model(policy)
-    dropout = theirs.config.dropout if config.dropout is None else config.dropout
-    model = GPT(theirs.config.model_copy(update={"dropout": dropout}))
-    model.load_state_dict(theirs.state_dict())
+    model = load_model(policy)
+    if config.dropout is not None:
+        model = with_dropout(model, config.dropout)
     model.activation_checkpointing = config.activation_checkpointing
     return model
 

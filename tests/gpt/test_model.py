@@ -22,6 +22,7 @@ from gpt.model import (
     rotate,
     save_model,
     sinusoids,
+    with_dropout,
 )
 from gpt.settings import PRESETS, GPTConfig
 
@@ -297,6 +298,19 @@ def test_a_reward_model_is_its_policys_trunk_and_scores_every_place(tmp_path):
     assert torch.equal(load_reward_model(tmp_path)(token_ids), scores)
     with pytest.raises(ValueError, match=r"output\.weight is unknown"):
         load_model(tmp_path)
+
+
+def test_a_copy_with_another_dropout_drops_that_share_of_the_same_weights_and_leaves_the_model_as_it_was():
+    policy = new("gpt2-nano").eval()
+    model = RewardModel.from_policy(policy, torch.Generator().manual_seed(1)).eval()
+    for original in (policy, model):
+        copy = with_dropout(original, 0.5)
+        assert type(copy) is type(original)
+        assert copy.config == original.config.model_copy(update={"dropout": 0.5})
+        assert {module.p for module in copy.modules() if isinstance(module, torch.nn.Dropout)} == {0.5}
+        assert {module.p for module in original.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+        assert torch.equal(copy.eval()(some_tokens(2, 10)), original(some_tokens(2, 10)))
+        assert copy.token_embedding.weight is not original.token_embedding.weight
 
 
 def test_a_config_with_an_unknown_key_is_refused(tmp_path):
