@@ -39,7 +39,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,12 +77,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a scorer found: `Scores(torch.tensor([0.5, -1.0]), failures=["ZeroDivisionError in score() at 'x / 0'"])`."""
+    """What a scorer found: `Scores(torch.tensor([0.5, math.nan]), failures={1: "ZeroDivisionError in score() at 'x / 0'"})`."""
 
     scores: Tensor
-    """(B,), one for each rollout. A response that could not be judged has the score that its scorer gives in such a case."""
-    failures: Sequence[str] = ()
-    """Why, for each response that could not be judged."""
+    """(B,), one for each rollout; NaN = it could not be judged."""
+    failures: Mapping[int, str] = field(default_factory=dict)
+    """Why not, by row; a scorer that knows no reason gives none."""
 
 
 class Scorer(Protocol):
@@ -383,18 +383,18 @@ def roll_out(
 
 
 def score(config: RlSettings, scorers: Sequence[Scorer], rollouts: Sequence[Rollout]) -> tuple[Tensor, list[str]]:
-    """The sum of all scorers' scores (B,), and their failures. A score that is no number is a failure too, and is worth a cut-off's."""
+    """The sums of all scorers' scores (B,), and why some have none: what any scorer could not judge is worth a response without an end."""
     total = torch.zeros(len(rollouts))
-    failures: list[str] = []
+    failures: dict[int, str] = {}
     for scorer in scorers:
         found = scorer.scores(rollouts)
         scores = found.scores.detach().to("cpu", torch.float32)  # (B,)
         assert len(scores) == len(rollouts), f"{scorer} gave {len(scores)} scores for {len(rollouts)} rollouts"
-        failures += found.failures
-        for row in (~scores.isfinite()).nonzero().flatten().tolist():
-            failures.append(f"{type(scorer).__name__} scored {rollouts[row].text!r} {scores[row].item()}")
-        total += torch.where(scores.isfinite(), scores, config.missing_end_score)
-    return total, failures
+        total += scores
+        for row in (~total.isfinite()).nonzero().flatten().tolist():
+            scored = f"{type(scorer).__name__} scored {rollouts[row].text!r} {scores[row].item()}"
+            failures.setdefault(row, found.failures.get(row, scored))
+    return torch.where(total.isfinite(), total, config.missing_end_score), list(failures.values())
 
 
 def update_rows(config: RlSettings, seed: int, step: int) -> list[list[list[int]]]:

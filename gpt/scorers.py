@@ -16,6 +16,7 @@ failed; after the last two the process is started again for the next response. W
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -49,7 +50,7 @@ _NUMBER = re.compile(
 
 @dataclass
 class FunctionScorer:
-    """`FunctionScorer.of(score, failed_score=-1.0, max_failures=3, timeout_s=5.0, memory_gib=2.0)`.
+    """`FunctionScorer.of(score, max_failures=3, timeout_s=5.0, memory_gib=2.0)`.
 
     It names the function, so that the rank that it is sent to does not import its file.
     """
@@ -57,8 +58,6 @@ class FunctionScorer:
     file: str
     module: str
     function: str
-    failed_score: float
-    """Of a response that the function failed on."""
     max_failures: int
     """After one more the other responses of a step are not tried: the loop stops anyway, and a function that hangs would take all day."""
     timeout_s: float
@@ -73,17 +72,17 @@ class FunctionScorer:
         self._process: _Process | None = self._start()
 
     def scores(self, rollouts: Sequence[Rollout]) -> Scores:
-        scores = torch.full((len(rollouts),), self.failed_score, dtype=torch.float64)  # (B,) as wide as Python's own numbers
-        failures: list[str] = []
+        scores = torch.full((len(rollouts),), math.nan, dtype=torch.float64)  # (B,) as wide as Python's own numbers
+        failures: dict[int, str] = {}
         for row, rollout in enumerate(rollouts):
             if len(failures) > self.max_failures:
-                failures.append(f"not tried after {len(failures)} failures")
+                failures[row] = f"not tried after {len(failures)} failures"
                 continue
             answer = self._ask(rollout)
             if "score" in answer:
                 scores[row] = answer["score"]
             else:
-                failures.append(f"{self.function}() of {os.path.basename(self.file)} on {reprlib.repr(rollout.text)}: {answer['failure']}")
+                failures[row] = f"{self.function}() of {os.path.basename(self.file)} on {reprlib.repr(rollout.text)}: {answer['failure']}"
         return Scores(scores, failures)
 
     def _ask(self, rollout: Rollout) -> dict[str, Any]:

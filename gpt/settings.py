@@ -288,9 +288,9 @@ class RlSettings(TrainSettings):
     gamma: float = Field(default=1.0, gt=0, le=1)
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     missing_end_score: float = -1.0
-    """What a response that was cut off is scored, whatever it says."""
+    """What a response is worth that was cut off, whatever it says, or that could not be judged."""
     max_failed_share: float = Field(default=0.05, ge=0, le=1)
-    """Highest share of a step's responses that a reward function may fail on."""
+    """Highest share of a step's responses that may be beyond judging, such as those that a reward function fails on."""
 
     @model_validator(mode="after")
     def _rollouts_fill_updates(self) -> RlSettings:

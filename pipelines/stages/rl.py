@@ -38,7 +38,6 @@ def rl(config: RlConfig, policy: Model, prompts: list[Prompts], reward_model: Mo
         scorers.append(
             FunctionScorer.of(
                 stage.function(config.reward),
-                failed_score=config.missing_end_score,
                 max_failures=math.ceil(config.max_failed_share * config.rollouts_per_step()),
                 timeout_s=config.reward_timeout_s,
                 memory_gib=config.reward_memory_gib,

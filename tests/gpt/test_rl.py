@@ -55,13 +55,18 @@ class ShareOfA:
 
 
 class Always:
+    """One score for all, but the first ones, which it can't judge: for each of them a reason."""
+
     def __init__(self, score: float, *failures: str) -> None:
         self.found = score, failures
 
     def open(self, device: torch.device) -> None: ...
 
     def scores(self, rollouts: Sequence[Rollout]) -> Scores:
-        return Scores(torch.full((len(rollouts),), self.found[0]), self.found[1])
+        score, failures = self.found
+        scores = torch.full((len(rollouts),), score)
+        scores[: len(failures)] = torch.nan
+        return Scores(scores, dict(enumerate(failures)))
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +395,15 @@ def test_a_score_that_is_no_number_is_a_failure_and_counts_as_cut_off(make_rank,
     rank = make_rank()
     config = one_update(missing_end_score=-3.0, max_failed_share=1.0)
     train(rank, config, policy, [prompts], [Always(float("nan"))], 1, tmp_path / "model")
+    assert rank.curve("reward/score_mean") == {1: -3.0}
+    assert rank.curve("rollout/failed_share")[1] == 1 - rank.curve("rollout/truncated_share")[1] > 0
+
+
+def test_several_scorers_that_fail_on_one_response_fail_on_it_once(make_rank, policy, prompts, tmp_path):
+    # Each of the two fails on all; never more than all responses have failed.
+    rank = make_rank()
+    config = one_update(missing_end_score=-3.0, max_failed_share=1.0)
+    train(rank, config, policy, [prompts], [Always(float("nan")), Always(float("nan"))], 1, tmp_path / "model")
     assert rank.curve("reward/score_mean") == {1: -3.0}
     assert rank.curve("rollout/failed_share")[1] == 1 - rank.curve("rollout/truncated_share")[1] > 0
 

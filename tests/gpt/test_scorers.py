@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +33,16 @@ def score(prompt, response, record):
     return 7
 """
 HOLDS_THE_GIL = "re.match('(a*)*b', 'a' * 40)"
-LIMITS: dict[str, Any] = dict(failed_score=-1.0, max_failures=100, timeout_s=20.0, memory_gib=1.0)
+LIMITS: dict[str, Any] = dict(max_failures=100, timeout_s=20.0, memory_gib=1.0)
+
+
+class HalfBlind:
+    """1 for everything but "blind", about which it can't tell."""
+
+    def open(self, device: torch.device) -> None: ...
+
+    def scores(self, rollouts: Sequence[Rollout]) -> Scores:
+        return Scores(torch.tensor([math.nan if rollout.text == "blind" else 1.0 for rollout in rollouts]))
 
 
 def rollouts(*texts: str, **fields: Any) -> list[Rollout]:
@@ -90,7 +100,7 @@ def test_the_function_sees_prompt_response_and_the_whole_record(load):
     # "What is 2 + 2?" has 14 characters, the reference is 4, the field n is 100.
     found = scorer.scores(rollouts("", "ab", "\u00e9\ud800\n", n=100))
     assert found.scores.tolist() == [118.0, 120.0, 121.0]
-    assert list(found.failures) == []
+    assert list(found.failures.values()) == []
 
 
 @pytest.mark.parametrize(
@@ -121,8 +131,8 @@ def test_whatever_python_takes_for_a_finite_number_is_a_score(score, returned, w
 )
 def test_what_is_no_finite_number_has_failed(score, returned, shown):
     found = score(f"def score(prompt, response, record): return {returned}", "a")
-    assert found.scores.tolist() == [-1.0]
-    [failure] = found.failures
+    assert found.scores.tolist() == pytest.approx([math.nan], nan_ok=True)
+    [failure] = found.failures.values()
     assert failure.startswith(f"score() of reward.py on 'a': returned {shown}")
     assert failure.endswith(", wanted a finite number")
 
@@ -130,14 +140,14 @@ def test_what_is_no_finite_number_has_failed(score, returned, shown):
 def test_a_function_that_raises_on_every_second_response_fails_on_those_and_its_line_is_named(score):
     code = "def score(prompt, response, record):\n    n = int(response)\n    return n / (1 - n % 2)\n"
     found = score(code, "0", "1", "2", "3")
-    assert found.scores.tolist() == [0.0, -1.0, 2.0, -1.0]
-    assert list(found.failures) == [
+    assert found.scores.tolist() == pytest.approx([0.0, math.nan, 2.0, math.nan], nan_ok=True)
+    assert list(found.failures.values()) == [
         f"score() of reward.py on '{n}': ZeroDivisionError: division by zero (reward.py, line 3)" for n in (1, 3)
     ]
 
 
 def test_a_function_of_other_parameters_fails_on_everything(score):
-    [failure] = score("def score(response): return 1", "a").failures
+    [failure] = score("def score(response): return 1", "a").failures.values()
     assert failure == "score() of reward.py on 'a': TypeError: score() takes 1 positional argument but 3 were given"
 
 
@@ -148,6 +158,19 @@ def test_a_score_beyond_fp32_is_a_failure_to_the_loop(load):
     scores, failures = total_scores(config, [scorer, NumberScorer("#")], rollouts("0.5", "1e300"))
     assert scores.tolist() == [0.5, config.missing_end_score]
     assert failures == ["FunctionScorer scored '1e300' inf"]
+
+
+def test_what_one_of_two_can_not_judge_is_worth_a_response_without_an_end_and_has_failed_once(load):
+    # The verifier's 1 for a right number makes nothing better of it, in either order; both fail on the third response.
+    scorer = FunctionScorer.of(load("def score(prompt, response, record): return float(response)").score, **LIMITS)
+    scorer.open(CPU)
+    config = RlSettings(steps=1, prompts_per_step=3, global_batch_size=3, max_response_tokens=1, lr=1e-3, missing_end_score=-2.0)
+    for judges in ([scorer, HalfBlind()], [HalfBlind(), scorer]):
+        scores, failures = total_scores(config, judges, rollouts("0.5", "x", "blind"))
+        assert scores.tolist() == [1.5, -2.0, -2.0]
+        assert len(failures) == 2
+    assert failures[0] == "HalfBlind scored 'blind' nan"
+    assert failures[1].startswith("score() of reward.py on 'x': ValueError: could not convert string to float")
 
 
 @pytest.mark.parametrize(
@@ -168,8 +191,8 @@ def test_a_score_beyond_fp32_is_a_failure_to_the_loop(load):
 )
 def test_however_a_call_fails_the_next_one_is_scored(score, body, failure):
     found = score(FAULTY.format(body=body), "x", "ok")
-    assert found.scores.tolist() == [-1.0, 7.0]
-    assert list(found.failures) == [f"score() of reward.py on 'x': {failure}"]
+    assert found.scores.tolist() == pytest.approx([math.nan, 7.0], nan_ok=True)
+    assert list(found.failures.values()) == [f"score() of reward.py on 'x': {failure}"]
 
 
 def test_a_process_that_ends_between_two_calls_fails_the_next_one_alone(load):
@@ -179,23 +202,24 @@ def test_a_process_that_ends_between_two_calls_fails_the_next_one_alone(load):
     os.kill(int(pid), signal.SIGKILL)
     assert wait_until(lambda: not is_alive(int(pid)))
     found = scorer.scores(rollouts("a", "b"))
-    assert list(found.failures) == ["score() of reward.py on 'a': ended its process by SIGKILL"]
-    assert found.scores[1] not in (-1.0, pid)
+    assert list(found.failures.values()) == ["score() of reward.py on 'a': ended its process by SIGKILL"]
+    assert found.scores[1].isfinite()
+    assert found.scores[1] != pid
 
 
 @pytest.mark.parametrize("body", ["time.sleep(60)", "[0 for _ in iter(int, 1)]", HOLDS_THE_GIL])
 def test_a_call_that_hangs_is_ended_and_the_next_one_is_scored(score, body):
     found = score(FAULTY.format(body=body), "x", "ok", timeout_s=0.5)
-    assert found.scores.tolist() == [-1.0, 7.0]
-    assert list(found.failures) == ["score() of reward.py on 'x': gave no answer within reward_timeout_s = 0.5 s"]
+    assert found.scores.tolist() == pytest.approx([math.nan, 7.0], nan_ok=True)
+    assert list(found.failures.values()) == ["score() of reward.py on 'x': gave no answer within reward_timeout_s = 0.5 s"]
 
 
 def test_memory_is_bounded_for_the_process_as_a_whole(score):
     # Each call keeps 300 MiB. Three fit into 1 GiB, a fourth does not.
     code = "kept = []\ndef score(prompt, response, record):\n    kept.append(bytearray(300 << 20))\n    return len(kept)"
     found = score(code, *"abcd")
-    assert found.scores.tolist() == [1.0, 2.0, 3.0, -1.0]
-    assert list(found.failures) == ["score() of reward.py on 'd': MemoryError:  (reward.py, line 3)"]
+    assert found.scores.tolist() == pytest.approx([1.0, 2.0, 3.0, math.nan], nan_ok=True)
+    assert list(found.failures.values()) == ["score() of reward.py on 'd': MemoryError:  (reward.py, line 3)"]
 
 
 def test_one_failure_more_than_is_allowed_is_enough(score, tmp_path):
@@ -203,8 +227,8 @@ def test_one_failure_more_than_is_allowed_is_enough(score, tmp_path):
     code = f"def score(prompt, response, record):\n    open({str(tmp_path / 'calls')!r}, 'a').write(response)\n    return int(response)"
     found = score(code, "1", "x", "y", "2", "3", max_failures=1)
     assert (tmp_path / "calls").read_text() == "1xy"
-    assert found.scores.tolist() == [1.0, -1.0, -1.0, -1.0, -1.0]
-    assert list(found.failures)[2:] == ["not tried after 2 failures", "not tried after 3 failures"]
+    assert found.scores.tolist() == pytest.approx([1.0, math.nan, math.nan, math.nan, math.nan], nan_ok=True)
+    assert list(found.failures.values())[2:] == ["not tried after 2 failures", "not tried after 3 failures"]
 
 
 def test_what_the_function_prints_and_reads_is_no_part_of_an_answer(score, capfd):
@@ -391,7 +415,7 @@ def test_the_verifier_gives_1_for_the_right_number_and_0_for_everything_else():
         rollouts("#### 1,234", "#### 1234.0", "#### 1234.01", "#### -1234", "1234", "#### 1234 #### 5", reference="a\n#### 1234")
     )
     assert found.scores.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    assert list(found.failures) == []
+    assert list(found.failures.values()) == []
 
 
 def test_the_marker_is_taken_to_the_letter():

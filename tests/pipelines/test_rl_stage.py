@@ -99,7 +99,7 @@ def test_the_ranks_are_sent_each_source_of_rewards_with_its_limits(make_prompts)
     assert scorers == [
         RewardModelScorer(Path("reward"), mean=0.5, std=2.0),
         # Of 40 responses a share of 0.05 may fail, which is 2.
-        FunctionScorer(__file__, __name__, "a_score", failed_score=-2.0, max_failures=2, timeout_s=3.0, memory_gib=2.0),
+        FunctionScorer(__file__, __name__, "a_score", max_failures=2, timeout_s=3.0, memory_gib=2.0),
         NumberScorer("="),
     ]
 
