@@ -1,14 +1,12 @@
-"""A model's answers to prompts, and what can be counted about them: right to the letter, declined, cut off, and how far from another model.
+"""A model's answers to questions, and what can be counted about them: right, declined, cut off, and how far from another model's.
 
 Left out: answers that are right in other words. Who wants those judged brings a reward model.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +15,17 @@ from torch import Tensor
 from gpt.batching import padded
 from gpt.chat import Message, encode_prompt
 from gpt.losses import chosen_logprobs
-from gpt.model import GPT, load_config, load_model
+from gpt.model import GPT
 from gpt.random_streams import stream_seed
 from gpt.reward import RewardScorer
 from gpt.sampling import sample
+from gpt.scorers import number_after, reference_number
 from gpt.tokenizer import Tokenizer
 
 ROWS = 64
 """Prompts that are read at a time."""
+LOGITS = 1024
+"""Tokens whose logits are held at a time: of a row of V each, several are alive at once."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,118 @@ class Answer:
     text: str
     stopped: bool
     """False: it was cut off."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A model, and what it answered to each question."""
+
+    model: GPT
+    likeliest: list[Answer]
+    """By the likeliest tokens."""
+    drawn: list[Answer]
+    """At temperature 1, from the same streams for every model."""
+    scores: Tensor | None
+    """(B,), of the drawn ones. None: nobody scores."""
+
+
+def questions_with_room(
+    questions: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, seq_len: int, answer_tokens: int
+) -> list[Mapping[str, Any]]:
+    """Those whose prompt leaves room for an answer within `seq_len`; ValueError where none does."""
+    fitting = [each for each in questions if len(encode_prompt(tokenizer, each["prompt"])) <= seq_len - answer_tokens]
+    if not fitting:
+        raise ValueError(
+            f"none of {len(questions)} questions leaves room for answer_tokens = {answer_tokens} within the models' seq_len = {seq_len}; "
+            "ask shorter ones, or set a lower answer_tokens"
+        )
+    return fitting
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Puts the same questions to one model after another: `examiner.figures(examiner.answers_of(model))`."""
+
+    tokenizer: Tokenizer
+    questions: Sequence[Mapping[str, Any]]
+    """`{"prompt": [messages], "reference": right answer, None or absent}`"""
+    seed: int
+    answer_tokens: int
+    refusal: str | None = None
+    number_marker: str | None = None
+    scorer: RewardScorer | None = None
+    missing_end_score: float = -1.0
+    """What an answer that was cut off is scored."""
+
+    def answers_of(self, model: GPT) -> Answered:
+        drawn = self._put(model, "drawn", temperature=1.0)
+        return Answered(model, self._put(model, "likeliest", temperature=0.0), drawn, self._scores(drawn) if self.scorer else None)
+
+    def figures(self, answered: Answered) -> dict[str, float]:
+        """How a model does."""
+        likeliest, sampled = self._shares(answered.likeliest), self._shares(answered.drawn)
+        figures = likeliest | {f"{name}_sampled": sampled[name] for name in ("exactly_right", "number_right") if name in sampled}
+        figures["truncated_share"] = sum(not each.stopped for each in answered.likeliest) / len(answered.likeliest)
+        figures["response_tokens"] = sum(len(each.token_ids) for each in answered.likeliest) / len(answered.likeliest)
+        if answered.scores is not None:
+            figures |= {"score_mean": answered.scores.mean().item(), "score_std": answered.scores.std(correction=0).item()}
+        return figures
+
+    def best_of(self, n: int, answered: Answered) -> dict[str, float]:
+        """How the model would do if of `n` draws one took the one that scores highest."""
+        assert answered.scores is not None, "without scores there is no best answer"
+        more = [self._put(answered.model, f"drawn {number}", temperature=1.0) for number in range(2, n + 1)]
+        draws = [answered.drawn, *more]
+        scores = torch.stack([answered.scores, *map(self._scores, more)])  # (n, B)
+        best = [draws[number][place] for place, number in enumerate(scores.argmax(dim=0).tolist())]
+        figures = {f"best_of_{name}": value for name, value in self._shares(best).items()}
+        return figures | {"best_of_score_mean": scores.max(dim=0).values.mean().item()}
+
+    def compare(self, answered: Answered, baseline: Answered) -> dict[str, float]:
+        """How the baseline does, how far the model has gone from it, and what it gained by that."""
+        figures = {f"baseline_{name}": value for name, value in self._shares(baseline.likeliest).items()}
+        ours, theirs = (response_logprobs(each.model, answered.drawn) for each in (answered, baseline))
+        figures["kl_nats_per_response"] = (ours - theirs).mean().item()
+        if answered.scores is not None and baseline.scores is not None:
+            figures["baseline_score_mean"] = baseline.scores.mean().item()
+            deviation = baseline.scores.std(correction=0).item()
+            if deviation:
+                figures["score_gain_in_deviations"] = (answered.scores.mean().item() - figures["baseline_score_mean"]) / deviation
+        return figures
+
+    def samples(self, n: int, answered: Answered, baseline: Answered | None) -> list[dict[str, Any]]:
+        """Of `n` questions, spread evenly, what was asked, what is right and what each model said."""
+        n = min(n, len(self.questions))
+        samples = []
+        for place in (number * len(self.questions) // n for number in range(n)):
+            question = self.questions[place]
+            samples.append({"prompt": question["prompt"][-1]["content"], "reference": question.get("reference")})
+            samples[-1] |= {"answer": answered.likeliest[place].text, "drawn": answered.drawn[place].text}
+            if answered.scores is not None:
+                samples[-1]["score"] = round(answered.scores[place].item(), 3)
+            if baseline:
+                samples[-1] |= {"baseline": baseline.likeliest[place].text, "baseline_drawn": baseline.drawn[place].text}
+        return samples
+
+    def _put(self, model: GPT, name: str, *, temperature: float) -> list[Answer]:
+        return answer(
+            model,
+            self.tokenizer,
+            [question["prompt"] for question in self.questions],
+            seed=self.seed,
+            name=f"evaluate {name}",
+            max_tokens=self.answer_tokens,
+            temperature=temperature,
+        )
+
+    def _shares(self, answers: Sequence[Answer]) -> dict[str, float]:
+        references = [question.get("reference") for question in self.questions]
+        return answer_figures(answers, references, refusal=self.refusal, number_marker=self.number_marker)
+
+    def _scores(self, answers: Sequence[Answer]) -> Tensor:
+        assert self.scorer is not None, "nobody scores"
+        scores = self.scorer.scores([each.prompt_ids for each in answers], [each.token_ids for each in answers]).cpu()
+        return torch.where(torch.tensor([each.stopped for each in answers]), scores, self.missing_end_score).double()
 
 
 def answer(
@@ -59,153 +172,43 @@ def is_right(answer: Answer, reference: str) -> bool:
     return answer.stopped and answer.text.strip() == reference.strip()
 
 
-def answer_figures(answers: Sequence[Answer], references: Sequence[str], refusal: str | None = None) -> dict[str, float]:
-    """Shares of answers: `exactly_right`, of those that have one; with a refusal, `declined` and `false_refusals` apart from these."""
-    pairs = list(zip(answers, references, strict=True))
+def answer_figures(
+    answers: Sequence[Answer], references: Sequence[str | None], *, refusal: str | None = None, number_marker: str | None = None
+) -> dict[str, float]:
+    """Shares of the answers that have a reference. What there is no answer to count for is absent.
+
+    `exactly_right`; with a refusal, `declined` of those whose reference it is, and of the others `exactly_right` and `false_refusals`;
+    with a number's marker, `number_right` of those whose reference has a number.
+    """
+    pairs = [(each, reference) for each, reference in zip(answers, references, strict=True) if reference is not None]
     known = [(each, reference) for each, reference in pairs if reference != refusal]
-    figures = {}
-    if known:
-        figures["exactly_right"] = _share(is_right(each, reference) for each, reference in known)
+    counted = {"exactly_right": [is_right(each, reference) for each, reference in known]}
+    if number_marker is not None:
+        numbers = [(each, reference_number(reference, number_marker)) for each, reference in pairs]
+        counted["number_right"] = [
+            each.stopped and number_after(each.text, number_marker) == number for each, number in numbers if number is not None
+        ]
     if refusal is not None:
-        unknown = [each for each, reference in pairs if reference == refusal]
-        if unknown:
-            figures["declined"] = _share(is_right(each, refusal) for each in unknown)
-        if known:
-            figures["false_refusals"] = _share(is_right(each, refusal) for each, _ in known)
-    return figures
+        counted["declined"] = [is_right(each, refusal) for each, reference in pairs if reference == refusal]
+        counted["false_refusals"] = [is_right(each, refusal) for each, _ in known]
+    return {name: sum(truths) / len(truths) for name, truths in counted.items() if truths}
 
 
 @torch.no_grad()
-def response_logprobs(model: GPT, answers: Sequence[Answer], *, temperature: float, pad_id: int) -> Tensor:
+def response_logprobs(model: GPT, answers: Sequence[Answer]) -> Tensor:
     """The log-probability (B,) in nats that the model gives to each whole response after its prompt, end token included."""
     totals = []
     for first in range(0, len(answers), ROWS):
         part = answers[first : first + ROWS]
-        rows = padded([[*each.prompt_ids, *each.token_ids] for each in part], pad_id).to(model.token_embedding.weight.device)  # (B, T + 1)
-        logprobs = chosen_logprobs(model(rows[:, :-1]), rows[:, 1:], temperature).cpu()  # (B, T)
-        places = torch.arange(rows.shape[1] - 1)[None]  # (1, T): place t predicts token t + 1
-        begins = torch.tensor([[len(each.prompt_ids) - 1] for each in part])
-        ends = begins + torch.tensor([[len(each.token_ids)] for each in part])
-        response_mask = (places >= begins) & (places < ends)  # (B, T) True = predicts a token of the response
-        totals.append(torch.where(response_mask, logprobs, 0.0).double().sum(dim=1))
+        # padded with any id, since no token looks at a later one
+        rows = padded([[*each.prompt_ids, *each.token_ids] for each in part], 0).to(model.token_embedding.weight.device)  # (B, T + 1)
+        targets = [slice(len(each.prompt_ids), len(each.prompt_ids) + len(each.token_ids)) for each in part]
+        hidden = model.hidden_states(rows[:, :-1])  # (B, T, C)
+        read = torch.cat([hidden[row, place.start - 1 : place.stop - 1] for row, place in enumerate(targets)])  # (all responses' tokens, C)
+        written = torch.cat([rows[row, place] for row, place in enumerate(targets)])  # (all responses' tokens,)
+        logprobs = [
+            chosen_logprobs(model.output(each), ids, 1.0) for each, ids in zip(read.split(LOGITS), written.split(LOGITS), strict=True)
+        ]
+        by_response = torch.cat(logprobs).double().cpu().split([len(each.token_ids) for each in part])
+        totals.append(torch.stack([each.sum() for each in by_response]))
     return torch.cat(totals)
-
-
-class Examiner:
-    """One set of questions put to several models, each by the likeliest tokens and by a draw at temperature 1.
-
-    `Examiner([{"prompt": [...], "reference": "Yes."}], [folder], seed=1, refusal=None, max_tokens=64).examine(folder)` are the figures.
-    """
-
-    def __init__(
-        self,
-        questions: Sequence[Mapping[str, Any]],
-        folders: Sequence[Path],
-        seed: int,
-        *,
-        refusal: str | None,
-        max_tokens: int,
-        device: str = "cpu",
-    ) -> None:
-        """A question is `{"prompt": [messages], "reference": right answer, None or absent}`; `folders` are all models that will read it.
-
-        Questions that leave no room for an answer of `max_tokens` within the shortest seq_len are not put, and counted in `too_long`.
-        """
-        tokenizer = Tokenizer.load(folders[0] / "tokenizer.json")
-        room = min(load_config(folder).seq_len for folder in folders) - max_tokens
-        put = [question for question in questions if len(encode_prompt(tokenizer, question["prompt"])) <= room]
-        if not put:
-            raise ValueError(
-                f"none of {len(questions)} questions leaves room for answer_tokens = {max_tokens} within the models' seq_len = "
-                f"{room + max_tokens}; ask shorter ones, or set a lower answer_tokens"
-            )
-        self.too_long = len(questions) - len(put)
-        self._prompts = [question["prompt"] for question in put]
-        self._references = [question.get("reference") for question in put]
-        self._seed = seed
-        self._refusal = refusal
-        self._max_tokens = max_tokens
-        self._device = torch.device(device)
-        self._scorer: RewardScorer | None = None
-        self._missing_end_score = 0.0
-        self._columns: dict[str, list[Any]] = {}
-
-    def score_by(self, folder: Path, mean: float, std: float, *, missing_end_score: float) -> None:
-        """From now on answers are scored too, by the reward model of this folder; one that was cut off gets the score for that."""
-        self._scorer = RewardScorer(folder, mean, std, self._device)
-        self._missing_end_score = missing_end_score
-
-    def examine(self, folder: Path, *, best_of: int | None = None) -> dict[str, float]:
-        """How the model of this folder does; `best_of` draws so many and takes the one that scores highest."""
-        likeliest = self._answers(folder, "likeliest", temperature=0.0)
-        drawn = self._answers(folder, "drawn", temperature=1.0)
-        figures = self._figures(likeliest)
-        figures |= {f"{name}_sampled": value for name, value in self._figures(drawn).items() if name == "exactly_right"}
-        figures["truncated_share"] = _share(not each.stopped for each in likeliest)
-        figures["response_tokens"] = sum(len(each.token_ids) for each in likeliest) / len(likeliest)
-        self._columns = {"answer": [each.text for each in likeliest], "drawn": [each.text for each in drawn]}
-        if self._scorer:
-            scores = self._scores(drawn)
-            figures |= {"score_mean": scores.mean().item(), "score_std": scores.std(correction=0).item()}
-            self._columns["score"] = [round(score, 3) for score in scores.tolist()]
-        if best_of:
-            candidates = [drawn, *(self._answers(folder, f"drawn {number}", temperature=1.0) for number in range(2, best_of + 1))]
-            scored = torch.stack([self._scores(each) for each in candidates])  # (best_of, questions)
-            best = [candidates[number][place] for place, number in enumerate(scored.argmax(dim=0).tolist())]
-            figures |= {f"best_of_{name}": value for name, value in self._figures(best).items()}
-            figures["best_of_score_mean"] = scored.max(dim=0).values.mean().item()
-        return figures
-
-    def compare(self, folder: Path, baseline: Path) -> dict[str, float]:
-        """What the baseline does with the same questions and draws, how far the model has gone from it, and what it gained by that."""
-        likeliest = self._answers(baseline, "likeliest", temperature=0.0)
-        drawn = self._answers(baseline, "drawn", temperature=1.0)
-        figures = {f"baseline_{name}": value for name, value in self._figures(likeliest).items()}
-        answers = self._answers(folder, "drawn", temperature=1.0)
-        pad_id = Tokenizer.load(folder / "tokenizer.json").special["pad"]
-        models = (load_model(each).to(self._device) for each in (folder, baseline))
-        ours, theirs = (response_logprobs(each, answers, temperature=1.0, pad_id=pad_id) for each in models)
-        figures["kl_nats_per_response"] = (ours - theirs).mean().item()
-        self._columns |= {"baseline": [each.text for each in likeliest], "baseline_drawn": [each.text for each in drawn]}
-        if self._scorer:
-            scores, before = self._scores(answers), self._scores(drawn)
-            figures["baseline_score_mean"] = before.mean().item()
-            deviation = before.std(correction=0).item()
-            if deviation:
-                figures["score_gain_in_deviations"] = (scores.mean().item() - before.mean().item()) / deviation
-        return figures
-
-    def samples(self, n: int) -> list[dict[str, Any]]:
-        """Of `n` questions, spread evenly, what was asked, what is right and what each model said."""
-        n = min(n, len(self._prompts))
-        places = [number * len(self._prompts) // n for number in range(n)]
-        columns = {"prompt": [prompt[-1]["content"] for prompt in self._prompts], "reference": self._references, **self._columns}
-        return [{name: column[place] for name, column in columns.items()} for place in places]
-
-    @functools.cache  # noqa: B019  (an examiner lives as long as its evaluation)
-    def _answers(self, folder: Path, name: str, *, temperature: float) -> list[Answer]:
-        tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        return answer(
-            load_model(folder).to(self._device),
-            tokenizer,
-            self._prompts,
-            seed=self._seed,
-            name=f"evaluate {name}",
-            max_tokens=self._max_tokens,
-            temperature=temperature,
-        )
-
-    def _figures(self, answers: Sequence[Answer]) -> dict[str, float]:
-        known = [(each, reference) for each, reference in zip(answers, self._references, strict=True) if reference is not None]
-        return answer_figures([each for each, _ in known], [reference for _, reference in known], self._refusal) if known else {}
-
-    def _scores(self, answers: Sequence[Answer]) -> Tensor:
-        assert self._scorer is not None, "score_by comes first"
-        stopped = [each.stopped for each in answers]
-        scores = self._scorer.scores([each.prompt_ids for each in answers], [each.token_ids for each in answers]).cpu()
-        return torch.where(torch.tensor(stopped), scores, self._missing_end_score).double()
-
-
-def _share(truths: Iterable[bool]) -> float:
-    found = list(truths)
-    return sum(found) / len(found)

@@ -33,6 +33,8 @@ class EvaluateConfig(StageConfig):
     """Questions of your own: JSON lines of {"question": "...", "answer": "..."}, relative to the pipeline's `data`."""
     refusal: str | None = None
     """The one answer that declines: questions whose right answer it is are counted apart."""
+    number_marker: str | None = Field(default=None, min_length=1)
+    """"####": also count the answers whose number behind it is the reference's, as the verifier of an rl stage does."""
     answer_tokens: int = Field(default=64, ge=1)
     """Most tokens of an answer; a longer one is cut off, and then not right."""
     best_of: int | None = Field(default=None, ge=2)
@@ -162,16 +164,44 @@ def _of_answers(
     report: dict[str, Any],
 ) -> None:
     """Each question is answered twice, by the likeliest tokens and by a draw at temperature 1."""
-    from gpt.answers import Examiner
+    import torch
 
-    folders = [each.path for each in (model, baseline, reward_model) if each]
-    examiner = Examiner(asked, folders, stage.seed, refusal=config.refusal, max_tokens=config.answer_tokens, device=stage.device)
+    from gpt.answers import Examiner, questions_with_room
+    from gpt.model import load_config, load_model
+    from gpt.reward import RewardScorer
+    from gpt.scorers import reference_number
+    from gpt.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(model.path / "tokenizer.json")
+    seq_len = min(load_config(each.path).seq_len for each in (model, baseline, reward_model) if each)
+    questions = questions_with_room(asked, tokenizer, seq_len=seq_len, answer_tokens=config.answer_tokens)
+    marker = config.number_marker
+    if marker is not None and all(reference_number(each.get("reference"), marker) is None for each in questions):
+        raise StageFailure(
+            f"number_marker = {marker!r}, but none of {len(questions)} questions has a number for its right answer; wanted references "
+            "that are a number, or a text with one behind the marker. Give such questions, or remove number_marker"
+        )
+    device = torch.device(stage.device)
+    scorer = None
     if reward_model:
-        scale = reward_model.metadata["score_mean"], reward_model.metadata["score_std"]
-        examiner.score_by(reward_model.path, *scale, missing_end_score=config.missing_end_score)
-    figures = examiner.examine(model.path, best_of=config.best_of)
-    if baseline:
-        figures |= examiner.compare(model.path, baseline.path)
+        scorer = RewardScorer(reward_model.path, reward_model.metadata["score_mean"], reward_model.metadata["score_std"], device)
+    examiner = Examiner(
+        tokenizer,
+        questions,
+        stage.seed,
+        config.answer_tokens,
+        refusal=config.refusal,
+        number_marker=marker,
+        scorer=scorer,
+        missing_end_score=config.missing_end_score,
+    )
+    answered = examiner.answers_of(load_model(model.path).to(device))
+    figures = examiner.figures(answered)
+    if config.best_of:
+        figures |= examiner.best_of(config.best_of, answered)
+    before = examiner.answers_of(load_model(baseline.path).to(device)) if baseline else None
+    if before:
+        figures |= examiner.compare(answered, before)
     report["figures"] |= {f"eval/{name}": value for name, value in figures.items()}
-    report["samples"] += examiner.samples(config.samples)
-    report |= {"questions": len(asked) - examiner.too_long, "too_long": examiner.too_long}
+    report["samples"] += examiner.samples(config.samples, answered, before)
+    report |= {"questions": len(questions), "too_long": len(asked) - len(questions)}

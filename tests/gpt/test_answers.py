@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpt.answers import Answer, answer, answer_figures, response_logprobs
+from gpt.answers import Answer, Answered, Examiner, answer, answer_figures, response_logprobs
 from gpt.model import GPT
 from gpt.settings import PRESETS, GPTConfig
 from gpt.tokenizer import byte_tokenizer
@@ -28,7 +28,7 @@ def said(text: str, stopped: bool = True) -> Answer:
 def test_what_is_right_declined_and_declined_falsely_is_counted_apart():
     answers = [said("a"), said("b "), said("c", stopped=False), said(NO), said(NO), said("d")]
     references = ["a", "b", "c", "d", NO, NO]
-    assert answer_figures(answers, references, NO) == {
+    assert answer_figures(answers, references, refusal=NO) == {
         "exactly_right": 2 / 4,  # a and b; c was cut off, and d was declined
         "declined": 1 / 2,
         "false_refusals": 1 / 4,
@@ -45,12 +45,56 @@ def test_an_answer_depends_on_no_neighbour_and_ends_with_its_end_token(model):
     assert all(each.text == TOKENIZER.decode(t for t in each.token_ids if t != END) for each in drawn)
 
 
-def test_log_probabilities_of_whole_responses_equal_those_of_one_row_at_a_time(model):
+@pytest.mark.parametrize("held", [1, 5, 1024])
+def test_log_probabilities_of_whole_responses_are_those_of_one_row_at_a_time_however_few_logits_are_held(model, monkeypatch, held):
     prompts = [[{"role": "user", "content": text}] for text in ("a", "bcd")]
     answers = answer(model, TOKENIZER, prompts, seed=1, name="test", max_tokens=6, temperature=0.7)
     expected = []
     for each in answers:
         row = [*each.prompt_ids, *each.token_ids]
-        logprobs = (model(torch.tensor([row[:-1]]))[0] / 0.7).log_softmax(dim=-1)
+        logprobs = model(torch.tensor([row[:-1]]))[0].log_softmax(dim=-1)
         expected.append(sum(logprobs[place, row[place + 1]].item() for place in range(len(each.prompt_ids) - 1, len(row) - 1)))
-    assert response_logprobs(model, answers, temperature=0.7, pad_id=0).tolist() == pytest.approx(expected, abs=1e-3)
+    most = []
+    hook = model.output.register_forward_hook(lambda module, inputs, logits: most.append(logits.shape[:-1].numel()))
+    monkeypatch.setattr("gpt.answers.LOGITS", held)
+    found = response_logprobs(model, answers).tolist()
+    hook.remove()
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert sum(most) == sum(len(each.token_ids) for each in answers)  # none is made for the prompts
+    assert max(most) <= held
+
+
+def test_a_number_is_right_behind_the_last_marker_whatever_else_is_said_and_never_in_an_answer_that_was_cut_off():
+    answers = [said("2 + 2 = 4\n#### 4"), said("#### 4.0"), said("4"), said("#### 5"), said("#### 4", stopped=False), said("#### 4")]
+    references = ["#### 4", "so #### 4", "4", "4", "4", "many"]
+    assert answer_figures(answers, references, number_marker="####") == {
+        "exactly_right": 1 / 6,  # the third
+        "number_right": 2 / 5,  # the first two; the last one's reference has no number
+    }
+
+
+def test_the_best_of_four_is_the_one_that_scores_highest_and_the_gain_is_in_deviations_of_the_baselines_scores(model):
+    class Lengths:
+        """Scores a response by its tokens."""
+
+        def scores(self, prompts, responses):
+            return torch.tensor([float(len(response)) for response in responses])
+
+    questions = [{"prompt": [{"role": "user", "content": text}]} for text in "abcdefgh"]
+    examiner = Examiner(TOKENIZER, questions, 1, answer_tokens=8, scorer=Lengths(), missing_end_score=-1.0)  # type: ignore[arg-type]
+    answered = examiner.answers_of(model)
+
+    def scores(answers):
+        return [float(len(each.token_ids)) if each.stopped else -1.0 for each in answers]
+
+    assert answered.scores.tolist() == scores(answered.drawn)
+    prompts = [question["prompt"] for question in questions]
+    names = ("evaluate drawn", "evaluate drawn 2", "evaluate drawn 3", "evaluate drawn 4")
+    draws = [answer(model, TOKENIZER, prompts, seed=1, name=name, max_tokens=8, temperature=1.0) for name in names]
+    best = [max(each) for each in zip(*map(scores, draws), strict=True)]
+    assert examiner.best_of(4, answered) == {"best_of_score_mean": sum(best) / 8}
+
+    baseline = Answered(model, answered.likeliest, answered.drawn, torch.tensor([1.0, 3.0] * 4, dtype=torch.float64))
+    found = examiner.compare(answered, baseline)
+    mean = sum(scores(answered.drawn)) / 8
+    assert found == {"kl_nats_per_response": 0.0, "baseline_score_mean": 2.0, "score_gain_in_deviations": mean - 2.0}

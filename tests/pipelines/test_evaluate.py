@@ -82,10 +82,10 @@ def test_without_prompts_there_are_no_samples(tmp_path: Path):
 
 def test_questions_of_ones_own_are_put_to_model_and_baseline_and_scored(tmp_path: Path):
     (tmp_path / "questions.jsonl").write_text(
-        """{"question": "a?", "answer": "b"}\n\n{"question": "c?", "answer": "No."}\n{"question": "d?", "answer": null}\n"""
+        """{"question": "a?", "answer": "7"}\n\n{"question": "c?", "answer": "No."}\n{"question": "d?", "answer": null}\n"""
     )
     config = EvaluateConfig.model_validate(
-        {"questions_file": "questions.jsonl", "refusal": "No.", "answer_tokens": 4, "best_of": 2, "samples": 2}
+        {"questions_file": "questions.jsonl", "refusal": "No.", "number_marker": "n", "answer_tokens": 4, "best_of": 2, "samples": 2}
     )
     bench = Bench(tmp_path)
     bench.sources = config.sources(tmp_path)
@@ -98,7 +98,7 @@ def test_questions_of_ones_own_are_put_to_model_and_baseline_and_scored(tmp_path
     assert figures["eval/best_of_score_mean"] >= figures["eval/score_mean"]
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["questions"], report["too_long"]) == (3, 0)
-    assert [(each["prompt"], each["reference"]) for each in report["samples"]] == [("a?", "b"), ("c?", "No.")]
+    assert [(each["prompt"], each["reference"]) for each in report["samples"]] == [("a?", "7"), ("c?", "No.")]
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     assert [name for name in figures if f"`{name.replace('baseline_', '').replace('best_of_', '')}`" not in page] == []
     assert set(report["samples"][0]) == {"prompt", "reference", "answer", "drawn", "score", "baseline", "baseline_drawn"}
@@ -125,6 +125,36 @@ def prompts(folder: Path, *questions: str) -> Prompts:
     lines = (json.dumps({"prompt": [{"role": "user", "content": question}]}) + "\n" for question in questions)
     (folder / "held_out.jsonl").write_text("".join(lines))
     return Prompts(folder, "c" * 64)
+
+
+def test_the_share_of_right_numbers_is_told_of_likeliest_and_drawn_answers_and_of_the_baselines(tmp_path: Path, monkeypatch):
+    import gpt.answers
+    from gpt.sampling import Response
+
+    def says_four(model, prompts, *, streams, temperature, **how):
+        """By the likeliest tokens every answer is right, by a draw the first one of two."""
+        texts = ["#### 4" if temperature == 0 or place == 0 else "#### 5" for place in range(len(prompts))]
+        return [Response([*text.encode(), how["stop_ids"][0]], stopped=True) for text in texts]
+
+    monkeypatch.setattr(gpt.answers, "sample", says_four)
+    (tmp_path / "questions.jsonl").write_text('{"question": "2 + 2?", "answer": "4"}\n{"question": "1 + 3?", "answer": "1 + 3 = 4 #### 4"}')
+    config = EvaluateConfig(questions_file="questions.jsonl", number_marker="####", answer_tokens=8)
+    bench = Bench(tmp_path)
+    bench.sources = config.sources(tmp_path)
+    model = made_model(tmp_path / "model", 1)
+    run(config, model, bench, baseline=model)
+    figures = {name: value for name, value in bench.figures.items() if "right" in name}
+    assert figures == {
+        "eval/exactly_right": 0.0,
+        "eval/number_right": 1.0,
+        "eval/exactly_right_sampled": 0.0,
+        "eval/number_right_sampled": 0.5,
+        "eval/baseline_exactly_right": 0.0,
+        "eval/baseline_number_right": 1.0,
+    }
+    (tmp_path / "questions.jsonl").write_text('{"question": "Who?", "answer": "Me."}')
+    with pytest.raises(StageFailure, match="number_marker = '####', but none of 1 questions has a number for its right answer"):
+        run(config, model, bench)
 
 
 def test_of_questions_without_references_what_is_cut_off_is_counted_all_the_same(tmp_path: Path):
