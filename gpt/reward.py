@@ -139,7 +139,8 @@ def train(
             step_seconds.clear()
             tokens = 0
         stopping = finished < config.steps and rank.should_stop()
-        if stopping or finished % config.checkpoint_every == 0:
+        # After the last step too, whose evaluation is still to come.
+        if stopping or finished == config.steps or finished % config.checkpoint_every == 0:
             with rank.section("checkpoint", config.step_deadline_s):
                 rank.save(finished)
         if stopping:

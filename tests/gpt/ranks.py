@@ -20,6 +20,10 @@ from gpt.settings import TrainSettings
 from gpt.torch_engine import TorchEngine
 
 
+class Killed(BaseException):
+    """What nothing catches."""
+
+
 class FakeRank:
     """One process, the plain engine, checkpoints in a folder, every metric kept. Stops after `stop_after` finished steps of its own."""
 
@@ -32,6 +36,8 @@ class FakeRank:
         self.points: list[tuple[str, int, float]] = []
         self.sections: list[str] = []
         self.saved: list[int] = []
+        self.killed_in: tuple[str, int] | None = None
+        """A section's name, and the step that is saved when it comes."""
         self._boundaries_left = stop_after
         self._engines: dict[str, TorchEngine] = {}
 
@@ -59,6 +65,8 @@ class FakeRank:
     @contextlib.contextmanager
     def section(self, name: str, deadline_s: float) -> Iterator[None]:
         self.sections.append(name)
+        if self.killed_in == (name, self.saved[-1] if self.saved else 0):
+            raise Killed
         yield
 
     def should_stop(self) -> bool:

@@ -4,9 +4,11 @@ import math
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ranks import FakeRank, Killed
 from safetensors.torch import load_file
 
 from gpt.model import GPT, load_model, parameter_groups, save_model
@@ -66,14 +68,25 @@ def test_a_run_stopped_after_any_step_ends_in_the_same_bits_and_the_same_curve(m
             assert {**first.curve(metric), **second.curve(metric)} == whole.curve(metric), (stop_after, metric)
 
 
-def test_a_run_restored_after_its_last_step_takes_no_more_and_writes_the_same_model(make_rank, make_tokens, tmp_path):
+def test_a_run_killed_in_its_last_evaluation_takes_no_step_again_and_ends_in_the_same_bits(make_rank, make_tokens, tmp_path):
     tokens = make_tokens(sequence(100), sequence(40, seed=1))
-    ranks = [make_rank(), make_rank()]
-    for number, rank in enumerate(ranks):
-        train(rank, settings(steps=6), [tokens], "uint16", VOCAB, None, 1, tmp_path / str(number))
-    assert "step" not in ranks[1].sections
-    assert ranks[1].curve("val/loss") == {6: ranks[0].curve("val/loss")[6]}
-    one, two = (final_weights(tmp_path / name) for name in ("0", "1"))
+
+    whole, first, second = make_rank("whole"), make_rank("killed"), make_rank("killed")
+    first.killed_in = ("evaluate", 7)
+
+    def run(rank: FakeRank) -> dict[str, Any] | None:
+        return train(rank, settings(), [tokens], "uint16", VOCAB, None, 1, tmp_path / rank.folder.name)
+
+    metadata_of_whole = run(whole)
+    with pytest.raises(Killed):
+        run(first)
+    assert first.saved == [3, 6, 7]
+    assert run(second) == metadata_of_whole
+    assert "step" not in second.sections
+    for metric in ("train/loss", "val/loss", "train/lr", "train/grad_norm"):
+        assert not first.curve(metric).keys() & second.curve(metric).keys()
+        assert first.curve(metric) | second.curve(metric) == whole.curve(metric), metric
+    one, two = (final_weights(tmp_path / name) for name in ("whole", "killed"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -112,7 +125,7 @@ def test_what_is_logged_and_when(make_rank, make_tokens, tmp_path):
     train(rank, settings(), [make_tokens(sequence(100), sequence(40))], "uint16", VOCAB, None, 1, tmp_path / "model")
     assert sorted(rank.curve("train/loss")) == [2, 4, 6, 7]
     assert sorted(rank.curve("val/loss")) == [3, 6, 7]
-    assert rank.saved == [3, 6]
+    assert rank.saved == [3, 6, 7]
     assert rank.curve("train/lr")[2] == pytest.approx(1e-2 * 2 / 3)
     assert set(rank.sections) == {"start", "step", "checkpoint", "evaluate"}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RankOfTwo, as_two_ranks
+from ranks import FakeRank, Killed, RankOfTwo, as_two_ranks
 from safetensors.torch import load_file
 
 from gpt.chat import encode_prompt, encode_response
@@ -159,12 +159,34 @@ def test_a_run_stopped_after_any_step_ends_in_the_same_bits_and_the_same_curve(p
             assert {**first.curve(metric), **second.curve(metric)} == whole.curve(metric), (stop_after, metric)
 
 
+def test_a_run_killed_in_its_last_evaluation_takes_no_step_again_and_ends_in_the_same_bits(policy, make_records, make_rank, tmp_path):
+    pairs, ratings = make_records(PAIRS, PAIRS[:3], "pairs"), make_records(RATINGS, RATINGS[:3], "ratings")
+
+    whole, first, second = make_rank("whole"), make_rank("killed"), make_rank("killed")
+    first.killed_in = ("evaluate", 5)
+
+    def run(rank: FakeRank) -> dict[str, Any] | None:
+        return train(rank, settings(), policy, [pairs], [ratings], 1, tmp_path / rank.folder.name)
+
+    metadata_of_whole = run(whole)
+    with pytest.raises(Killed):
+        run(first)
+    assert first.saved == [2, 4, 5]
+    assert run(second) == metadata_of_whole
+    assert "step" not in second.sections
+    for metric in ("train/loss", "val/loss", "train/lr", "train/grad_norm"):
+        assert not first.curve(metric).keys() & second.curve(metric).keys()
+        assert first.curve(metric) | second.curve(metric) == whole.curve(metric), metric
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_what_is_logged_and_when(policy, make_records, make_rank, tmp_path):
     rank = make_rank()
     train(rank, settings(), policy, [make_records(PAIRS, PAIRS)], [], 1, tmp_path / "model")
     assert sorted(rank.curve("train/loss")) == sorted(rank.curve("train/tokens_per_s")) == [2, 4, 5]
     assert sorted(rank.curve("val/loss")) == [2, 4, 5]
-    assert rank.saved == [2, 4]
+    assert rank.saved == [2, 4, 5]
     assert set(rank.sections) == {"start", "step", "checkpoint", "evaluate"}
     # A step has 4 pairs of 2 * (4 + 3) tokens: <|user|>, a letter, <|end|>, <|assistant|>, two letters, <|end|>.
     for step, per_second in rank.curve("train/tokens_per_s").items():

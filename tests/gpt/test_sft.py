@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ranks import FakeRank, Killed
 from safetensors.torch import load_file
 
 import gpt.sft
@@ -198,6 +200,30 @@ def test_a_run_stopped_after_any_step_ends_in_the_same_bits_and_the_same_curve(m
             assert torch.equal(weights(tmp_path / name)[weight], tensor), (stop_after, weight)
         for metric in ("train/loss", "val/loss", "train/lr", "train/grad_norm"):
             assert {**first.curve(metric), **second.curve(metric)} == whole.curve(metric), (stop_after, metric)
+
+
+def test_a_run_killed_in_its_last_evaluation_takes_no_step_again_and_ends_in_the_same_bits(
+    make_rank, make_policy, make_conversations, tmp_path
+):
+    policy, conversations = make_policy(dropout=0.1), make_conversations(UNEQUAL, UNEQUAL[:3])
+
+    whole, first, second = make_rank("whole"), make_rank("killed"), make_rank("killed")
+    first.killed_in = ("evaluate", 7)
+
+    def run(rank: FakeRank) -> dict[str, Any] | None:
+        return train(rank, settings(), policy, [conversations], 1, tmp_path / rank.folder.name)
+
+    metadata_of_whole = run(whole)
+    with pytest.raises(Killed):
+        run(first)
+    assert first.saved == [3, 6, 7]
+    assert run(second) == metadata_of_whole
+    assert "step" not in second.sections
+    for metric in ("train/loss", "val/loss", "train/lr", "train/grad_norm"):
+        assert not first.curve(metric).keys() & second.curve(metric).keys()
+        assert first.curve(metric) | second.curve(metric) == whole.curve(metric), metric
+    one, two = (weights(tmp_path / name) for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("preset", ["gpt2-nano", "llama-nano", "transformer-nano"])

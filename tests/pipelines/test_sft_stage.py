@@ -16,7 +16,7 @@ CONFIG = SftConfig(steps=2, global_batch_size=2, lr=1e-3)
 
 
 class Bench:
-    """As much of a StageContext as sft asks for; its gang is one rank in this process, which never stops nor saves."""
+    """As much of a StageContext as sft asks for; its gang is one rank in this process, which never stops and keeps no checkpoints."""
 
     seed = 1
 
@@ -45,6 +45,8 @@ class OneRank:
 
     def restore(self) -> int:
         return 0
+
+    def save(self, finished_steps: int) -> None: ...
 
     def log(self, step: int, **values: Any) -> None: ...
 
