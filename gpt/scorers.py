@@ -180,8 +180,8 @@ class NumberScorer:
         return Scores(torch.tensor([float(self._is_right(rollout)) for rollout in rollouts]))
 
     def _is_right(self, rollout: Rollout) -> bool:
-        reference = reference_number(rollout.record["reference"], self.marker)
-        assert reference is not None, f"the reference {rollout.record['reference']!r} has no number, which the stage should have refused"
+        reference = reference_number(rollout.record.get("reference"), self.marker)
+        assert reference is not None, f"the record {rollout.record} has no number, which the stage should have refused"
         return number_after(rollout.text, self.marker) == reference
 
 

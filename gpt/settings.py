@@ -6,6 +6,7 @@ Importing this module must stay cheap: `gptline plan` does so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -27,6 +28,15 @@ class _OperationalMark:
 
 
 OPERATIONAL = _OperationalMark()
+
+
+def check_effect(settings: Settings, names: Sequence[str], where: str) -> None:
+    """ValueError where one of these settings has another value than its own, though `where` ("without a reward") none has an effect."""
+    fields = type(settings).model_fields
+    given = [f"{name} = {value!r}" for name, value in settings if name in names and value != fields[name].default]
+    if given:
+        raise ValueError(f"{' and '.join(given)} would have no effect {where}; leave {'it' if len(given) == 1 else 'them'} out")
+
 
 T = TypeVar("T")
 Operational = Annotated[T, OPERATIONAL]
@@ -155,7 +165,6 @@ class TrainSettings(Settings):
     activation_checkpointing: Operational[bool] = False
     """Recompute each block in the backward pass instead of keeping what is inside it."""
     log_every: Operational[int] = Field(default=10, ge=1)
-    eval_every: Operational[int] = Field(default=100, ge=1)
     checkpoint_every: Operational[int] = Field(default=200, ge=1)
     max_restarts: Operational[int] = Field(default=2, ge=0)
     """How often a gang that lost a rank starts again from its newest checkpoint."""
@@ -196,7 +205,13 @@ class TrainSettings(Settings):
         return passes
 
 
-class PretrainSettings(TrainSettings):
+class EvaluatedSettings(TrainSettings):
+    """Of a loop that looks at held-out data as it goes."""
+
+    eval_every: Operational[int] = Field(default=100, ge=1)
+
+
+class PretrainSettings(EvaluatedSettings):
     """`PretrainSettings(preset="gpt2-tiny", seq_len=64, steps=2000, global_batch_size=12, lr=1e-3)`."""
 
     preset: str
@@ -242,7 +257,7 @@ class PretrainSettings(TrainSettings):
         return ModelShape(**{**PRESETS[self.preset].model_dump(), **given})
 
 
-class SftSettings(TrainSettings):
+class SftSettings(EvaluatedSettings):
     """`SftSettings(steps=400, global_batch_size=16, lr=1e-3)`; a batch is made of whole conversations."""
 
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
@@ -251,7 +266,7 @@ class SftSettings(TrainSettings):
     """Held-out conversations that `val/loss` looks at, the same ones each time."""
 
 
-class RewardSettings(TrainSettings):
+class RewardSettings(EvaluatedSettings):
     """`RewardSettings(steps=200, global_batch_size=16, lr=5e-4)`; a batch is made of whole pairs, or of ratings."""
 
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
@@ -293,7 +308,7 @@ class RlSettings(TrainSettings):
     """Highest share of a step's responses that may be beyond judging, such as those that a reward function fails on."""
 
     @model_validator(mode="after")
-    def _rollouts_fill_updates(self) -> RlSettings:
+    def _fit_together(self) -> RlSettings:
         rollouts = self.rollouts_per_step()
         if rollouts % self.global_batch_size:
             raise ValueError(
@@ -307,6 +322,14 @@ class RlSettings(TrainSettings):
                 'algorithm = "reinforce" learns once from the rollouts of its own policy: ppo_epochs = 1 and global_batch_size = '
                 f"prompts_per_step * responses_per_prompt = {rollouts}, found {self.ppo_epochs} and {self.global_batch_size}"
             )
+        if self.algorithm == "ppo" and self.value_warmup_steps >= self.steps:
+            raise ValueError(
+                f"value_warmup_steps = {self.value_warmup_steps} of steps = {self.steps} are the value model's alone, which leaves the "
+                "policy none to learn in; give fewer value_warmup_steps, or more steps"
+            )
+        if self.algorithm == "reinforce":
+            of_ppo = ("clip_eps", "value_clip_eps", "value_lr", "value_warmup_steps", "gae_lambda")
+            check_effect(self, of_ppo, 'with algorithm = "reinforce", which clips nothing and has no value model')
         return self
 
     def rollouts_per_step(self) -> int:

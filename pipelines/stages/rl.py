@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from gpt.settings import Operational, RlSettings, UserFunction
+from gpt.settings import Operational, RlSettings, UserFunction, check_effect
 from pipelines.artifacts import Model, Prompts
 from pipelines.stage import StageConfig, StageContext, StageFailure
 
@@ -23,6 +23,14 @@ class RlConfig(StageConfig, RlSettings):
     """"number": a response whose number is the reference's is scored 1, another one 0."""
     number_marker: str = Field(default="####", min_length=1)
     """The number is what follows this for the last time."""
+
+    @model_validator(mode="after")
+    def _judges_are_there(self) -> RlConfig:
+        if self.reward is None:
+            check_effect(self, ("reward_timeout_s", "reward_memory_gib"), "without a reward function")
+        if self.verifier is None:
+            check_effect(self, ("number_marker",), "without a verifier")
+        return self
 
 
 def rl(config: RlConfig, policy: Model, prompts: list[Prompts], reward_model: Model | None, stage: StageContext) -> Model:
@@ -79,7 +87,7 @@ def _check_models(policy: Model, reward_model: Model | None) -> None:
 def _check_references(prompts: list[Prompts], marker: str) -> None:
     from gpt.scorers import reference_number
 
-    references = [record["reference"] for each in prompts for record in each.records("train")]
+    references = [record.get("reference") for each in prompts for record in each.records("train")]
     without = [reference for reference in references if reference_number(reference, marker) is None]
     if without:
         raise StageFailure(

@@ -239,9 +239,9 @@ def responses_by_definition(model: GPT, texts: Sequence[str], config: RlSettings
 def test_the_first_gradients_are_those_of_the_definition(algorithm, size, make_rank, policy, make_prompts, reward_model, steps, tmp_path):
     # One response at a time, without padding. Policy: -A log p at every token, A = score - V, less its mean over all tokens, by its
     # deviation. At its first update PPO is the same: a ratio of 1, which nothing clips. Value model, with lambda 1: (V - score)^2 / 2.
-    config = settings(
-        algorithm=algorithm, global_batch_size=size, gae_lambda=1.0, temperature=0.8, micro_batch_size=2, max_response_tokens=5
-    )
+    config = settings(algorithm=algorithm, global_batch_size=size, temperature=0.8, micro_batch_size=2, max_response_tokens=5)
+    if algorithm == "ppo":
+        config = config.model_copy(update={"gae_lambda": 1.0})
     train(make_rank(), config, policy, [make_prompts("x")], [ShareOfA(), reward_model], 1, tmp_path / "model")
     model, value = load_model(policy), value_model(reward_model.folder, reward_model.mean, reward_model.std)
     logprobs, values, scores, of_row = [], [], [], []
@@ -456,6 +456,26 @@ def test_the_artifact_is_the_policy_with_its_own_dropout_and_tokenizer(make_rank
     assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
     for name, tensor in weights(policy).items():
         assert not torch.equal(weights(tmp_path / "model")[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"value_warmup_steps": 2}, "value_warmup_steps = 2 of steps = 2 are the value model's alone, .*; give fewer .*, or more steps"),
+        ({"value_warmup_steps": 5}, "value_warmup_steps = 5 of steps = 2 are the value model's alone"),
+        ({"algorithm": "reinforce", "clip_eps": 0.1}, 'clip_eps = 0.1 would have no effect with algorithm = "reinforce", .*; leave it out'),
+        ({"algorithm": "reinforce", "value_lr": 0.1, "gae_lambda": 0.9}, "value_lr = 0.1 and gae_lambda = 0.9 would .*; leave them out"),
+        (
+            {"algorithm": "reinforce", "value_clip_eps": 0.1, "value_warmup_steps": 1},
+            "value_clip_eps = 0.1 and value_warmup_steps = 1 would",
+        ),
+        ({"eval_every": 5}, "Extra inputs are not permitted"),
+    ],
+)
+def test_settings_that_leave_nothing_to_learn_or_have_no_effect_are_refused(changes, words):
+    size = 8 if changes.get("algorithm") == "reinforce" else 4
+    with pytest.raises(ValueError, match=words):
+        settings(global_batch_size=size, **changes)
 
 
 def test_an_epoch_visits_every_rollout_once_in_an_order_of_its_own():

@@ -157,6 +157,27 @@ def test_a_verifier_refuses_prompts_that_nothing_can_be_verified_of(make_prompts
     run(settings(reward="./reward.py:score"), POLICY, prompts)
 
 
+def test_a_record_without_a_reference_is_counted_with_those_that_have_no_number(make_prompts):
+    prompts = make_prompts("4")
+    with open(prompts.path / "train.jsonl", "a") as lines:
+        lines.write('{"prompt": [{"role": "user", "content": "?"}]}\n')
+    with pytest.raises(StageFailure, match="1 of 2 training prompts have none, the first None"):
+        run(settings(verifier="number"), POLICY, [prompts])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reward_timeout_s": 1.0}, "reward_timeout_s = 1.0 would have no effect without a reward function; leave it out"),
+        ({"reward_memory_gib": 1.0, "verifier": "number"}, "reward_memory_gib = 1.0 would have no effect without a reward function"),
+        ({"number_marker": "=", "reward": "./reward.py:score"}, "number_marker = '=' would have no effect without a verifier"),
+    ],
+)
+def test_a_setting_of_a_judge_that_is_not_there_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        settings(**changes)
+
+
 def test_the_limits_of_a_reward_function_are_in_no_key_and_what_it_is_worth_is(tmp_path: Path, line: Line):
     before = line.planned()
     assert {
