@@ -6,6 +6,7 @@ The packages are a copy, so that they can be edited; the store is filled by one 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,49 @@ sample_tokens = 5
 inputs = { model = "pretrain" }
 """
 STAGES = ("documents", "tokenizer", "tokenize", "pretrain", "evaluate", "export")
+ASSISTANT = """
+[stages.conversations]
+source = "json"
+files = ["sums.jsonl"]
+format = "plain"
+
+[stages.preferences]
+source = "json"
+files = ["sums.jsonl"]
+format = "plain"
+
+[stages.prompts]
+source = "json"
+files = ["sums.jsonl"]
+format = "plain"
+hold_out = { share = 0.3, by = "prompt" }
+
+[stages.sft]
+inputs = { policy = "pretrain", conversations = "conversations" }
+steps = 1
+global_batch_size = 2
+lr = 1e-3
+
+[stages.reward_model]
+inputs = { policy = "sft", preferences = "preferences" }
+steps = 1
+global_batch_size = 2
+lr = 1e-3
+
+[stages.rl]
+inputs = { policy = "sft", prompts = "prompts", reward_model = "reward_model" }
+steps = 1
+prompts_per_step = 2
+global_batch_size = 2
+max_response_tokens = 4
+lr = 1e-3
+
+[stages.examine]
+uses = "evaluate"
+inputs = { model = "rl", baseline = "sft", questions = "prompts" }
+answer_tokens = 4
+"""
+ASSISTANT_STAGES = ("conversations", "preferences", "prompts", "sft", "reward_model", "rl", "examine")
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +172,36 @@ def test_a_seed_is_in_every_key(planned):
     plan = planned("--set", "seed=4")
     assert plan["documents"] == ("run", "seed: 3 -> 4")
     assert set(words(plan).values()) == {"run"}
+
+
+@pytest.fixture(scope="module")
+def assistant(line) -> Any:
+    """The line's pretrained model, and `assistant.toml` that goes on from there to an examined policy."""
+    rows = ({"prompt": f"{n}+1?", "response": f"{n + 1}", "chosen": f"{n + 1}", "rejected": f"{n}"} for n in range(20))
+    (line.folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (line.folder / "assistant.toml").write_text((line.folder / "line.toml").read_text() + ASSISTANT)
+    line.run("run", "assistant.toml", "--inline")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "named", "reruns"),
+    [
+        ("gpt/losses.py", "-torch.minimum(ratio", "-1.0 * torch.minimum(ratio", "gpt.losses:ppo_policy_loss", ("rl", "examine")),
+        (
+            "gpt/chat.py",
+            "loss_mask += [False] + ",
+            "loss_mask += [True] + ",
+            "gpt.chat:encode_conversation",
+            ("sft", "reward_model", "rl", "examine"),
+        ),
+    ],
+    ids=["PPO's loss", "SFT's mask"],
+)
+def test_another_loss_of_ppo_or_mask_of_sft_reruns_what_learns_by_it_and_what_follows(
+    assistant, copied_code, path, old, new, named, reruns
+):
+    with edited(copied_code / path, old, new):
+        plan = assistant.plan("assistant.toml")
+    assert words(plan) == ALL_REUSED | dict.fromkeys(ASSISTANT_STAGES, "reuse") | dict.fromkeys(reruns, "run")
+    assert plan[reruns[0]] == ("run", f"code of {named} changed")
