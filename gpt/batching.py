@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 from gpt.random_streams import permutation, stream_seed
 
 SCAN_TOKENS = 1 << 24
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,12 @@ class ShuffledRows:
     def of_step(self, step: int) -> list[int]:
         places = (divmod(step * self._batch_size + row, self._n) for row in range(self._batch_size))
         return [int(self._order(epoch)[place]) for epoch, place in places]
+
+
+def evenly(items: Sequence[T], at_most: int) -> list[T]:
+    """All of them, or so many spread evenly: `evenly("abcdef", 3)` is a, c, e."""
+    n = min(len(items), at_most)
+    return [items[i * len(items) // n] for i in range(n)]
 
 
 def padded(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:

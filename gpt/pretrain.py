@@ -8,7 +8,6 @@ Left out: curricula and packing; mixtures are made at ingest. Radford et al. 201
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpt.batching import TrainingBatches, held_out_batch, held_out_windows, micro_batch_rows, open_tokens
+from gpt.batching import TrainingBatches, evenly, held_out_batch, held_out_windows, micro_batch_rows, open_tokens
 from gpt.engine import Engine, Rank
+from gpt.folders import save_trained
 from gpt.losses import lm_loss
-from gpt.model import GPT, count_parameters, load_model, parameter_groups, save_model, with_dropout
+from gpt.model import GPT, count_parameters, load_model, parameter_groups, with_dropout
+from gpt.pace import Pace
 from gpt.random_streams import stream_seed
 from gpt.schedule import check_grad_norm, lr_at
 from gpt.settings import GPTConfig, PretrainSettings
@@ -40,8 +41,6 @@ def train(
 
     `init` is the folder of a model whose weights training starts from.
     """
-    if config.precision == "fp16" and rank.device.type == "cpu":
-        raise ValueError('precision = "fp16" needs a GPU, and this rank computes on the CPU; take "bf16" or "fp32"')
     with rank.section("start", config.start_deadline_s):
         tokenizer = _common_tokenizer(tokens)
         train_files = [open_tokens(folder / "train.bin", dtype, vocab_size) for folder in tokens]
@@ -56,7 +55,7 @@ def train(
         engine = rank.engine("policy", model, parameter_groups(model, config.weight_decay), config)
         start = rank.restore()
 
-    step_seconds: list[float] = []  # of the steps since the last log
+    pace = Pace()
     for step in range(start, config.steps):
         # Before the step, not after the one before it: so a run that resumes from this step's checkpoint evaluates it too.
         if step and step % config.eval_every == 0:
@@ -77,22 +76,12 @@ def train(
             lr = lr_at(step, config)
             grad_norm = engine.step(lr)
             check_grad_norm(grad_norm, step + 1, config)
-            step_seconds.append(time.monotonic() - started_at_s)
+            pace.add(tokens=tokens_per_step, seconds=time.monotonic() - started_at_s)
 
         finished = step + 1
         if finished % config.log_every == 0 or finished == config.steps:
-            step_s = sum(step_seconds) / len(step_seconds)
-            rank.log(
-                finished,
-                sums={"train/loss": loss_sum},
-                values={
-                    "train/lr": lr,
-                    "train/grad_norm": grad_norm,
-                    "train/tokens_per_s": tokens_per_step / step_s,
-                    "time/step_s": step_s,
-                },
-            )
-            step_seconds.clear()
+            values = {"train/lr": lr, "train/grad_norm": grad_norm, **pace.metrics()}
+            rank.log(finished, sums={"train/loss": loss_sum}, values=values)
         stopping = finished < config.steps and rank.should_stop()
         # After the last step too, whose evaluation is still to come.
         if stopping or finished == config.steps or finished % config.checkpoint_every == 0:
@@ -103,10 +92,7 @@ def train(
 
     evaluate(rank, config, engine, held_out_files, seq_len, config.steps)
     with rank.section("checkpoint", config.step_deadline_s):
-        weights = engine.full_weights()
-        if rank.rank == 0:
-            save_model(output, model.config, weights)
-            shutil.copyfile(tokenizer, output / "tokenizer.json")
+        save_trained(rank, engine.full_weights(), model.config, tokenizer, output)
     return {"role": "policy", "parameters": n_parameters, "steps": config.steps, "tokens_seen": config.steps * tokens_per_step}
 
 
@@ -116,15 +102,14 @@ def evaluate(rank: Rank, config: PretrainSettings, engine: Engine, files: Sequen
     windows = held_out_windows([len(tokens) for tokens in files], seq_len, stride=seq_len)
     if not windows:
         return
-    n_chosen = min(len(windows), max(1, config.eval_tokens // seq_len))
-    windows = [windows[i * len(windows) // n_chosen] for i in range(n_chosen)]
+    windows = evenly(windows, max(1, config.eval_tokens // seq_len))
     global_count = sum(window.stop - window.score_from for window in windows)
     with rank.section("evaluate", config.step_deadline_s):
         engine.module.eval()
         loss_sum = torch.zeros((), device=rank.device)
         per_pass = config.micro_batch(rank.world_size) * rank.world_size
         # All ranks make the same number of passes, some perhaps with nothing that counts: a sharded forward is collective.
-        for first in range(0, n_chosen, per_pass):
+        for first in range(0, len(windows), per_pass):
             mine = windows[first : first + per_pass][rank.rank :: rank.world_size]
             batch = held_out_batch(files, mine or windows[:1], seq_len).to(rank.device)
             loss_mask = batch.loss_mask if mine else torch.zeros_like(batch.loss_mask)

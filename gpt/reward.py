@@ -13,24 +13,24 @@ Ziegler et al. 2019 (arXiv:1909.08593); Ouyang et al. 2022 (arXiv:2203.02155), s
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpt.batching import ShuffledRows, micro_batch_rows, padded
+from gpt.batching import ShuffledRows, evenly, micro_batch_rows, padded
 from gpt.chat import encode_prompt, encode_response
 from gpt.engine import Engine, Rank
+from gpt.folders import read_records, save_trained
 from gpt.losses import reward_centering_loss, reward_pair_loss, reward_rating_loss
-from gpt.model import RewardModel, count_parameters, load_config, load_model, load_reward_model, parameter_groups, save_model, with_dropout
+from gpt.model import RewardModel, count_parameters, load_config, load_model, load_reward_model, parameter_groups, with_dropout
+from gpt.pace import Pace
 from gpt.random_streams import stream_seed
 from gpt.schedule import check_grad_norm, lr_at
 from gpt.settings import RewardSettings
@@ -42,8 +42,6 @@ NORMALISED_ITEMS = 4096
 """Training items whose scores make the mean and the deviation, if there are as many."""
 ROWS_PER_PASS = 16
 """Conversations that are scored at a time, without gradients. Fixed, so that a score is the same for any ranks and micro-batch."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,7 @@ def train(
         engine = rank.engine("reward", model, parameter_groups(model, config.weight_decay), config)
         start = rank.restore()
 
-    step_seconds: list[float] = []  # of the steps since the last log
-    tokens = 0  # in those steps, without padding
+    pace = Pace()
     for step in range(start, config.steps):
         # Before the step, not after the one before it: so a run that resumes from this step's checkpoint evaluates it too.
         if step and step % config.eval_every == 0:
@@ -121,23 +118,13 @@ def train(
             lr = lr_at(step, config)
             grad_norm = engine.step(lr)
             check_grad_norm(grad_norm, step + 1, config)
-            step_seconds.append(time.monotonic() - started_at_s)
-            tokens += sum(len(token_ids) for token_ids in conversations(batch))
+            n_tokens = sum(len(token_ids) for token_ids in conversations(batch))  # without padding
+            pace.add(tokens=n_tokens, seconds=time.monotonic() - started_at_s)
 
         finished = step + 1
         if finished % config.log_every == 0 or finished == config.steps:
-            rank.log(
-                finished,
-                sums={"train/loss": loss_sum},
-                values={
-                    "train/lr": lr,
-                    "train/grad_norm": grad_norm,
-                    "train/tokens_per_s": tokens / sum(step_seconds),
-                    "time/step_s": sum(step_seconds) / len(step_seconds),
-                },
-            )
-            step_seconds.clear()
-            tokens = 0
+            values = {"train/lr": lr, "train/grad_norm": grad_norm, **pace.metrics()}
+            rank.log(finished, sums={"train/loss": loss_sum}, values=values)
         stopping = finished < config.steps and rank.should_stop()
         # After the last step too, whose evaluation is still to come.
         if stopping or finished == config.steps or finished % config.checkpoint_every == 0:
@@ -148,13 +135,10 @@ def train(
 
     evaluate(rank, config, engine, held_out_items, config.steps)
     held_out_scores = all_scores(rank, config, engine, conversations(held_out_items))
-    mean, std = score_scale(all_scores(rank, config, engine, conversations(_evenly(items, NORMALISED_ITEMS))))
+    mean, std = score_scale(all_scores(rank, config, engine, conversations(evenly(items, NORMALISED_ITEMS))))
     with rank.section("checkpoint", config.step_deadline_s):
-        weights = engine.full_weights()
-        if rank.rank == 0:
-            # With the dropout that the policy came with: another one for this stage should not reach the stages after it.
-            save_model(output, load_config(policy), weights, RewardModel)
-            shutil.copyfile(policy / "tokenizer.json", output / "tokenizer.json")
+        # With the dropout that the policy came with: another one for this stage should not reach the stages after it.
+        save_trained(rank, engine.full_weights(), load_config(policy), policy / "tokenizer.json", output, RewardModel)
     return {
         "role": "reward",
         "parameters": n_parameters,
@@ -174,7 +158,7 @@ def read_items(
     pairs: list[Pair] = []
     rated: list[Rating] = []
     too_long = alike = 0
-    for record in _records(preferences, split):
+    for record in read_records(preferences, split):
         prompt = encode_prompt(tokenizer, record["prompt"])
         chosen, rejected = ([*prompt, *encode_response(tokenizer, record[name])] for name in ("chosen", "rejected"))
         if max(len(chosen), len(rejected)) > seq_len:
@@ -183,7 +167,7 @@ def read_items(
             alike += 1
         else:
             pairs.append(Pair(chosen, rejected, _as_in_a_metric(record.get("kind"))))
-    for record in _records(ratings, split):
+    for record in read_records(ratings, split):
         token_ids = [*encode_prompt(tokenizer, record["prompt"]), *encode_response(tokenizer, record["response"])]
         if len(token_ids) > seq_len:
             too_long += 1
@@ -235,7 +219,7 @@ def all_scores(rank: Rank, config: RewardSettings, engine: Engine, rows: Sequenc
 def evaluate(rank: Rank, config: RewardSettings, engine: Engine, items: Sequence[Item], step: int) -> None:
     """Log val/loss, nats per item over the same held-out items each time, spread evenly and shared by the ranks."""
     if items:
-        chosen_items = _evenly(items, VAL_ITEMS)
+        chosen_items = evenly(items, VAL_ITEMS)
         scores = all_scores(rank, config, engine, conversations(chosen_items))
         rank.log(
             step,
@@ -326,14 +310,3 @@ def _by_place(items: Sequence[Item], scores: Tensor) -> tuple[Tensor, Tensor, Te
 
 def _as_in_a_metric(kind: Any) -> str | None:
     return None if kind is None else re.sub(r"[^a-z0-9]+", "_", str(kind).lower()).strip("_") or "other"
-
-
-def _records(folders: Sequence[Path], split: str) -> Iterator[dict[str, Any]]:
-    for folder in folders:
-        with open(folder / f"{split}.jsonl", encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
-
-
-def _evenly(items: Sequence[T], at_most: int) -> list[T]:
-    n = min(len(items), at_most)
-    return [items[i * len(items) // n] for i in range(n)]

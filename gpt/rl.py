@@ -35,8 +35,6 @@ Ziegler et al. 2019 (arXiv:1909.08593); Ouyang et al. 2022 (arXiv:2203.02155); S
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,8 +48,9 @@ from gpt.advantages import gae, kl_k1, kl_k3, token_rewards, whiten
 from gpt.batching import Batch, ShuffledRows, micro_batch_rows, padded
 from gpt.chat import FORMAT, encode_prompt
 from gpt.engine import Engine, Rank
+from gpt.folders import read_records, save_trained
 from gpt.losses import chosen_logprobs, mean_entropy, ppo_policy_loss, probability_ratio, reinforce_loss, value_loss
-from gpt.model import GPT, RewardModel, count_parameters, load_config, load_model, parameter_groups, save_model, with_dropout
+from gpt.model import GPT, RewardModel, count_parameters, load_config, load_model, parameter_groups, with_dropout
 from gpt.random_streams import permutation, stream_seed
 from gpt.reward import RewardScorer, value_model
 from gpt.sampling import sample
@@ -295,10 +294,7 @@ def train(
             return None
 
     with rank.section("checkpoint", config.step_deadline_s):
-        weights = engine.full_weights()
-        if rank.rank == 0:
-            save_model(output, load_config(policy), weights)
-            shutil.copyfile(policy / "tokenizer.json", output / "tokenizer.json")
+        save_trained(rank, engine.full_weights(), load_config(policy), policy / "tokenizer.json", output)
     return {
         "role": "policy",
         "chat_format": FORMAT,
@@ -313,15 +309,12 @@ def train(
 def read_prompts(tokenizer: Tokenizer, folders: Sequence[Path], max_tokens: int) -> tuple[list[Prompt], int]:
     """The training prompts of at most `max_tokens` tokens, and how many are longer."""
     prompts, n_too_long = [], 0
-    for folder in folders:
-        with open(folder / "train.jsonl", encoding="utf-8") as lines:
-            for line in lines:
-                record = json.loads(line)
-                token_ids = encode_prompt(tokenizer, record["prompt"])
-                if len(token_ids) <= max_tokens:
-                    prompts.append(Prompt(record, token_ids))
-                else:
-                    n_too_long += 1
+    for record in read_records(folders, "train"):
+        token_ids = encode_prompt(tokenizer, record["prompt"])
+        if len(token_ids) <= max_tokens:
+            prompts.append(Prompt(record, token_ids))
+        else:
+            n_too_long += 1
     return prompts, n_too_long
 
 

@@ -9,20 +9,20 @@ whatever their length. Ouyang et al. 2022 (arXiv:2203.02155), section 3.5.
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt.batching import Batch, ShuffledRows, micro_batch_rows, padded
-from gpt.chat import Conversation, Message, encode_conversation
+from gpt.batching import Batch, ShuffledRows, evenly, micro_batch_rows, padded
+from gpt.chat import Conversation, encode_conversation
 from gpt.engine import Engine, Rank
+from gpt.folders import read_records, save_trained
 from gpt.losses import lm_loss
-from gpt.model import GPT, count_parameters, load_config, load_model, parameter_groups, save_model, with_dropout
+from gpt.model import GPT, count_parameters, load_config, load_model, parameter_groups, with_dropout
+from gpt.pace import Pace
 from gpt.random_streams import stream_seed
 from gpt.schedule import check_grad_norm, lr_at
 from gpt.settings import SftSettings
@@ -40,14 +40,16 @@ def train(rank: Rank, config: SftSettings, policy: Path, conversations: Sequence
         pad_id = tokenizer.special["pad"]
         model = _first_model(config, policy)
         max_tokens = model.config.seq_len + 1  # the last token is a target alone
-        encoded = [encode_conversation(tokenizer, messages, max_tokens) for messages in _read(conversations, "train")]
+        encoded = [encode_conversation(tokenizer, record["messages"], max_tokens) for record in read_records(conversations, "train")]
         examples = [each for each in encoded if each is not None]
         if not examples:
             raise ValueError(
                 f"no conversation to train on in {' and '.join(map(str, conversations))}: of {len(encoded)} none has a first answer that "
                 f"ends within the policy's seq_len + 1 = {max_tokens} tokens; give shorter ones, or a policy with a longer seq_len"
             )
-        held_out_encoded = (encode_conversation(tokenizer, messages, max_tokens) for messages in _read(conversations, "held_out"))
+        held_out_encoded = (
+            encode_conversation(tokenizer, record["messages"], max_tokens) for record in read_records(conversations, "held_out")
+        )
         held_out = [each for each in held_out_encoded if each is not None]
         n_counting = [sum(each.loss_mask) for each in examples]
         shuffled = ShuffledRows(len(examples), batch_size=config.global_batch_size, seed=seed, name="sft")
@@ -57,8 +59,7 @@ def train(rank: Rank, config: SftSettings, policy: Path, conversations: Sequence
         engine = rank.engine("policy", model, parameter_groups(model, config.weight_decay), config)
         start = rank.restore()
 
-    step_seconds: list[float] = []  # of the steps since the last log
-    tokens_since_log = 0
+    pace = Pace()
     for step in range(start, config.steps):
         # Before the step, not after the one before it: so a run that resumes from this step's checkpoint evaluates it too.
         if step and step % config.eval_every == 0:
@@ -80,23 +81,12 @@ def train(rank: Rank, config: SftSettings, policy: Path, conversations: Sequence
             lr = lr_at(step, config)
             grad_norm = engine.step(lr)
             check_grad_norm(grad_norm, step + 1, config)
-            step_seconds.append(time.monotonic() - started_at_s)
-            tokens_since_log += tokens_of_step
+            pace.add(tokens=tokens_of_step, seconds=time.monotonic() - started_at_s)
 
         finished = step + 1
         if finished % config.log_every == 0 or finished == config.steps:
-            rank.log(
-                finished,
-                sums={"train/loss": loss_sum},
-                values={
-                    "train/lr": lr,
-                    "train/grad_norm": grad_norm,
-                    "train/tokens_per_s": tokens_since_log / sum(step_seconds),
-                    "time/step_s": sum(step_seconds) / len(step_seconds),
-                },
-            )
-            step_seconds.clear()
-            tokens_since_log = 0
+            values = {"train/lr": lr, "train/grad_norm": grad_norm, **pace.metrics()}
+            rank.log(finished, sums={"train/loss": loss_sum}, values=values)
         stopping = finished < config.steps and rank.should_stop()
         # After the last step too, whose evaluation is still to come.
         if stopping or finished == config.steps or finished % config.checkpoint_every == 0:
@@ -107,11 +97,8 @@ def train(rank: Rank, config: SftSettings, policy: Path, conversations: Sequence
 
     evaluate(rank, config, engine, held_out, pad_id, config.steps)
     with rank.section("checkpoint", config.step_deadline_s):
-        weights = engine.full_weights()
-        if rank.rank == 0:
-            # With the dropout that the policy came with: another one for this stage should not reach the stages after it.
-            save_model(output, load_config(policy), weights)
-            shutil.copyfile(policy / "tokenizer.json", output / "tokenizer.json")
+        # With the dropout that the policy came with: another one for this stage should not reach the stages after it.
+        save_trained(rank, engine.full_weights(), load_config(policy), policy / "tokenizer.json", output)
     n_cut = sum(each.cut for each in examples)
     return {
         "role": "policy",
@@ -134,15 +121,14 @@ def evaluate(rank: Rank, config: SftSettings, engine: Engine, held_out: Sequence
     """Log val/loss, nats per counting token of the same held-out conversations each time, spread evenly and shared by the ranks."""
     if not held_out:
         return
-    n_chosen = min(len(held_out), config.eval_conversations)
-    chosen = [held_out[i * len(held_out) // n_chosen] for i in range(n_chosen)]
+    chosen = evenly(held_out, config.eval_conversations)
     global_count = sum(sum(each.loss_mask) for each in chosen)
     with rank.section("evaluate", config.step_deadline_s):
         engine.module.eval()
         loss_sum = torch.zeros((), device=rank.device)
         per_pass = config.micro_batch(rank.world_size) * rank.world_size
         # All ranks make the same number of passes, some perhaps with nothing that counts: a sharded forward is collective.
-        for first in range(0, n_chosen, per_pass):
+        for first in range(0, len(chosen), per_pass):
             mine = chosen[first : first + per_pass][rank.rank :: rank.world_size]
             batch = conversation_batch(mine or chosen[:1], pad_id).to(rank.device)
             loss_mask = batch.loss_mask if mine else torch.zeros_like(batch.loss_mask)
@@ -156,10 +142,3 @@ def _first_model(config: SftSettings, policy: Path) -> GPT:
         model = with_dropout(model, config.dropout)
     model.activation_checkpointing = config.activation_checkpointing
     return model
-
-
-def _read(folders: Sequence[Path], split: str) -> Iterator[Sequence[Message]]:
-    for folder in folders:
-        with open(folder / f"{split}.jsonl", encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)["messages"]

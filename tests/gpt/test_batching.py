@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.batching import ShuffledRows, TrainingBatches, held_out_batch, held_out_windows, micro_batch_rows, open_tokens, padded
+from gpt.batching import ShuffledRows, TrainingBatches, evenly, held_out_batch, held_out_windows, micro_batch_rows, open_tokens, padded
 from gpt.random_streams import permutation, stream_seed
 
 
@@ -136,3 +136,10 @@ def test_shuffled_rows_visit_every_example_once_an_epoch_and_batches_may_straddl
 
 def test_unequal_rows_are_padded_on_the_right():
     assert padded([[1, 2, 3], [4]], pad_id=9).tolist() == [[1, 2, 3], [4, 9, 9]]
+
+
+def test_a_few_of_many_lie_evenly_from_the_first_on_and_fewer_than_asked_are_all():
+    assert evenly("abcdef", 3) == ["a", "c", "e"]
+    assert evenly("abcde", 3) == ["a", "b", "d"]  # places 0, 5 / 3 and 10 / 3, rounded down
+    assert evenly("ab", 3) == ["a", "b"]
+    assert evenly("", 3) == []

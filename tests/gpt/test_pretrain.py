@@ -175,11 +175,6 @@ def test_tokens_of_two_tokenizers_are_refused(make_rank, make_tokens, tmp_path):
         train(make_rank(), settings(), [one, two], "uint16", VOCAB, None, 1, tmp_path / "model")
 
 
-def test_fp16_on_a_cpu_is_refused(make_rank, make_tokens, tmp_path):
-    with pytest.raises(ValueError, match='take "bf16" or "fp32"'):
-        train(make_rank(), settings(precision="fp16"), [make_tokens(sequence(100))], "uint16", VOCAB, None, 1, tmp_path / "model")
-
-
 def test_bf16_learns_too_and_its_artifact_is_fp32(make_rank, make_tokens, tmp_path):
     tokens = make_tokens(list(range(VOCAB)) * 40, list(range(VOCAB)) * 3)
     rank = make_rank()
