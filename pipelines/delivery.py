@@ -273,7 +273,6 @@ class Sender:
                     self._save()
                     del self._waiting[: len(batch)]
         except Exception as error:  # a view that fails must not fail what it shows
-            self._shown = None
             return self._failed(sent, self._sentence(error))
         return Delivery(sent)
 

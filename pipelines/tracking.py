@@ -99,7 +99,7 @@ class RunInMlflow:
         self._view = view
         self._pipeline = pipeline
         self._info = info
-        self._ids = door.runs(pipeline, view.run)
+        self._ids: dict[str, str | None] = {}
         self._makers: dict[str, Action] = {}
         self._refused: list[str] = []
 
@@ -109,6 +109,9 @@ class RunInMlflow:
         Returns what MLflow will never take, in its own words. Raises whatever MLflow does when it can't be spoken to.
         """
         self._refused = []
+        told = any(event["type"] not in ("points", "progress", "note") for event in events)
+        if told or any(event.get("stage", "") not in self._ids for event in events):
+            self._ids |= self._door.runs(self._pipeline, self._view.run)  # since the last call another sender may have created some
         parent = self._parent()
         if parent is None:
             return []
@@ -121,7 +124,7 @@ class RunInMlflow:
                 self._log_points(pending)
             self._taken(self._add, parent, event)
         self._log_points(pending)
-        if any(event["type"] not in ("points", "progress", "note") for event in events):
+        if told:
             self._taken(self._door.log, parent, tags={"mlflow.note.content": self._note()})
         return self._refused
 

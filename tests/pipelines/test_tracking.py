@@ -564,6 +564,36 @@ def test_two_senders_at_once_on_one_fresh_database_show_one_run(store: Store) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dies", [False, True], ids=["and goes on", "and dies before it moves the cursor"])
+def test_a_stage_that_another_sender_showed_first_is_shown_once(store: Store, monkeypatch: pytest.MonkeyPatch, dies: bool) -> None:
+    writer = begin(store, "r1")
+    follower, passer_by = Sender(store, "r1", "sqlite"), Sender(store, "r1", "sqlite")
+    assert follower.deliver() == Delivery(1)
+    writer.write("stage_started", stage="pretrain", key="k", decision="run", reason="new", steps=3)
+    if dies:
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Sender, "_save", killed)
+            with pytest.raises(KeyboardInterrupt):
+                passer_by.deliver()
+    else:
+        assert passer_by.deliver() == Delivery(1)
+    writer.write("points", stage="pretrain", points=[["train/loss", 1, 5.0, START_MS]])
+    writer.flush()
+    assert follower.deliver() == Delivery(2 if dies else 1)
+    ended(writer, "pretrain", None, "failed", "run")
+    assert follower.deliver() == Delivery(1)
+    mlflow = client(store)
+    shown = children(mlflow, "r1")  # which fails where one stage has two runs
+    assert {stage: run.info.status for stage, run in shown.items()} == {"": "RUNNING", "pretrain": "FAILED"}
+    assert points(mlflow, shown["pretrain"].info.run_id) == [(1, 5.0, START_MS)]
+    assert f"runs/{shown['pretrain'].info.run_id}?" in shown[""].data.tags["mlflow.note.content"]
+
+
+@pytest.mark.slow
 def test_the_senders_process_ends_by_itself_with_the_run(store: Store) -> None:
     tracker = start_tracking(store, "r1", "sqlite")
     a_pretraining(store, "r1")
