@@ -46,7 +46,6 @@ def start(
     code_path: Path,
     cpus: int | None = None,
     environment: Mapping[str, str] | None = None,
-    log_to_driver: bool = False,
 ) -> Iterator[Session]:
     """Open a session for the `with` block: `local` starts one on the loopback interface, another address joins that cluster.
 
@@ -68,7 +67,7 @@ def start(
 
     if ray.is_initialized():
         raise RuntimeError("this process has a Ray session already: close it before starting another")
-    options: dict[str, Any] = {"address": address, "log_to_driver": log_to_driver, "logging_level": logging.WARNING}
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.WARNING}
     workers = _worker_environment(code_path, environment or {})
     if address == "local":
         # Its workers inherit this process's environment: one of Ray's making would keep them from being started ahead (1 s each).
@@ -158,10 +157,10 @@ class Task:
 
         events: list[Event] = []
         while not self.done:
-            ready, _ = ray.wait([self._stream], timeout=0)
-            if not ready:
-                break
             try:
+                ready, _ = ray.wait([self._stream], timeout=0)
+                if not ready:
+                    break
                 item = ray.get(next(self._stream))
             except StopIteration:
                 self._finish(TaskDied(f"{self.name}: the task ended without a result"))
@@ -195,10 +194,11 @@ class Task:
     def _finish(self, error: BaseException) -> None:
         if isinstance(error, TaskDied):
             error = TaskDied(f"{self.name}: cancelled") if self._cancelled else error
-            if self._worker_id is not None:
-                remove_groups_of(self._worker_id)
         self._error = error
         self.done = True
+        if isinstance(error, TaskDied) and self._worker_id is not None:
+            with contextlib.suppress(Exception):  # a cluster that is lost has no room to free, and the task's end is told all the same
+                remove_groups_of(self._worker_id)
 
 
 @dataclass(frozen=True)

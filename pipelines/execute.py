@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
+from cluster.gang import GangFailure
 from cluster.metric_names import check_metric_name
 from pipelines.artifacts import Artifact
 from pipelines.config import Resources
@@ -206,7 +207,7 @@ class Context:
             raise Stopped
         if done >= total or time.monotonic() - self._shown_at_s > PROGRESS_EVERY_S:
             self._shown_at_s = time.monotonic()
-            self._emit({"type": "progress", "done": done, "total": total, "unit": unit})
+            self._emit({"type": "progress", "done": _count(done), "total": _count(total), "unit": unit})
 
     def log(self, step: int, values: dict[str, float]) -> None:
         values = {name: _number(name, value) for name, value in values.items()}
@@ -333,8 +334,14 @@ def _number(name: str, value: Any) -> float:
         raise ValueError(f"metric {name!r} is {value!r}, wanted a number") from None
 
 
+def _count(value: Any) -> float:
+    """A plain number of what may be numpy's: events are written as JSON, by a process that knows none of those."""
+    number = float(value)
+    return int(number) if number.is_integer() else number
+
+
 def _in_words(error: BaseException, job: Job) -> str:
-    if isinstance(error, StageFailure) or type(error).__name__ == "GangFailure":
+    if isinstance(error, (StageFailure, GangFailure)):
         return str(error)
     places = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
     own = [frame for frame in places if Path(frame.filename).is_relative_to(job.user_folder)]  # a user's own line says most

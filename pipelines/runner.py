@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -95,7 +96,8 @@ class Run:
         self._closed: dict[str, str] = {}
         self._signal: int | None = None
         self._made = False
-        self._broken = False
+        self._broken = ""
+        """Why the run itself failed, whatever its stages came to."""
         self._tracking_said: str | None = None
 
     def execute(self) -> int:
@@ -131,11 +133,15 @@ class Run:
             except KeyboardInterrupt:
                 self._signal = self._signal or signal.SIGINT
                 self._abandon()
-            except OSError as error:
-                if not self._made:
-                    raise
-                self._broken = True
-                self._say({"type": "said", "text": f"can't go on: {error}"})
+            except Superseded:
+                self._let_go()  # without a last word: the journal is another's
+                raise
+            except Exception as error:
+                if os.environ.get("GPTLINE_DEBUG"):
+                    traceback.print_exc()
+                what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+                self._say({"type": "said", "text": f"can't go on: {what}"})
+                self._broken = f"the {f'store {self.store.root}' if isinstance(error, OSError) else 'driver'} failed ({what})"
                 self._abandon()
             return self._end()
 
@@ -460,12 +466,16 @@ class Run:
 
     def _abandon(self) -> None:
         """Stop at once: what is on disk is what is kept."""
-        for running in list(self._running.values()):
-            if not self.options.inline:
-                running.task.cancel()
-            self._try_to(f"give back the lease of {running.stage.name}", running.lease.release)
+        self._let_go()
+        for running in self._running.values():
             self._try_to(f"write down that {running.stage.name} was stopped", self._stopped, running)
         self._running.clear()
+
+    def _let_go(self) -> None:
+        for running in self._running.values():
+            if not self.options.inline:
+                self._try_to(f"end {running.stage.name}", running.task.cancel)
+            self._try_to(f"give back the lease of {running.stage.name}", running.lease.release)
 
     def _stopped(self, running: _Running, **more: Any) -> None:
         """A stage's last word is where it goes on next time, and no longer why it was begun."""
@@ -488,7 +498,7 @@ class Run:
             text = f"{closed}{' and '.join(failed)} failed; the other results are kept. Mend it, then {go_on}"
         elif self._broken:
             status, code = "FAILED", 1
-            text = f"the store {self.store.root} failed; what it has is kept. Mend it, then {go_on}"
+            text = f"{self._broken}; what the store has is kept. Mend it, then {go_on}"
         elif closed:
             status, code, text = "FAILED", 1, f"{closed}Then {go_on}"
         else:
@@ -500,14 +510,14 @@ class Run:
         # a run that only reused ends at once: what delivers it is a process of its own
         if self._made:
             self._try_to("wait for MLflow", lambda: self._say_of_tracking(self._tracker.finish(TRACKING_DEADLINE_S)))
-        return code or int(self._broken)
+        return code or int(bool(self._broken))
 
     def _try_to(self, what: str, action: Callable[..., object], *arguments: Any, **named: Any) -> bool:
         """Where it can't be done, a sentence says so, and the exit code: who comes next has something to do of its own."""
         try:
             action(*arguments, **named)
         except Exception as error:
-            self._broken = True
+            self._broken = self._broken or f"could not {what}"
             self._say({"type": "said", "text": f"could not {what}: {type(error).__name__}: {error}"})
             return False
         return True

@@ -1,6 +1,6 @@
 """What a stage is given: `StageContext`, the one argument through which it reaches the machines and the store.
 
-The implementation lives in the runner, so an edit there reruns nothing.
+`pipelines.execute.Context` is what a stage gets; it is in no key, so an edit there reruns nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 from gpt.settings import Settings
-from pipelines.artifacts import Artifact
+from pipelines.artifacts import Artifact, Model
 
 A = TypeVar("A", bound=Artifact)
 
@@ -38,6 +38,12 @@ class StageConfig(Settings):
 
 class StageFailure(Exception):
     """A failure that a person can mend: its message is printed as it is, without a traceback."""
+
+
+def require_role(model: Model, role: str, wanted: str) -> None:
+    """StageFailure where the model has another role; `wanted` says who wants which, "sft wants a policy, such as a pretrain stage makes"."""
+    if model.metadata["role"] != role:
+        raise StageFailure(f"model {model.digest[:12]} has the role {model.metadata['role']}; {wanted}")
 
 
 class StageContext(Protocol):

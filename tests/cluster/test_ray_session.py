@@ -186,3 +186,18 @@ def test_a_ray_that_is_slow_to_start_is_started_once_more_and_then_given_up(monk
     with pytest.raises(RuntimeError, match="did not come up within 30 s, 2 times; the machine is too busy"):
         ray_session._init({"num_cpus": 2})
     assert [options["num_cpus"] for options in asked] == [2, 2]
+
+
+def test_a_lost_cluster_ends_its_tasks_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def lost(*_: object, **__: object) -> None:
+        raise ray.exceptions.RaySystemError("the connection to the head is gone")
+
+    monkeypatch.setattr(ray, "wait", lost)
+    monkeypatch.setattr(ray_session, "remove_groups_of", lost)
+    task = Task("pretrain", None)
+    task._worker_id = "ab12"
+    assert task.poll() == []
+    with pytest.raises(TaskDied, match=r"^pretrain: RaySystemError: System error: the connection to the head is gone"):
+        task.result()

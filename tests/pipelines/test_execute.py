@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -61,7 +63,8 @@ class Bench:
             identity={},
             inline=True,
         )
-        return execute(job, lambda event: None, lambda: False)
+        self.events: list[dict[str, Any]] = []
+        return execute(job, self.events.append, lambda: False)
 
     def source(self, text: str) -> Source:
         """A file that was changed after it was planned."""
@@ -192,3 +195,12 @@ def test_an_outcome_says_where_the_stage_really_ran(bench: Bench):
     for body in ("return report(stage)", "raise KeyError('no')"):
         outcome = bench.run(body)
         assert (outcome.host, outcome.pid, outcome.versions) == (socket.gethostname(), os.getpid(), versions())
+
+
+def test_numbers_of_numpy_are_plain_ones_in_what_a_stage_tells(bench: Bench):
+    body = "import numpy as np\nstage.progress(np.int64(3), np.float32(4.5), 'rows')\nstage.log(np.int64(2), {'eval/x': np.float32(0.5)})\n"
+    outcome = bench.run(body + "stage.figure('eval/y', np.int64(7))\nreturn report(stage)")
+    progress, points = bench.events
+    assert json.dumps(progress) == '{"type": "progress", "done": 3, "total": 4.5, "unit": "rows"}'
+    assert json.loads(json.dumps(points))["points"][0][:3] == ["eval/x", 2, 0.5]
+    assert json.dumps(outcome.figures) == '{"eval/y": 7.0}'
