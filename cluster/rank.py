@@ -113,6 +113,10 @@ class ProcessRank:
             now_ms = int(time.time() * 1000)
             self._emit_points([[name, step, float(value), now_ms] for name, value in {**totals, **(values or {})}.items()])
 
+    def warn(self, text: str) -> None:
+        if self.rank == 0:
+            self._on_event({"type": "warning", "text": text})
+
     @contextlib.contextmanager
     def section(self, name: str, deadline_s: float) -> Iterator[None]:
         outer = self._sections[: self._open]
@@ -233,8 +237,7 @@ class ProcessRank:
             free_gib = shutil.disk_usage(self._checkpoints).free / 2**30
             last = "there is no earlier one" if self._last_saved is None else f"the last good one is of step {self._last_saved}"
             then = "training goes on" if self._misses < _MISSES_IN_A_ROW else f"training stops after {self._misses} misses in a row"
-            text = f"checkpoint at step {step} not written: {error} ({free_gib:.1f} GiB free at {self._checkpoints}); {last}; {then}"
-            self._on_event({"type": "warning", "text": text})
+            self.warn(f"checkpoint at step {step} not written: {error} ({free_gib:.1f} GiB free at {self._checkpoints}); {last}; {then}")
         if self._misses >= _MISSES_IN_A_ROW:
             raise error
 

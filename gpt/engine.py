@@ -76,6 +76,10 @@ class Rank(Protocol):
         """Record metrics of `step` (names are area/name_unit). `sums` are added over ranks; `values` are rank 0's. All ranks call it."""
         ...
 
+    def warn(self, text: str) -> None:
+        """Tell the user what the numbers alone would not; rank 0's words are told."""
+        ...
+
     def section(self, name: str, deadline_s: float) -> AbstractContextManager[None]:
         """Work that must end within `deadline_s` seconds, or this gang counts as dead and its stacks are printed."""
         ...

@@ -38,6 +38,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,12 +54,14 @@ from gpt.losses import chosen_logprobs, mean_entropy, ppo_policy_loss, probabili
 from gpt.model import GPT, RewardModel, count_parameters, load_config, load_model, parameter_groups, with_dropout
 from gpt.random_streams import permutation, stream_seed
 from gpt.reward import RewardScorer, value_model
-from gpt.sampling import sample
+from gpt.sampling import Response, sample
 from gpt.schedule import check_grad_norm, lr_at
 from gpt.settings import RlSettings
 from gpt.tokenizer import Tokenizer
 
 FIGURES = ("reward/score_mean", "rollout/kl_k1_nats_per_response", "rollout/truncated_share")
+SAMPLED_AT_ONCE = 64
+"""Responses of a rank that are sampled together. Their keys and values are 75 MB each for GPT-2's 1,024 tokens, in fp32."""
 
 
 @dataclass(frozen=True)
@@ -145,13 +148,13 @@ class Experience:
     returns: Tensor
 
     def part(self, rows: Sequence[int], device: torch.device) -> Experience:
-        tokens = part(self.tokens, rows, device)
+        tokens = batch_of(self.tokens, rows, device)
         width = tokens.targets.shape[1]
         others = (self.old_logprobs, self.advantages, self.old_values, self.returns)
         return Experience(tokens, *(tensor[rows, :width].to(device) for tensor in others))
 
 
-def part(tokens: Batch, rows: Sequence[int], device: torch.device) -> Batch:
+def batch_of(tokens: Batch, rows: Sequence[int], device: torch.device) -> Batch:
     """These rows, less the padding that none of them needs."""
     width = int(tokens.loss_mask[rows].any(dim=0).nonzero().max()) + 1
     return Batch(tokens.token_ids[rows, :width], tokens.targets[rows, :width], tokens.loss_mask[rows, :width]).to(device)
@@ -193,6 +196,7 @@ def train(
             scorer.open(rank.device)
 
     figures: dict[str, float] = {}
+    warned = False
     for step in range(start, config.steps):
         with rank.section("rollout", config.step_deadline_s):
             started_at_s = time.monotonic()
@@ -200,6 +204,10 @@ def train(
             of_step = [usable[index] for index in shuffled.of_step(step) for _ in range(config.responses_per_prompt)]
             rollouts = roll_out(rank, config, sampler, tokenizer, scorers, of_step, seed, step)
             rollout_s = time.monotonic() - started_at_s
+        fault = nothing_to_learn(config, rollouts, step)
+        if fault and not warned:
+            rank.warn(fault)
+            warned = True
         if rank.should_stop():
             # No update has seen these rollouts, so the engines are still what the step before left.
             if step > start:
@@ -237,27 +245,39 @@ def train(
             engine.module.train()
             if value_engine is not None:
                 value_engine.module.train()
-            for update in (update for epoch in updates for update in epoch):
+            for update in chain.from_iterable(updates):
                 global_count = int(written[update].sum())
                 metrics.append({})
                 for rows in row_slices:
-                    each = experience.part([update[row] for row in rows], rank.device)
-                    counts: dict[str, Any] = {"keep": each.tokens.loss_mask, "global_count": global_count}
+                    part = experience.part([update[row] for row in rows], rank.device)
+                    keep = part.tokens.loss_mask  # (B, T)
                     if policy_learns:
-                        logits = engine(each.tokens.token_ids)  # (B, T, V)
-                        logprobs = chosen_logprobs(logits, each.tokens.targets, config.temperature)  # (B, T)
+                        logits = engine(part.tokens.token_ids)  # (B, T, V)
+                        logprobs = chosen_logprobs(logits, part.tokens.targets, config.temperature)  # (B, T)
                         if config.algorithm == "ppo":
-                            loss = ppo_policy_loss(logprobs, each.old_logprobs, each.advantages, clip_eps=config.clip_eps, **counts)
+                            loss = ppo_policy_loss(
+                                logprobs, part.old_logprobs, part.advantages, clip_eps=config.clip_eps, keep=keep, global_count=global_count
+                            )
                         else:
-                            loss = reinforce_loss(logprobs, each.advantages, **counts)
-                        entropy = mean_entropy(logits if config.entropy_coef else logits.detach(), config.temperature, **counts)
+                            loss = reinforce_loss(logprobs, part.advantages, keep=keep, global_count=global_count)
+                        doubted = logits if config.entropy_coef else logits.detach()
+                        entropy = mean_entropy(doubted, config.temperature, keep=keep, global_count=global_count)
                         loss = loss - config.entropy_coef * entropy
                         engine.backward(loss)
                         _add(metrics[-1], {"train/loss": loss.detach(), "train/entropy": entropy.detach()})
-                        _add(metrics[-1], ratio_metrics(logprobs.detach(), each.old_logprobs, clip_eps=config.clip_eps, **counts))
+                        is_first = len(metrics) == 1
+                        moved = ratio_metrics(logprobs, part.old_logprobs, is_first, config.clip_eps, keep=keep, global_count=global_count)
+                        _add(metrics[-1], moved)
                     if value_engine is not None:
-                        values = value_engine(each.tokens.token_ids).float()  # (B, T)
-                        loss = value_loss(values, each.old_values, each.returns, value_clip_eps=config.value_clip_eps, **counts)
+                        values = value_engine(part.tokens.token_ids).float()  # (B, T)
+                        loss = value_loss(
+                            values,
+                            part.old_values,
+                            part.returns,
+                            value_clip_eps=config.value_clip_eps,
+                            keep=keep,
+                            global_count=global_count,
+                        )
                         value_engine.backward(loss)
                         _add(metrics[-1], {"train/value_loss": loss.detach()})
                 if policy_learns:
@@ -272,7 +292,7 @@ def train(
         described = describe(rollouts, rewards, old_logprobs, ref_logprobs)
         figures = {name: described[name] for name in described if name in FIGURES}
         if finished % config.log_every == 0 or finished == config.steps:
-            sums = {name: torch.stack([of_update[name] for of_update in metrics]).mean() for name in metrics[0]}
+            sums = {name: torch.stack([of_update[name] for of_update in metrics if name in of_update]).mean() for name in metrics[0]}
             described |= {
                 "time/rollout_s": rollout_s,
                 "time/update_s": update_s,
@@ -280,14 +300,14 @@ def train(
                 "rollout/tokens_per_s": int(written.sum()) / rollout_s,
             }
             if policy_learns:
-                sums["train/ratio_first"] = metrics[0]["train/ratio_first"]  # the later ones are meant to move
                 described |= {"train/lr": lr, "train/grad_norm": sum(grad_norms) / len(grad_norms)}
             if value_engine is not None:
                 described["train/value_grad_norm"] = sum(value_grad_norms) / len(value_grad_norms)
                 described["train/explained_variance"] = explained_variance(old_values[written], experience.returns[written])
             rank.log(finished, sums=sums, values=described)
         stopping = finished < config.steps and rank.should_stop()
-        if stopping or finished % config.checkpoint_every == 0:
+        # Not after the last step: a run that went on from there would know nothing of its rollouts, and its figures are theirs.
+        if stopping or (finished < config.steps and finished % config.checkpoint_every == 0):
             with rank.section("checkpoint", config.step_deadline_s):
                 rank.save(finished)
         if stopping:
@@ -333,14 +353,17 @@ def roll_out(
     mine = range(rank.rank, len(prompts), rank.world_size)
     # By the prompt's place in the step, not in the file: of few prompts, a step has some twice.
     streams = [stream_seed(seed, "sample", step, *divmod(row, config.responses_per_prompt)) for row in mine]
-    responses = sample(
-        sampler,
-        [prompts[row].token_ids for row in mine],
-        streams=streams,
-        max_tokens=config.max_response_tokens,
-        temperature=config.temperature,
-        stop_ids=[end_id],
-    )
+    responses: list[Response] = []
+    for first in range(0, len(mine), SAMPLED_AT_ONCE):
+        rows_at_once = slice(first, first + SAMPLED_AT_ONCE)
+        responses += sample(
+            sampler,
+            [prompts[row].token_ids for row in mine[rows_at_once]],
+            streams=streams[rows_at_once],
+            max_tokens=config.max_response_tokens,
+            temperature=config.temperature,
+            stop_ids=[end_id],
+        )
     # Each row is written by one rank and 0 on the others, so that the sums over ranks are exact.
     shape = (len(prompts), config.max_response_tokens)
     token_ids = torch.zeros(shape, dtype=torch.int64)
@@ -367,8 +390,8 @@ def roll_out(
     rows = [[*prompt.token_ids, *token_ids[row, : lengths[row]].tolist()] for row, prompt in enumerate(prompts)]
     padded_rows = padded(rows, tokenizer.special["pad"])  # (B, T + 1)
     places = torch.arange(padded_rows.shape[1])  # (T + 1,)
-    first = torch.tensor([len(prompt.token_ids) for prompt in prompts])[:, None]  # (B, 1)
-    written = (places >= first) & (places < first + lengths[:, None])  # (B, T + 1)
+    starts = torch.tensor([len(prompt.token_ids) for prompt in prompts])[:, None]  # (B, 1)
+    written = (places >= starts) & (places < starts + lengths[:, None])  # (B, T + 1)
     tokens = Batch(padded_rows[:, :-1], padded_rows[:, 1:], written[:, 1:])
     sampler_logprobs = torch.zeros(tokens.targets.shape)  # (B, T)
     sampler_logprobs[tokens.loss_mask] = logprobs[torch.arange(config.max_response_tokens) < lengths[:, None]]
@@ -402,7 +425,7 @@ def read_all(rank: Rank, tokens: Batch, passes: Sequence[Sequence[int]], read: C
     """What `read` says of every row (B, T), each rank reading its passes; on every rank."""
     found = torch.zeros(tokens.targets.shape)
     for rows in passes:
-        batch = part(tokens, rows, rank.device)
+        batch = batch_of(tokens, rows, rank.device)
         found[list(rows), : batch.targets.shape[1]] = read(batch).cpu()
     return rank.all_sum(found)
 
@@ -413,15 +436,33 @@ def logprobs_of(config: RlSettings, model: Callable[[Tensor], Tensor], batch: Ba
 
 
 @torch.no_grad()
-def ratio_metrics(logprobs: Tensor, old_logprobs: Tensor, *, clip_eps: float, keep: Tensor, global_count: int) -> dict[str, Tensor]:
-    """How far the policy has moved since the step began, as means over tokens: this micro-batch's part of them."""
+def ratio_metrics(
+    logprobs: Tensor, old_logprobs: Tensor, is_first: bool, clip_eps: float, *, keep: Tensor, global_count: int
+) -> dict[str, Tensor]:
+    """How far the policy has moved since the step began, as means over tokens: this micro-batch's part of them.
+
+    The first update's own is told: there it should be nothing, while the later ones are meant to move.
+    """
     distance = (probability_ratio(logprobs, old_logprobs, keep) - 1).abs()  # (B, T)
     moved = torch.where(keep, kl_k3(old_logprobs, logprobs), 0.0)  # (B, T) the old policy drew the tokens
-    return {
-        "train/ratio_first": distance.sum() / global_count,
-        "train/clip_fraction": (distance > clip_eps).sum() / global_count,
-        "train/approx_kl": moved.sum() / global_count,
-    }
+    metrics = {"train/clip_fraction": (distance > clip_eps).sum() / global_count, "train/approx_kl": moved.sum() / global_count}
+    return metrics | {"train/ratio_first": distance.sum() / global_count} if is_first else metrics
+
+
+def nothing_to_learn(config: RlSettings, rollouts: Rollouts, step: int) -> str | None:
+    """Why no response of a step is worth more than another, as a sentence."""
+    n_responses = len(rollouts.scores)
+    if not rollouts.stopped.any():
+        return (
+            f"all {n_responses} responses of step {step + 1} were cut off at max_response_tokens = {config.max_response_tokens}, "
+            "so no scorer saw one: allow more tokens, or take a policy that has learned to end what it says"
+        )
+    if (rollouts.scores == rollouts.scores[0]).all():
+        return (
+            f"all {n_responses} responses of step {step + 1} got the same score, {rollouts.scores[0].item():g}: nothing can be learned "
+            "from it; where that goes on, what scores them does not tell them apart, or the prompts are too easy or too hard"
+        )
+    return None
 
 
 def describe(rollouts: Rollouts, rewards: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | None) -> dict[str, float]:

@@ -186,6 +186,15 @@ def lone_rank(tmp_path: Path, **changes: Any) -> ProcessRank:
     return ProcessRank(**{**options, **changes})
 
 
+def test_a_warning_is_told_by_the_first_rank_alone(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    rank = lone_rank(tmp_path, on_event=events.append)
+    rank.warn("nothing was learned")
+    rank.rank = 1
+    rank.warn("nothing was learned")
+    assert events == [{"type": "warning", "text": "nothing was learned"}]
+
+
 @pytest.mark.parametrize("name", ["loss", "train/Loss", "memory/peak_gib", "train/tokens(tps)", "eval/pass@k"])
 def test_a_metric_has_an_area_and_a_plain_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="want area/name_unit in lower case"):

@@ -34,6 +34,7 @@ class FakeRank:
     def __init__(self, folder: Path, stop_after: int | None = None) -> None:
         self.folder = folder
         self.points: list[tuple[str, int, float]] = []
+        self.warnings: list[str] = []
         self.sections: list[str] = []
         self.saved: list[int] = []
         self.killed_in: tuple[str, int] | None = None
@@ -61,6 +62,9 @@ class FakeRank:
 
     def log(self, step: int, *, sums: Mapping[str, Tensor | float] | None = None, values: Mapping[str, float] | None = None) -> None:
         self.points += [(name, step, float(value)) for name, value in {**(sums or {}), **(values or {})}.items()]
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
     @contextlib.contextmanager
     def section(self, name: str, deadline_s: float) -> Iterator[None]:

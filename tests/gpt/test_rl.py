@@ -151,6 +151,7 @@ def test_the_policy_learns_to_write_what_is_rewarded(algorithm, make_rank, polic
     rank = make_rank()
     config = settings(algorithm=algorithm, steps=12, prompts_per_step=16, responses_per_prompt=4, global_batch_size=64, kl_coef=0.01)
     train(rank, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
+    assert rank.warnings == []
     score = rank.curve("reward/score_mean")
     assert score[1] < 0.3
     assert score[12] > 0.8
@@ -180,6 +181,37 @@ def test_a_run_stopped_at_any_place_ends_in_the_same_bits_and_the_same_curves(ma
             assert torch.equal(weights(tmp_path / name)[weight], tensor), (stop_after, weight)
         for weight, tensor in second._engines["value"].full_weights().items():
             assert torch.equal(last[weight], tensor), (stop_after, weight)
+
+
+def test_a_run_that_fails_after_its_last_step_still_knows_that_step_s_figures(make_rank, policy, prompts, tmp_path):
+    config = settings(checkpoint_every=1)
+    (tmp_path / "file").touch()  # nothing can be written below it
+    with pytest.raises(OSError, match="file"):
+        train(make_rank(), config, policy, [prompts], [ShareOfA()], 1, tmp_path / "file" / "model")
+    resumed, whole = make_rank(), make_rank("whole")
+    metadata = train(resumed, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
+    assert metadata == train(whole, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "whole")
+    assert metadata["figures"]["reward/score_mean"] == whole.curve("reward/score_mean")[2]
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_how_many_responses_are_sampled_at_once_changes_none_of_them(at_once, make_rank, policy, prompts, monkeypatch, tmp_path):
+    def responses(name: str) -> list[list[int]]:
+        scorer = ShareOfA()
+        train(make_rank(name), one_update(), policy, [prompts], [scorer], 1, tmp_path / name)
+        return [rollout.response_ids for rollout in scorer.seen]
+
+    whole = responses("whole")
+    sizes: list[int] = []
+
+    def noting(model: GPT, prompts: Sequence[Sequence[int]], **limits: Any) -> Any:
+        sizes.append(len(prompts))
+        return sample(model, prompts, **limits)
+
+    monkeypatch.setattr("gpt.rl.sample", noting)
+    monkeypatch.setattr("gpt.rl.SAMPLED_AT_ONCE", at_once)
+    assert responses("slices") == whole
+    assert sizes == {1: [1] * 8, 3: [3, 3, 2]}[at_once]
 
 
 @pytest.mark.parametrize(("precision", "mismatch"), [("fp32", 1e-5), ("bf16", 0.05)])
@@ -360,18 +392,26 @@ def test_scores_of_several_scorers_are_added(make_rank, policy, prompts, tmp_pat
 @pytest.mark.parametrize("max_response_tokens", [1, 8])
 def test_where_all_scores_are_equal_there_is_nothing_to_learn(max_response_tokens, precision, make_rank, policy, prompts, tmp_path):
     config = one_update(algorithm="reinforce", max_response_tokens=max_response_tokens, missing_end_score=0.3, precision=precision)
-    train(make_rank(), config, policy, [prompts], [Always(0.3)], 1, tmp_path / "model")
+    rank = make_rank()
+    train(rank, config, policy, [prompts], [Always(0.3)], 1, tmp_path / "model")
+    [warning] = rank.warnings
+    wanted = {
+        1: "all 8 responses of step 1 were cut off at max_response_tokens = 1, ",
+        8: "all 8 responses of step 1 got the same score, 0.3: nothing can be learned from it; ",
+    }
+    assert warning.startswith(wanted[max_response_tokens])
     for name, tensor in weights(policy).items():
         assert torch.equal(weights(tmp_path / "model")[name], tensor), name
 
 
-def test_a_step_whose_responses_were_all_cut_off_says_so_and_goes_on(make_rank, policy, prompts, tmp_path):
+def test_steps_whose_responses_were_all_cut_off_are_told_once_and_the_run_goes_on(make_rank, policy, prompts, tmp_path):
     rank, scorer = make_rank(), ShareOfA()
-    config = one_update(max_response_tokens=1, missing_end_score=-2.0)
+    config = settings(max_response_tokens=1, missing_end_score=-2.0)
     metadata = train(rank, config, policy, [prompts], [scorer], 1, tmp_path / "model")
-    assert rank.curve("rollout/truncated_share") == {1: 1.0}
-    assert rank.curve("reward/score_mean") == {1: -2.0}
-    assert rank.curve("rollout/response_tokens") == {1: 1.0}
+    assert len(rank.warnings) == 1
+    assert rank.curve("rollout/truncated_share") == {1: 1.0, 2: 1.0}
+    assert rank.curve("reward/score_mean") == {1: -2.0, 2: -2.0}
+    assert rank.curve("rollout/response_tokens") == {1: 1.0, 2: 1.0}
     assert metadata["figures"]["rollout/truncated_share"] == 1.0
     assert scorer.seen == []
 
