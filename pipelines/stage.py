@@ -41,7 +41,7 @@ class StageFailure(Exception):
 
 
 def require_role(model: Model, role: str, wanted: str) -> None:
-    """StageFailure where the model has another role; `wanted` says who wants which, "sft wants a policy, such as a pretrain stage makes"."""
+    """StageFailure where the model has another role; `wanted` says who wants which: "sft wants a policy, such as pretrain makes"."""
     if model.metadata["role"] != role:
         raise StageFailure(f"model {model.digest[:12]} has the role {model.metadata['role']}; {wanted}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpt.settings import PretrainSettings
 from pipelines.artifacts import Model, Tokens
-from pipelines.stage import StageConfig, StageContext, StageFailure
+from pipelines.stage import StageConfig, StageContext, StageFailure, require_role
 
 
 class PretrainConfig(StageConfig, PretrainSettings):
@@ -15,6 +15,8 @@ def pretrain(config: PretrainConfig, tokens: list[Tokens], model: Model | None, 
     """Tokens of several datasets count by their length; all must come from one tokenizer, and so must the model to start from."""
     from gpt.pretrain import train
 
+    if model:
+        require_role(model, "policy", "pretrain goes on from a policy, or begins from nothing")
     first = tokens[0]
     for each in [*tokens[1:], *([model] if model else [])]:
         if each.metadata["tokenizer"] != first.metadata["tokenizer"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpt.settings import RewardSettings
 from pipelines.artifacts import Model, Preferences, Ratings
-from pipelines.stage import StageConfig, StageContext, StageFailure
+from pipelines.stage import StageConfig, StageContext, StageFailure, require_role
 
 
 class RewardModelConfig(StageConfig, RewardSettings):
@@ -21,8 +21,7 @@ def reward_model(
     """Items of several datasets count by their number; the metadata keeps the mean and deviation by which scores are normalised."""
     from gpt.reward import train
 
-    if policy.metadata["role"] != "policy":
-        raise StageFailure(f"model {policy.digest[:12]} has the role {policy.metadata['role']}; reward_model starts from a policy")
+    require_role(policy, "policy", "reward_model starts from a policy")
     if not preferences and not ratings:
         raise StageFailure(
             "reward_model has neither preferences nor ratings to learn from; "

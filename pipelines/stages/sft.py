@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpt.settings import SftSettings
 from pipelines.artifacts import Conversations, Model
-from pipelines.stage import StageConfig, StageContext, StageFailure
+from pipelines.stage import StageConfig, StageContext, require_role
 
 
 class SftConfig(StageConfig, SftSettings):
@@ -16,10 +16,7 @@ def sft(config: SftConfig, policy: Model, conversations: list[Conversations], st
     from gpt.chat import FORMAT
     from gpt.sft import train
 
-    if policy.metadata["role"] != "policy":
-        raise StageFailure(
-            f"model {policy.digest[:12]} has the role {policy.metadata['role']}; sft wants a policy, such as a pretrain stage makes"
-        )
+    require_role(policy, "policy", "sft wants a policy, such as a pretrain stage makes")
     folders = [each.path for each in conversations]
     metadata = stage.gang(train, config, policy.path, folders, stage.seed, stage.output)
     return stage.publish(Model, tokenizer=policy.metadata["tokenizer"], chat_format=FORMAT, **metadata)
