@@ -73,7 +73,9 @@ def write_file(path: Path, data: bytes, *, if_absent: bool = False) -> bool:
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                return False
+                # a request to NFS whose answer was lost is sent again, and finds what it made itself
+                if temporary.stat().st_nlink == 1:
+                    return False
         else:
             os.replace(temporary, path)
     finally:

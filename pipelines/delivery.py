@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.commit import canonical_json
-from pipelines.journal import Event, JournalReader, JournalWriter, Superseded
+from pipelines.journal import Event, JournalReader, end_dead
 from pipelines.progress import RunView
 from pipelines.store import Store
 from pipelines.tracking import ENVIRONMENT, Door, RunInMlflow, resolve_uri, unreachable
@@ -144,8 +144,7 @@ def sync(store: Store, uri: str | None, dead: Iterable[str] = (), again: bool = 
     """
     lines = []
     for run in dead:
-        with suppress(Superseded):
-            JournalWriter(store, run).write("run_ended", status="KILLED", exit_code=None, text="its driver is gone")
+        if end_dead(store, run):
             lines.append(f"{run}  ended as KILLED: its driver is gone")
     runs: dict[str, list[str]] = {}
     for run in store.runs():

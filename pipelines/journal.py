@@ -62,12 +62,17 @@ class JournalWriter:
 
     def flush(self) -> None:
         with self._lock:
-            if self._pending:
-                data = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in self._pending).encode(errors="backslashreplace")
-                if not self._store.backend.put_if_absent(_segment(self.run, self._next), data):
-                    raise Superseded(f"run {self.run} was taken over by another driver")
+            while self._pending:
+                lines = [(json.dumps(event, ensure_ascii=False) + "\n").encode(errors="backslashreplace") for event in self._pending]
+                name, written = _segment(self.run, self._next), len(lines)
+                if not self._store.backend.put_if_absent(name, b"".join(lines)):
+                    # an error or a signal may have come after the segment was there, and before this writer knew it
+                    found = self._store.backend.get(name) or b""
+                    written = found.count(b"\n")
+                    if not written or found != b"".join(lines[:written]):
+                        raise Superseded(f"run {self.run} was taken over by another driver")
                 self._next += 1
-                self._pending.clear()
+                del self._pending[:written]
             self._flushed_at_s = time.monotonic()
 
 
@@ -87,13 +92,7 @@ class JournalReader:
         """What was written since the last call."""
         while (data := self._store.backend.get(_segment(self.run, self.cursor + 1))) is not None:
             self.cursor += 1
-            for line in data.splitlines():
-                try:
-                    event = json.loads(line)
-                except ValueError:
-                    event = None
-                if not isinstance(event, dict) or "type" not in event:
-                    continue  # a damaged line tells nothing, and must not hide what the others tell
+            for event in _events(data):
                 if event["type"] == "points":
                     event["points"] = self._fresh(event["stage"], event["points"])
                     if not event["points"]:
@@ -111,6 +110,38 @@ class JournalReader:
 
 def read_journal(store: Store, run: str) -> list[Event]:
     return list(JournalReader(store, run).read())
+
+
+def last_event(store: Store, run: str) -> Event | None:
+    """What was written last, without reading what came before it; None where nothing was."""
+    for number in range(_last_segment(store, run), 0, -1):
+        if events := list(_events(store.backend.get(_segment(run, number)) or b"")):
+            return events[-1]
+    return None
+
+
+def end_dead(store: Store, run: str, text: str = "its driver is gone") -> bool:
+    """A last word in the place of a driver that is gone. False where it is not needed: there is one by now, or the driver speaks again."""
+    writer = JournalWriter(store, run)  # its number before the look: what the driver still says, it says under that number
+    last = last_event(store, run)
+    if last is None or last["type"] == "run_ended":
+        return False
+    try:
+        writer.write("run_ended", status="KILLED", exit_code=None, text=text)
+    except Superseded:
+        return False
+    return True
+
+
+def _events(data: bytes) -> Iterator[Event]:
+    """A segment's; a damaged line tells nothing, and must not hide what the others tell."""
+    for line in data.splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "type" in event:
+            yield event
 
 
 def _segment(run: str, number: int) -> str:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TextIO
 
 from cluster.jobs import Jobs, JobState
-from pipelines.journal import JournalReader, JournalWriter, Superseded
+from pipelines.journal import JournalReader, end_dead, last_event
 from pipelines.lease import Watch
 from pipelines.progress import Progress, RunView, StageView, run_view, share_done, tally
 from pipelines.runner import dead_runs
@@ -54,7 +53,7 @@ def newest(store: Store) -> str:
 def status(store: Store, run: str | None, door: Door) -> list[str]:
     """A line for each of the newest runs, or for this one; drivers that are gone get their last word first."""
     for each in dead_runs(store, wait=False):
-        _end(store, each, "its driver is gone")
+        end_dead(store, each)
     runs = store.runs()[-NEWEST:] if run is None else [run]
     doors = _Doors(door)
     lines = [(each, *_standing(store, each, doors)) for each in runs]
@@ -95,8 +94,14 @@ def show_log(store: Store, run: str, out: TextIO, door: Door, *, follow: bool = 
 
 def stop(store: Store, run: str, say: Callable[[str], None], door: Door, deadline_s: float = STOP_DEADLINE_S) -> bool:
     """Ask a run to finish its step, save and end; True when it has ended by the deadline, or had before."""
-    view = run_view(store, run)
-    if view.status != "RUNNING":
+    reader, view = JournalReader(store, run), RunView(run)
+
+    def look() -> str:
+        for event in reader.read():
+            view.add(event)
+        return view.status
+
+    if look() != "RUNNING":
         say(f"{run} has ended already: {view.status}")
         return True
     begun, job = view.started_ms is not None, submitted(store, run) is not None
@@ -117,12 +122,10 @@ def stop(store: Store, run: str, say: Callable[[str], None], door: Door, deadlin
     asked_at_s = time.monotonic()
     while time.monotonic() < until_s:
         driver_lives = watch.taken_by() is not None
-        view = run_view(store, run)
-        if view.status != "RUNNING":
+        if look() != "RUNNING":
             say(f"{run} ended: {view.status}, {tally(view)}; {view.text}".removesuffix("; "))
             return True
-        if view.started_ms is not None and not driver_lives:
-            _end(store, run, "its driver is gone")
+        if view.started_ms is not None and not driver_lives and end_dead(store, run):
             say(f"{run}: its driver is gone, without a last word; what it has finished is kept")
             return True
         if view.started_ms is None and time.monotonic() - asked_at_s > ASK_EVERY_S:
@@ -172,8 +175,8 @@ def _standing(store: Store, run: str, door: Door) -> tuple[str, str]:
         assert job is not None
         word = "SUBMITTED" if state is None else "STARTING" if state.word == "RUNNING" else state.word
         return word, _sentence(sentence, _since("submitted", job["submitted_ms"]))
-    if state is not None and state.ended and run_view(store, run).status == "RUNNING":  # it has ended, and said nothing before
-        _end(store, run, f"its driver is gone: {sentence}")
+    if state is not None and state.ended:
+        end_dead(store, run, f"its driver is gone: {sentence}")
         return _standing(store, run, door)
     stopping = store.backend.get(f"runs/{run}/stop") is not None
     under_way = [_under_way(stage) for stage in view.stages.values() if stage.status == "running"]
@@ -212,14 +215,8 @@ def _address(store: Store, run: str) -> str:
 
 
 def _open(store: Store, run: str) -> bool:
-    view = run_view(store, run)
-    return view.status == "RUNNING" and (view.started_ms is not None or submitted(store, run) is not None)
-
-
-def _end(store: Store, run: str, text: str) -> None:
-    """A last word in the place of a driver that is gone."""
-    with suppress(Superseded):
-        JournalWriter(store, run).write("run_ended", status="KILLED", exit_code=None, text=text)
+    last = last_event(store, run)
+    return submitted(store, run) is not None if last is None else last["type"] != "run_ended"
 
 
 def _under_way(stage: StageView) -> str:

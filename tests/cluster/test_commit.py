@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,20 @@ def test_a_second_writer_of_an_absent_file_is_told_that_it_came_late(tmp_path: P
     assert not commit.write_file(tmp_path / "lease", b"second", if_absent=True)
     assert (tmp_path / "lease").read_bytes() == b"first"
     assert [path.name for path in tmp_path.iterdir()] == ["lease"]
+
+
+def test_a_link_that_nfs_made_before_it_was_asked_again_is_the_writers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.link
+
+    def asked_twice(source: Path, target: Path) -> None:
+        real(source, target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", asked_twice)
+    assert commit.write_file(tmp_path / "lease", b"first", if_absent=True)
+    monkeypatch.undo()
+    assert not commit.write_file(tmp_path / "lease", b"second", if_absent=True)
+    assert (tmp_path / "lease").read_bytes() == b"first"
 
 
 def test_a_description_lists_files_in_order_with_their_sha256(tmp_path: Path) -> None:

@@ -312,6 +312,40 @@ def test_stop_waits_no_longer_than_its_deadline(store: Store, begun: Any) -> Non
     assert said[-1] == f"{FIRST} is still stopping after 0 s; `gptline status {FIRST}` tells when it has ended"
 
 
+def test_stop_reads_each_segment_once_however_long_it_waits(store: Store, begun: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal, _ = begun()
+    train(journal, 3)
+    looks, read = [], []
+    real = store.backend.get
+
+    def get(name: str) -> bytes | None:
+        (read if name.endswith("/00000001.jsonl") else looks).append(name)
+        return real(name)
+
+    monkeypatch.setattr(store.backend, "get", get)
+    assert not stop(store, FIRST, lambda line: None, Ray(), deadline_s=0.1)
+    assert len(looks) > 2
+    assert read == [f"runs/{FIRST}/journal/00000001.jsonl"]
+
+
+def test_stop_tells_the_last_word_of_a_driver_that_ended_while_it_was_taken_for_dead(
+    store: Store, begun: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, lease = begun()
+    train(journal, 3)
+    lease.release()
+    real = watching.end_dead
+
+    def ended_meanwhile(store: Store, run: str) -> bool:
+        end(journal)
+        return real(store, run)
+
+    monkeypatch.setattr(watching, "end_dead", ended_meanwhile)
+    said: list[str] = []
+    assert stop(store, FIRST, said.append, Ray())
+    assert said[1:] == [f"{FIRST} ended: FINISHED, 1 reused, 1 made in 0:00"]
+
+
 def test_stop_of_a_run_whose_driver_is_gone_ends_it(store: Store, begun: Any) -> None:
     journal, lease = begun()
     train(journal, 3)
