@@ -34,7 +34,7 @@ from pipelines.artifacts import Model
 from pipelines.config import ConfigError, Fault
 from pipelines.execute import Job, Outcome, StopFile, execute, stream
 from pipelines.graph import IMPORTS, ROOT, Graph, Stage
-from pipelines.journal import Event, JournalWriter, Superseded, read_journal
+from pipelines.journal import Event, JournalWriter, Superseded, end_dead, last_event
 from pipelines.lease import Lease, Watch, dead, describe, user_name
 from pipelines.planner import Decision, Planner, closed_gate, identity, versions
 from pipelines.preflight import lacks_here, lacks_in_cluster, room_of, unshared
@@ -201,8 +201,7 @@ class Run:
 
     def _begin(self, plan: list[Decision]) -> None:
         for run in dead_runs(self.store, wait=False):
-            with contextlib.suppress(Superseded):
-                JournalWriter(self.store, run).write("run_ended", status="KILLED", exit_code=None, text="its driver is gone")
+            end_dead(self.store, run)
         file = self.graph.loaded.file
         record = {
             "run": self.run,
@@ -609,11 +608,8 @@ def _now_ms() -> int:
 
 def dead_runs(store: Store, *, wait: bool = True) -> list[str]:
     """Runs without a last word whose driver is gone. `wait`: watch drivers of other machines until it is sure, half a minute at most."""
-    open_runs = []
-    for run in store.runs():
-        events = read_journal(store, run)
-        if events and events[-1]["type"] != "run_ended":
-            open_runs.append(run)
+    last_events = {run: last_event(store, run) for run in store.runs()}
+    open_runs = [run for run, last in last_events.items() if last is not None and last["type"] != "run_ended"]
     if wait:
         return [name.removeprefix("run-") for name in dead(store, [f"run-{run}" for run in open_runs])]
     return [run for run in open_runs if Watch(store, f"run-{run}").taken_by() is None]
