@@ -94,7 +94,8 @@ def _draws(
     draws = torch.stack([torch.from_numpy(uniforms(stream, max_tokens)) for stream in streams]).to(device)  # (B, max_tokens)
     texts = [list(prompt) for prompt in prompts]
     rows = list(range(len(prompts)))  # those still being written; rows[i] is the cache's row i
-    logits, cache = _read(model, [texts[row] for row in rows])
+    longest = max(len(text) for text in texts) + max_tokens
+    logits, cache = _read(model, [texts[row] for row in rows], min(longest, model.config.seq_len))
     for place in range(max_tokens):
         drawn, logprobs = sample_token(logits, draws[rows, place], temperature=temperature)
         for row, token_id, logprob in zip(rows, drawn.tolist(), logprobs.tolist(), strict=True):
@@ -110,8 +111,8 @@ def _draws(
 
 
 @torch.no_grad()
-def _read(model: GPT, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Cache]:
-    """Read texts from their context's start: logits (B, V) after the last token of each, and the cache to go on with."""
+def _read(model: GPT, texts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Cache]:
+    """Read texts from their context's start: logits (B, V) after the last token of each, and the cache of `room` tokens to go on with."""
     seq_len = model.config.seq_len
     device = model.token_embedding.weight.device
     contexts = [text[context_start(len(text), seq_len) :] for text in texts]
@@ -119,7 +120,7 @@ def _read(model: GPT, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Cache]:
     token_ids = torch.zeros(len(texts), max(lengths), dtype=torch.int64)
     for i, context in enumerate(contexts):
         token_ids[i, : lengths[i]] = torch.tensor(context)
-    cache = Cache(model.config, len(texts), device, model.token_embedding.weight.dtype)
+    cache = Cache(model.config.model_copy(update={"seq_len": room}), len(texts), device, model.token_embedding.weight.dtype)
     hidden = model.hidden_states(token_ids.to(device), cache)  # (B, T, C)
     cache.lengths = lengths
     last = torch.tensor(lengths, device=device) - 1
@@ -129,10 +130,11 @@ def _read(model: GPT, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Cache]:
 @torch.no_grad()
 def _read_last(model: GPT, cache: Cache, texts: Sequence[Sequence[int]]) -> Tensor:
     """Read each text's newest token, or its context afresh where the cache is full: logits (B, V)."""
-    full = [i for i, length in enumerate(cache.lengths) if length == model.config.seq_len]
+    seq_len = model.config.seq_len
+    full = [i for i, length in enumerate(cache.lengths) if length == seq_len]
     fresh_logits = None
     if full:
-        fresh_logits, fresh = _read(model, [texts[i] for i in full])
+        fresh_logits, fresh = _read(model, [texts[i] for i in full], seq_len)
         # The pass below reads one token in every row: here the last again, which writes the same keys to the same place.
         fresh.lengths = [length - 1 for length in fresh.lengths]
         cache.put(full, fresh)

@@ -55,6 +55,21 @@ def test_prompts_of_unequal_length_continue_as_each_would_alone_even_beyond_the_
         assert not response.stopped
 
 
+def test_keys_and_values_have_room_for_what_can_be_written_and_no_more(monkeypatch):
+    # A prompt of 3 tokens and 5 more need room for 8 of the window's 16; 14 more would need 17.
+    rooms: list[int] = []
+
+    def noting(config: GPTConfig, *sizes: object) -> Cache:
+        rooms.append(config.seq_len)
+        return Cache(config, *sizes)
+
+    monkeypatch.setattr("gpt.sampling.Cache", noting)
+    for max_tokens in (5, 14):
+        sample(small_model("gpt2-nano"), [[1, 2, 3], [4]], streams=[1, 2], max_tokens=max_tokens, temperature=0.8)
+    assert rooms[0] == 8
+    assert set(rooms[1:]) == {16}
+
+
 def test_a_response_ends_with_its_stop_token_and_the_others_go_on():
     model = small_model("gpt2-nano")
     streams = list(range(8))
