@@ -243,6 +243,13 @@ class Cache:
             self.lengths[row] = length
 
 
+@torch.no_grad()
+def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Write these, named as in `model.named_parameters()`, over the model's own."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+
+
 def with_dropout(model: M, dropout: float) -> M:
     """A copy that drops this share."""
     copy = type(model)(model.config.model_copy(update={"dropout": dropout}))
@@ -326,9 +333,7 @@ def _load(kind: type[M], folder: Path) -> M:
     path = folder / "model.safetensors"
     weights = load_file(path)
     _check_weights(str(path), model, weights)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+    set_weights(model, weights)
     return model.eval()
 
 

@@ -29,7 +29,7 @@ from gpt.chat import encode_prompt, encode_response
 from gpt.engine import Engine, Rank
 from gpt.folders import read_records, save_trained
 from gpt.losses import reward_centering_loss, reward_pair_loss, reward_rating_loss
-from gpt.model import RewardModel, count_parameters, load_config, load_model, load_reward_model, parameter_groups, with_dropout
+from gpt.model import RewardModel, count_parameters, load_config, load_model, load_reward_model, parameter_groups, set_weights, with_dropout
 from gpt.pace import Pace
 from gpt.random_streams import stream_seed
 from gpt.schedule import check_grad_norm, lr_at
@@ -134,11 +134,17 @@ def train(
             return None
 
     evaluate(rank, config, engine, held_out_items, config.steps)
-    held_out_scores = all_scores(rank, config, engine, conversations(held_out_items))
-    mean, std = score_scale(all_scores(rank, config, engine, conversations(evenly(items, NORMALISED_ITEMS))))
-    with rank.section("checkpoint", config.step_deadline_s):
+    with rank.section("evaluate", config.step_deadline_s):
         # With the dropout that the policy came with: another one for this stage should not reach the stages after it.
-        save_trained(rank, engine.full_weights(), load_config(policy), policy / "tokenizer.json", output, RewardModel)
+        trained = RewardModel(load_config(policy)).eval()
+        weights = engine.full_weights()
+        set_weights(trained, weights)
+        trained.to(rank.device)
+    # In fp32 like those of `RewardScorer`: in another precision of the engine's, scores have another mean and deviation.
+    held_out_scores = all_scores(rank, config, trained, conversations(held_out_items))
+    mean, std = score_scale(all_scores(rank, config, trained, conversations(evenly(items, NORMALISED_ITEMS))))
+    with rank.section("checkpoint", config.step_deadline_s):
+        save_trained(rank, weights, trained.config, policy / "tokenizer.json", output, RewardModel)
     return {
         "role": "reward",
         "parameters": n_parameters,
@@ -200,9 +206,8 @@ def items_loss(items: Sequence[Item], scores: Tensor, *, centering_coef: float, 
 
 
 @torch.no_grad()
-def all_scores(rank: Rank, config: RewardSettings, engine: Engine, rows: Sequence[Sequence[int]]) -> Tensor:
+def all_scores(rank: Rank, config: RewardSettings, model: Callable[[Tensor], Tensor], rows: Sequence[Sequence[int]]) -> Tensor:
     """Raw scores (N,) of all rows, fp64 on the CPU of every rank; the ranks share the work, and their number changes no bit of it."""
-    engine.module.eval()
     scores = torch.zeros(len(rows), dtype=torch.float64)
     passes = [slice(first, first + ROWS_PER_PASS) for first in range(0, len(rows), ROWS_PER_PASS)]
     for first in range(0, len(passes), rank.world_size):
@@ -210,7 +215,7 @@ def all_scores(rank: Rank, config: RewardSettings, engine: Engine, rows: Sequenc
             mine = first + rank.rank
             # A rank that has none left goes along with the last one: a sharded forward is collective.
             rows_of_pass = passes[min(mine, len(passes) - 1)]
-            found = end_scores(engine, rows[rows_of_pass], rank.device)
+            found = end_scores(model, rows[rows_of_pass], rank.device)
             if mine < len(passes):
                 scores[rows_of_pass] = found.double().cpu()
     return rank.all_sum(scores)  # each row has been scored by one rank and is 0 on the others
@@ -219,6 +224,7 @@ def all_scores(rank: Rank, config: RewardSettings, engine: Engine, rows: Sequenc
 def evaluate(rank: Rank, config: RewardSettings, engine: Engine, items: Sequence[Item], step: int) -> None:
     """Log val/loss, nats per item over the same held-out items each time, spread evenly and shared by the ranks."""
     if items:
+        engine.module.eval()
         chosen_items = evenly(items, VAL_ITEMS)
         scores = all_scores(rank, config, engine, conversations(chosen_items))
         rank.log(

@@ -223,6 +223,23 @@ def test_the_metadata_has_the_mean_and_the_deviation_of_all_training_scores(poli
     assert metadata["score_std"] == pytest.approx(statistics.pstdev(scores), rel=1e-5)
 
 
+def test_what_a_bf16_training_says_of_its_scores_is_true_of_the_fp32_model_that_it_leaves(policy, make_records, make_rank, tmp_path):
+    texts = ["a" * n for n in range(1, 10)]
+    pairs, ratings = make_records(PAIRS, PAIRS, "pairs"), make_records([rating("q", text, len(text) / 10) for text in texts], (), "ratings")
+    metadata = train(make_rank(), settings(precision="bf16"), policy, [pairs], [ratings], 1, tmp_path / "model")
+    scorer = RewardScorer(tmp_path / "model", mean=0.0, std=1.0, device=CPU)
+
+    def raw(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+        encoded = [encode_prompt(TOKENIZER, asked(prompt)) for prompt in prompts], [encode_response(TOKENIZER, each) for each in responses]
+        return scorer.scores(*encoded).double()
+
+    of_pairs = raw([*LETTERS, *LETTERS], ["aa"] * 12 + ["bb"] * 12)
+    scores = torch.cat([of_pairs, raw(["q"] * 9, texts)])
+    assert metadata["score_mean"] == pytest.approx(scores.mean().item(), rel=0, abs=1e-6)
+    assert metadata["score_std"] == pytest.approx(scores.std(correction=0).item(), rel=0, abs=1e-6)
+    assert metadata["figures"]["eval/pair_accuracy"] == (of_pairs[:12] > of_pairs[12:]).double().mean()
+
+
 def test_equal_scores_are_refused_since_they_tell_nothing_apart(policy, make_records, make_rank, tmp_path):
     with pytest.raises(ValueError, match="all scores are equal: 1 training responses"):
         train(make_rank(), settings(), policy, [], [make_records([rating("q", "a", 1.0)])], 1, tmp_path / "model")
