@@ -2,8 +2,9 @@
 
 A lease is a row of generations, `leases/<name>/<generation>.json`. Taking it means writing the next number put-if-absent, so that of
 two takers one wins; the newest generation holds. The holder renews its own object; a waiter calls a lease dead when that object has not
-changed for `DEAD_AFTER_S` of the waiter's own clock, or at once when the holder was a process of this machine that is gone, or of this
-machine before it was started anew. A process of another machine or container can't be looked up: only its renewing tells.
+changed for `DEAD_AFTER_S` of the waiter's own clock, or at once when the holder was a process of this machine that is gone. A process of
+another machine or container can't be looked up: only its renewing tells. So it is with one of this machine before it was started anew,
+which looks like another machine of the same name.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from pipelines.store import Store, born, pid_space
+from pipelines.store import Store, boot_id, born, pid_space
 
 RENEW_EVERY_S = 5.0
 DEAD_AFTER_S = 30.0
@@ -112,7 +112,7 @@ class Watch:
 def me() -> dict[str, Any]:
     """This process, so that another one of the same machine can tell whether it lives."""
     pid = os.getpid()
-    return {"user": user_name(), "host": socket.gethostname(), "boot": _boot_id(), "space": pid_space(), "pid": pid, "born": born(pid)}
+    return {"user": user_name(), "host": socket.gethostname(), "boot": boot_id(), "space": pid_space(), "pid": pid, "born": born(pid)}
 
 
 def user_name() -> str:
@@ -151,17 +151,11 @@ def describe(holder: dict[str, Any]) -> str:
 
 
 def _known_dead(holder: dict[str, Any]) -> bool:
-    if holder["host"] == socket.gethostname() and holder["boot"] != _boot_id():
-        return True
     return _can_be_looked_up(holder) and born(holder["pid"]) != holder["born"]
 
 
 def _can_be_looked_up(holder: dict[str, Any]) -> bool:
-    return (holder["host"], holder["boot"], holder.get("space")) == (socket.gethostname(), _boot_id(), pid_space())
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return (holder["host"], holder["boot"], holder.get("space")) == (socket.gethostname(), boot_id(), pid_space())
 
 
 def _object(name: str, generation: int) -> str:

@@ -36,6 +36,8 @@ from pipelines.stage import StageFailure
 SCHEMA = 1
 RECORD = re.compile(r"/(\d{6})\.json$")
 RACY_S = 2.0
+FORGOTTEN_S = 7 * 24 * 3600.0
+"""After so long without a write a folder in `tmp/` is nobody's, whoever made it."""
 
 
 class Backend(Protocol):
@@ -159,7 +161,7 @@ class Store:
 
     def new_folder(self) -> Path:
         """An empty folder of the store's own, to write an artifact in."""
-        folder = self.root / "tmp" / f"{socket.gethostname()}-{pid_space()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        folder = self.root / "tmp" / f"{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         folder.mkdir(parents=True)
         return folder
 
@@ -305,10 +307,11 @@ class Store:
         return self.root / "work" / key
 
     def sweep(self) -> None:
-        """Remove what killed processes of this machine left half-written; whether another one's live can't be told from here."""
-        for folder in (self.root / "tmp").glob("*-*-*-*"):
-            host, space, pid, _ = folder.name.rsplit("-", 3)
-            if (host, space) == (socket.gethostname(), pid_space()) and born(int(pid)) is None:
+        """Remove what killed processes of this machine left half-written, and what another's, which can't be looked up, left long ago."""
+        for folder in (self.root / "tmp").glob("*-*-*"):
+            machine, pid, _ = folder.name.rsplit("-", 2)
+            abandoned = born(int(pid)) is None if machine == _machine() else time.time() - _written_s(folder) > FORGOTTEN_S
+            if abandoned:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def content_sha256(self, paths: list[Path]) -> list[str]:
@@ -332,9 +335,28 @@ class Store:
         return digests
 
 
+def boot_id() -> str:
+    """Of this machine since it was started: clones of one machine have one host name, and never this."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def pid_space() -> str:
     """In which numbering of processes this one has its pid: two containers of one machine number theirs apart."""
     return os.readlink("/proc/self/ns/pid").removeprefix("pid:[").removesuffix("]")
+
+
+def _machine() -> str:
+    """Where a number of a process means what it means here."""
+    return f"{socket.gethostname()}-{boot_id()}-{pid_space()}"
+
+
+def _written_s(folder: Path) -> float:
+    """When something was last written in a folder, in s since 1970."""
+    newest_s = 0.0
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # its writer lives
+            newest_s = max(newest_s, path.stat().st_mtime)
+    return newest_s
 
 
 def born(pid: int) -> str | None:

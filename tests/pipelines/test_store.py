@@ -5,13 +5,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pipelines.stage import StageFailure
-from pipelines.store import Action, FolderBackend, Store, pid_space
+from pipelines.store import Action, FolderBackend, Store, boot_id, pid_space
 
 
 def folder(store: Store, **files: str) -> Path:
@@ -171,20 +172,26 @@ def test_what_a_dead_process_left_is_swept_even_before_its_parent_has_asked_afte
     child = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, and a zombie until it is waited for
     ours = store.new_folder()
-    host, space, _, _ = ours.name.rsplit("-", 3)
-    (ours.parent / f"{host}-{space}-{child.pid}-0123").mkdir()
+    machine, _, _ = ours.name.rsplit("-", 2)
+    (ours.parent / f"{machine}-{child.pid}-0123").mkdir()
     store.sweep()
     assert list((store.root / "tmp").iterdir()) == [ours]
     child.wait()
 
 
-@pytest.mark.parametrize(("host", "space"), [("{host}-2", "{space}"), ("{host}", "{space}0"), ("2-{host}", "{space}")])
-def test_what_another_machine_or_container_writes_is_not_swept(store: Store, host: str, space: str):
-    names = {"host": socket.gethostname(), "space": pid_space()}
-    theirs = store.root / "tmp" / f"{host}-{space}-{2**22 - 1}-0123".format(**names)
+@pytest.mark.parametrize("machine", ["{host}-2-{boot}-{space}", "{host}-{boot}0-{space}", "{host}-{boot}-{space}0", "{host}-{space}"])
+def test_what_another_machine_or_container_writes_is_swept_a_week_after_its_last_write(store: Store, machine: str):
+    names = {"host": socket.gethostname(), "boot": boot_id(), "space": pid_space()}
+    theirs = store.root / "tmp" / f"{machine}-{2**22 - 1}-0123".format(**names)
     theirs.mkdir(parents=True)
+    (theirs / "train.bin").write_bytes(b"half")
+    eight_days_ago_s = time.time() - 8 * 24 * 3600
+    os.utime(theirs, (eight_days_ago_s, eight_days_ago_s))
     store.sweep()
-    assert theirs.is_dir()
+    assert theirs.is_dir()  # a file in it was written just now
+    os.utime(theirs / "train.bin", (eight_days_ago_s, eight_days_ago_s))
+    store.sweep()
+    assert not theirs.exists()
 
 
 def test_a_source_is_read_again_only_when_its_stat_changed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
