@@ -130,15 +130,25 @@ def _newest(store: Store, made: dict[str, Action]) -> str:
     for name in store.backend.list("aliases"):
         _, pipeline, file = name.split("/")
         digest = store.pointed(pipeline, file.removesuffix(".json"))
-        manifest = None if digest is None else store.manifest(digest)
-        if digest is not None and manifest is not None and manifest["metadata"].get("chat_format"):
+        if digest is not None and _speaks(store, digest):
             speaking.append((made[digest].started_ms if digest in made else 0, digest))
-    if not speaking:
-        raise StageFailure(
-            f"no model in the store {store.root} speaks in turns: that is what sft and rl stages teach; run a pipeline that has one, "
-            "name another store with --store, or see with `gptline sample` what a model writes"
-        )
-    return max(speaking)[1]
+    if speaking:
+        return max(speaking)[1]
+    for digest, action in reversed(made.items()):
+        if _speaks(store, digest):
+            raise StageFailure(
+                f"no pipeline's newest model in the store {store.root} speaks in turns; "
+                f"`gptline chat sha256:{digest[:12]}` talks to the last one made that does ({action.pipeline}, {action.stage})"
+            )
+    raise StageFailure(
+        f"no model in the store {store.root} speaks in turns: that is what sft and rl stages teach; run a pipeline that has one, "
+        "name another store with --store, or see with `gptline sample` what a model writes"
+    )
+
+
+def _speaks(store: Store, digest: str) -> bool:
+    manifest = store.manifest(digest)
+    return manifest is not None and manifest["metadata"].get("role") == "policy" and bool(manifest["metadata"].get("chat_format"))
 
 
 def talk(chat: Chat, stdin: TextIO, stdout: TextIO, stderr: TextIO) -> bool:

@@ -546,13 +546,20 @@ class Run:
         return found
 
     def _name_newest_model(self) -> None:
-        """`model:<pipeline>@newest` is the line's last policy that this run made or reused: no import, and none whose gate is closed."""
+        """`model:<pipeline>@newest` is the line's last policy that this run made or reused: no import, and none whose gate is closed.
+
+        A run that came to less than the whole line names one only where there was none: it would take a finished assistant away.
+        """
+        pipeline = self.graph.loaded.file.pipeline
+        partial = self._signal is not None or self._broken or self._failed or self._closed or self.options.until
+        if partial and self.store.pointed(pipeline, "newest") not in {None, *(self._outputs[name] for name in self._closed)}:
+            return
         for name, stage in self.graph.stages.items():
             own = name not in self._planner_of_run.given and stage.kind.uses != IMPORTS["model"]
             if own and name in self._outputs and name not in self._closed:
                 made = self.store.artifact(self._outputs[name])
                 if isinstance(made, Model) and made.metadata.get("role") == "policy":
-                    self.store.point(self.graph.loaded.file.pipeline, "newest", made.digest)
+                    self.store.point(pipeline, "newest", made.digest)
 
     def _write(self, type: str, **fields: Any) -> None:
         self._say(self._journal.write(type, **fields))

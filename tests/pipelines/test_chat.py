@@ -346,6 +346,19 @@ def test_where_no_model_speaks_in_turns_it_says_which_stages_teach_that(store: S
         choose(store, None)
 
 
+def test_where_no_pipelines_newest_speaks_in_turns_it_names_the_last_model_that_does(store: Store):
+    base = publish(store, random_model(), chat_format=None)
+    for seq_len, started_ms in ((8, 1_000), (9, 2_000)):
+        last = publish(store, after_the_last(MOON, seq_len))
+        record(store, last, "line", "sft", started_ms)
+    record(store, base, "line", "pretrain", 3_000)
+    record(store, publish(store, random_model(), role="reward"), "line", "reward_model", 4_000)
+    store.point("line", "newest", base.digest)
+    named = rf"no pipeline's newest model .* speaks in turns; `gptline chat sha256:{last.digest[:12]}` talks to .* \(line, sft\)"
+    with pytest.raises(StageFailure, match=named):
+        choose(store, None)
+
+
 def flip_a_byte(model: Model) -> None:
     weights = bytearray((model.path / "model.safetensors").read_bytes())
     weights[-7] ^= 0x40

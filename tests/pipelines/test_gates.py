@@ -239,6 +239,42 @@ def test_newest_is_no_model_whose_gate_is_closed(gated: Gated):
     assert gated.newest() == outputs["first"]
     gated.run("stages.second.gate.max=2.5")
     assert gated.newest() == outputs["second"]
+    gated.run()  # what it pointed to has its gate closed now
+    assert gated.newest() == outputs["first"]
+
+
+STOPPED = """    if config.lr == 3.0:
+        import os, signal
+
+        os.kill(os.getpid(), signal.SIGINT)
+    if config.lr == 4.0:
+        raise StageFailure("no such lr")
+    for step, loss"""
+
+
+@pytest.mark.parametrize(
+    ("code", "changes", "options"),
+    [
+        (130, ("stages.first.lr=3.0",), {}),
+        (1, ("stages.first.lr=5.0", "stages.second.lr=4.0"), {}),
+        (1, ("stages.first.lr=5.0", "stages.second.lr=6.0", "stages.second.val_loss=[3.0, 9.0]"), {}),
+        (0, ("stages.first.lr=5.0",), {"until": "first"}),
+    ],
+)
+def test_a_run_that_comes_to_less_than_the_whole_line_takes_no_finished_model_away(
+    gated: Gated, code: int, changes: tuple[str, ...], options: dict[str, str]
+):
+    (gated.folder / "kinds.py").write_text(KINDS.replace("    for step, loss", STOPPED))
+    second = TRAIN.format("second", 2.0) + 'gate = { figure = "val/loss", max = 2.6 }\n'
+    gated.write('pipeline = "gated"\n' + TRAIN.format("first", 1.0) + second)
+    gated.run(until="first")
+    base = gated.newest()
+    gated.run()
+    finished = gated.newest()
+    assert None not in (base, finished)
+    assert base != finished
+    assert gated.run(*changes, **options)[0] == code
+    assert gated.newest() == finished
 
 
 def test_an_artifact_that_a_person_gives_in_a_stages_place_needs_no_figures(gated: Gated):
