@@ -1,4 +1,4 @@
-"""What a metric may be called. Apart from `cluster/rank.py`, whose torch a stage that does not train has no use for."""
+"""What a metric may be called: the one rule for ranks, stages and gates. In a file of its own, since `cluster/rank.py` needs torch."""
 
 from __future__ import annotations
 

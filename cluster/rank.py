@@ -24,11 +24,11 @@ from torch import distributed as dist
 
 from cluster import commit
 from cluster.checkpoint import SCHEMA, Checkpoint, prune, step_folder
+from cluster.metric_names import check_metric_name
 
 Event = dict[str, Any]
 T = TypeVar("T")
 
-METRIC_NAME = re.compile(r"(train|val|eval|rollout|reward|time|system)/[a-z0-9_]+")
 _ENGINE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _HISTORY = "history.json"
 _KEPT_CHECKPOINTS = 2
@@ -105,8 +105,7 @@ class ProcessRank:
 
     def log(self, step: int, *, sums: Mapping[str, Tensor | float] | None = None, values: Mapping[str, float] | None = None) -> None:
         for name in [*(sums or {}), *(values or {})]:
-            if not METRIC_NAME.fullmatch(name):
-                raise ValueError(f"metric name {name!r}: want area/name_unit in lower case, e.g. 'time/step_s' ({METRIC_NAME.pattern})")
+            check_metric_name(name)
         self._step = step
         totals = self._summed(dict(sums or {}))
         if self.rank == 0:

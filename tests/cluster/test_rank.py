@@ -201,6 +201,12 @@ def test_a_metric_has_an_area_and_a_plain_name(tmp_path: Path, name: str) -> Non
         lone_rank(tmp_path).log(1, values={name: 1.0})
 
 
+def test_a_rank_logs_in_every_area_that_a_stage_may(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    lone_rank(tmp_path, on_event=events.append).log(1, values={"data/documents": 3.0})
+    assert [point[:3] for event in events for point in event["points"]] == [["data/documents", 1, 3.0]]
+
+
 def test_the_heartbeat_tells_the_section_nearest_to_its_deadline(tmp_path: Path) -> None:
     rank = lone_rank(tmp_path)
     assert rank.heartbeat().section is None
