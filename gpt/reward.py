@@ -106,15 +106,17 @@ def train(
             started_at_s = time.monotonic()
             engine.module.train()
             loss_sum = torch.zeros((), device=rank.device)
+            centering_sum = torch.zeros_like(loss_sum)
             batch = [items[index] for index in order.of_step(step)]
             for micro_step, rows in enumerate(row_slices):
                 micro_batch = [batch[row] for row in rows]
                 # Named by its step, dropout needs no generator restored (see gpt/pretrain.py).
                 torch.manual_seed(stream_seed(seed, "dropout", step, rank.rank, micro_step))
                 scores = end_scores(engine, conversations(micro_batch), rank.device)
-                loss = items_loss(micro_batch, scores, centering_coef=config.centering_coef, global_count=config.global_batch_size)
-                engine.backward(loss)
+                loss, centering = items_loss(micro_batch, scores, global_count=config.global_batch_size)
+                engine.backward(loss + config.centering_coef * centering)
                 loss_sum += loss.detach()
+                centering_sum += centering.detach()
             lr = lr_at(step, config)
             grad_norm = engine.step(lr)
             check_grad_norm(grad_norm, step + 1, config)
@@ -124,7 +126,7 @@ def train(
         finished = step + 1
         if finished % config.log_every == 0 or finished == config.steps:
             values = {"train/lr": lr, "train/grad_norm": grad_norm, **pace.metrics()}
-            rank.log(finished, sums={"train/loss": loss_sum}, values=values)
+            rank.log(finished, sums={"train/loss": loss_sum, "train/centering": centering_sum}, values=values)
         stopping = finished < config.steps and rank.should_stop()
         # After the last step too, whose evaluation is still to come.
         if stopping or finished == config.steps or finished % config.checkpoint_every == 0:
@@ -196,13 +198,13 @@ def end_scores(model: Callable[[Tensor], Tensor], rows: Sequence[Sequence[int]],
     return model(token_ids).gather(1, last[:, None]).squeeze(1).float()
 
 
-def items_loss(items: Sequence[Item], scores: Tensor, *, centering_coef: float, global_count: int) -> Tensor:
-    """The loss () of items whose `conversations` have these scores (B,), as their part of `global_count` items."""
+def items_loss(items: Sequence[Item], scores: Tensor, *, global_count: int) -> tuple[Tensor, Tensor]:
+    """The loss () of items whose `conversations` have these scores (B,), and their centering term (): parts of `global_count` items."""
     chosen, rejected, rated = _by_place(items, scores)
     ratings = scores.new_tensor([item.rating for item in items if isinstance(item, Rating)])
     pair_loss = reward_pair_loss(chosen, rejected, global_count=global_count)
-    pair_loss = pair_loss + centering_coef * reward_centering_loss(chosen, rejected, global_count=global_count)
-    return pair_loss + reward_rating_loss(rated, ratings, global_count=global_count)
+    loss = pair_loss + reward_rating_loss(rated, ratings, global_count=global_count)
+    return loss, reward_centering_loss(chosen, rejected, global_count=global_count)
 
 
 @torch.no_grad()
@@ -227,12 +229,8 @@ def evaluate(rank: Rank, config: RewardSettings, engine: Engine, items: Sequence
         engine.module.eval()
         chosen_items = evenly(items, VAL_ITEMS)
         scores = all_scores(rank, config, engine, conversations(chosen_items))
-        rank.log(
-            step,
-            values={
-                "val/loss": items_loss(chosen_items, scores, centering_coef=config.centering_coef, global_count=len(chosen_items)).item()
-            },
-        )
+        loss, _ = items_loss(chosen_items, scores, global_count=len(chosen_items))
+        rank.log(step, values={"val/loss": loss.item()})
 
 
 def held_out_figures(items: Sequence[Item], scores: Tensor) -> dict[str, float]:

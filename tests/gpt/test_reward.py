@@ -14,7 +14,8 @@ from ranks import FakeRank, Killed, RankOfTwo, as_two_ranks
 from safetensors.torch import load_file
 
 from gpt.chat import encode_prompt, encode_response
-from gpt.model import GPT, RewardModel, load_config, load_reward_model, save_model
+from gpt.model import GPT, RewardModel, load_config, load_model, load_reward_model, save_model
+from gpt.random_streams import stream_seed
 from gpt.reward import (
     Pair,
     Rating,
@@ -196,12 +197,27 @@ def test_what_is_logged_and_when(policy, make_records, make_rank, tmp_path):
 def test_validation_loss_is_the_mean_over_held_out_pairs_and_ratings_of_one_item_each(policy, make_records, make_rank, tmp_path):
     pairs, ratings = make_records(PAIRS, [pair("x", "aa", "b")], "pairs"), make_records([], [rating("x", "aaaa", 0.25)], "ratings")
     rank = make_rank()
-    train(rank, settings(), policy, [pairs], [ratings], 1, tmp_path / "model")
+    train(rank, settings(centering_coef=1.0), policy, [pairs], [ratings], 1, tmp_path / "model")
     model = load_reward_model(tmp_path / "model")
     chosen, rejected, rated = (torch.tensor(slow_score(model, conversation("x", text))) for text in ("aa", "b", "aaaa"))
-    of_pair = -(chosen - rejected).sigmoid().log() + 0.01 * (chosen + rejected) ** 2  # centering_coef
+    of_pair = -(chosen - rejected).sigmoid().log()  # whatever centering_coef is
     of_rating = -0.25 * rated.sigmoid().log() - 0.75 * (1 - rated.sigmoid()).log()
     assert rank.curve("val/loss")[5] == pytest.approx(((of_pair + of_rating) / 2).item(), rel=1e-4)
+
+
+def test_the_centering_term_is_logged_beside_the_loss_and_its_weight_changes_the_model_alone(policy, make_records, make_rank, tmp_path):
+    pairs, ratings = make_records([pair("x", "aa", "b")], name="pairs"), make_records([rating("x", "aaaa", 0.25)], name="ratings")
+    ends = {}
+    for coef in (0.0, 5.0):
+        rank = make_rank(str(coef))
+        config = settings(steps=1, warmup_steps=0, global_batch_size=2, micro_batch_size=1, dropout=0.0, centering_coef=coef)
+        train(rank, config, policy, [pairs], [ratings], 1, tmp_path / str(coef))
+        ends[coef] = rank.curve("train/loss")[1], rank.curve("train/centering")[1], load_reward_model(tmp_path / str(coef)).output.weight
+    assert ends[0.0][:2] == ends[5.0][:2]
+    assert not torch.equal(ends[0.0][2], ends[5.0][2])
+    first = RewardModel.from_policy(load_model(policy), torch.Generator().manual_seed(stream_seed(1, "reward head")))
+    chosen, rejected = (slow_score(first.eval(), conversation("x", text)) for text in ("aa", "b"))
+    assert ends[0.0][1] == pytest.approx((chosen + rejected) ** 2 / 2, rel=1e-4)  # of two items, one is a pair
 
 
 def test_without_held_out_items_there_is_no_validation_loss_and_no_figure(policy, make_records, make_rank, tmp_path):
