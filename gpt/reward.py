@@ -111,7 +111,7 @@ def train(
             for micro_step, rows in enumerate(row_slices):
                 micro_batch = [batch[row] for row in rows]
                 # Named by its step, dropout needs no generator restored (see gpt/pretrain.py).
-                torch.manual_seed(stream_seed(seed, "dropout", step, rank.rank, micro_step))
+                torch.manual_seed(stream_seed(seed, "reward dropout", step, rank.rank, micro_step))
                 scores = end_scores(engine, conversations(micro_batch), rank.device)
                 loss, centering = items_loss(micro_batch, scores, global_count=config.global_batch_size)
                 engine.backward(loss + config.centering_coef * centering)

@@ -74,7 +74,7 @@ def train(rank: Rank, config: SftSettings, policy: Path, conversations: Sequence
             for micro_step, rows in enumerate(row_slices):
                 batch = conversation_batch([examples[of_step[row]] for row in rows], pad_id).to(rank.device)
                 # Named by its step, dropout needs no generator restored (see gpt/pretrain.py).
-                torch.manual_seed(stream_seed(seed, "dropout", step, rank.rank, micro_step))
+                torch.manual_seed(stream_seed(seed, "sft dropout", step, rank.rank, micro_step))
                 loss = lm_loss(engine(batch.token_ids), batch.targets, batch.loss_mask, global_count=tokens_of_step)
                 engine.backward(loss)
                 loss_sum += loss.detach()
