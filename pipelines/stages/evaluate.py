@@ -13,7 +13,6 @@ from typing import Any
 
 from pydantic import Field
 
-from gpt.settings import Operational
 from pipelines.artifacts import Documents, Model, Prompts, Report
 from pipelines.stage import Source, StageConfig, StageContext, StageFailure
 
@@ -41,7 +40,7 @@ class EvaluateConfig(StageConfig):
     """Also draw so many answers to each question, and take the one that the reward model likes best."""
     missing_end_score: float = -1.0
     """What an answer that was cut off is scored, whatever it says."""
-    samples: Operational[int] = Field(default=12, ge=0)
+    samples: int = Field(default=12, ge=0)
     """Questions that the report shows with their answers."""
 
     def sources(self, data: Path) -> list[Source]:
@@ -141,7 +140,7 @@ def _asked(config: EvaluateConfig, questions: list[Prompts], stage: StageContext
         yield from held_out
     for source in stage.sources if config.questions_file else ():
         with stage.open(source) as file:
-            for number, line in enumerate(file.read().decode("utf-8-sig").splitlines(), start=1):
+            for number, line in enumerate(file.read().decode("utf-8-sig").split("\n"), start=1):
                 if not line.strip():
                     continue
                 try:

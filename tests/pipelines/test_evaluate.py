@@ -179,6 +179,16 @@ def test_prompts_that_hold_nothing_out_are_named_and_never_passed_over(tmp_path:
             run(EvaluateConfig(), policy, Bench(tmp_path), questions=asked, **others)
 
 
+def test_a_line_of_a_questions_file_ends_where_json_lines_end(tmp_path: Path):
+    (tmp_path / "questions.jsonl").write_text(json.dumps({"question": "a\u2028b\x85?", "answer": "c"}, ensure_ascii=False) + "\r\n\n")
+    config = EvaluateConfig(questions_file="questions.jsonl", answer_tokens=8)
+    bench = Bench(tmp_path)
+    bench.sources = config.sources(tmp_path)
+    run(config, made_model(tmp_path / "model", 1), bench)
+    (sample,) = json.loads((tmp_path / "report.json").read_text())["samples"]
+    assert sample["prompt"] == "a\u2028b\x85?"
+
+
 @pytest.mark.parametrize("line", ["{}", "[]", "{", '{"question": "a?"}'])
 def test_a_question_that_is_none_is_named_by_its_line(tmp_path: Path, line: str):
     (tmp_path / "questions.jsonl").write_text(f"""{{"question": "a?", "answer": "b"}}\n{line}\n""")
