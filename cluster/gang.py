@@ -83,7 +83,7 @@ class GangSpec(Room):
     """Goes into each checkpoint's manifest: engine, zero_stage, precision, versions. `world_size` is added."""
     max_restarts: int = 2
     start_deadline_s: float = 300
-    """From the moment the gang has its room until the function's first section."""
+    """From the moment the gang has its room until the function's first section; and how long it waits for room that no node has."""
 
     def full_identity(self, world_size: int) -> dict[str, Any]:
         return {**self.identity, "world_size": world_size}
@@ -223,6 +223,15 @@ def shortfall(spec: Room) -> str | None:
     )
 
 
+def waits_for(spec: Room) -> str:
+    """What somebody waits for whose room exists and is in use, as the end of a sentence."""
+    import ray
+
+    free = ray.available_resources()
+    memory = f" and {free.get('memory', 0) / 2**30:.1f} GiB" if spec.memory_gib else ""
+    return f"waits for room for {_ask(spec)}; free now: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs{memory}"
+
+
 class _Latch:
     """Remembers that a stop was asked for."""
 
@@ -360,13 +369,14 @@ class _Start:
         group = placement_group([_bundle(spec)] * spec.ranks, strategy="PACK", name=name, bundle_label_selector=selectors)
         try:
             if not group.wait(1):
-                free = ray.available_resources()
-                text = f"{spec.name}: waits for room for {_ask(spec)}; free now: {free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
-                self._on_event({"type": "waiting", "text": text})
+                self._on_event({"type": "waiting", "text": f"{spec.name}: {waits_for(spec)}"})
+            due_s = time.monotonic() + spec.start_deadline_s
             while not group.wait(_POLL_S):
                 if self._asked():
                     yield None
                     return
+                if time.monotonic() > due_s and (problem := shortfall(spec)):  # a node was lost, and no other came in its place
+                    raise GangFailure(f"{problem} (waited {spec.start_deadline_s:g} s of start_deadline_s)", cause="resources")
             yield group
         finally:
             remove_placement_group(group)

@@ -104,7 +104,10 @@ def _init(options: Mapping[str, Any]) -> None:
 
 
 def _knock(address: str) -> None:
-    """ConnectionError at once where nothing listens; Ray itself would try for minutes. Names such as "auto" are Ray's to look up."""
+    """OSError at once where nothing listens, after KNOCK_S where nobody answers; Ray itself would try for minutes.
+
+    Names such as "auto" are Ray's to look up.
+    """
     host, colon, port = address.rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
@@ -150,6 +153,11 @@ class Task:
         self._cancelled = False
         self._value: Any = None
         self._error: BaseException | None = None
+
+    @property
+    def started(self) -> bool:
+        """False while it waits for room; as of the last poll."""
+        return self._worker_id is not None
 
     def poll(self) -> list[Event]:
         """The events that came in since the last poll."""
@@ -229,6 +237,7 @@ def submit(
     """
     import ray
 
+    assert ray.is_initialized(), "open a session first: Ray would start one of its own, of other settings"
     options: dict[str, Any] = {
         "name": name,
         "num_cpus": cpus,

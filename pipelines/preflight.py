@@ -46,11 +46,18 @@ def lacks_here(stages: Iterable[Stage]) -> list[Fault]:
 
 
 def lacks_in_cluster(stages: Iterable[Stage]) -> list[Fault]:
-    """What the cluster that was joined can never hold."""
+    """What the session that was opened, here or elsewhere, can never hold: Ray counts CPUs and memory in its own way, and knows labels."""
     from cluster.gang import Room, shortfall
 
     rooms = [Room(**room_of(stage)) for stage in stages]
     return [Fault(f"stages.{room.name}.resources", sentence) for room in rooms if (sentence := shortfall(room))]
+
+
+def waits_for(stage: Stage) -> str:
+    """What a stage that has not begun waits for, as a sentence."""
+    from cluster.gang import Room, waits_for
+
+    return waits_for(Room(**room_of(stage)))
 
 
 def unshared(store: Store) -> list[Fault]:

@@ -37,7 +37,7 @@ from pipelines.graph import IMPORTS, ROOT, Graph, Stage
 from pipelines.journal import Event, JournalWriter, Superseded, end_dead, last_event
 from pipelines.lease import Lease, Watch, dead, describe, user_name
 from pipelines.planner import Decision, Planner, closed_gate, identity, versions
-from pipelines.preflight import lacks_here, lacks_in_cluster, room_of, unshared
+from pipelines.preflight import lacks_here, lacks_in_cluster, room_of, unshared, waits_for
 from pipelines.progress import work_to_do
 from pipelines.snapshot import freeze
 from pipelines.store import Action, Store
@@ -45,6 +45,7 @@ from pipelines.store import Action, Store
 LOOK_EVERY_S = 0.1
 LEASE_EVERY_S = 1.0
 TRACKING_DEADLINE_S = 20.0
+WAITING_TOLD_S = 10.0
 
 
 @dataclass
@@ -75,6 +76,8 @@ class _Running:
     task: Any
     started_ms: int
     started_s: float
+    told: bool = False
+    """That it waits for room."""
 
 
 class Run:
@@ -96,17 +99,20 @@ class Run:
         self._closed: dict[str, str] = {}
         self._signal: int | None = None
         self._made = False
+        self._joined = False
         self._broken = ""
         """Why the run itself failed, whatever its stages came to."""
         self._tracking_said: str | None = None
 
     def execute(self) -> int:
-        """Run to the end; the exit code: 0 done, 1 a stage failed, 130 or 143 interrupted. ConfigError comes before anything is written."""
+        """Run to the end; the exit code: 0 done, 1 a stage failed, 130 or 143 interrupted.
+
+        ConfigError: what was asked for is wrong, and nothing is written; or the machines can't do it, and the code's snapshot alone is.
+        """
         planner = self._planner(ROOT)
         plan = planner.plan()
         to_make = [self.graph.stages[each.stage] for each in plan if each.word != "reuse"]
-        remote = self.graph.loaded.file.cluster.address != "local"
-        if to_make and not self.options.inline and not remote and (faults := lacks_here(to_make)):
+        if to_make and not self.options.inline and not self._remote() and (faults := lacks_here(to_make)):
             raise ConfigError(self.graph.loaded.path, faults)
         self.store.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.store.sweep()
@@ -115,17 +121,16 @@ class Run:
         self._stop_asked = StopFile(self.store, self.run)
         if to_make:
             self._forecast(plan)
-        with contextlib.ExitStack() as stack:
-            if to_make and not self.options.inline:
-                stack.enter_context(self._session())
-                if remote and (faults := [*lacks_in_cluster(to_make), *unshared(self.store)]):
-                    raise ConfigError(self.graph.loaded.path, faults)
+        with contextlib.ExitStack() as self._open:
             if self.options.inline:
-                stack.enter_context(_importable(self._snapshot.path))
-            stack.enter_context(self._signals())  # after the session: Ray puts a SIGTERM handler of its own in place
+                self._open.enter_context(_importable(self._snapshot.path))
+            if to_make and not self.options.inline:
+                self._join(to_make)
+            else:
+                self._open.enter_context(self._signals())
             lease = Watch(self.store, f"run-{self.run}").take(run=self.run)
             assert lease is not None
-            stack.callback(self._try_to, "give the run's lease back", lease.release)
+            self._open.callback(self._try_to, "give the run's lease back", lease.release)
             self._begin(plan)
             self._waiting = {name: stage for name, stage in self.graph.stages.items() if name in planner.chosen}
             try:
@@ -139,7 +144,7 @@ class Run:
             except Exception as error:
                 if os.environ.get("GPTLINE_DEBUG"):
                     traceback.print_exc()
-                what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+                what = str(error) if isinstance(error, (OSError, ConfigError)) else f"{type(error).__name__}: {error}"
                 self._say({"type": "said", "text": f"can't go on: {what}"})
                 self._broken = f"the {f'store {self.store.root}' if isinstance(error, OSError) else 'driver'} failed ({what})"
                 self._abandon()
@@ -166,6 +171,17 @@ class Run:
             inline=asked.inline,
         )
 
+    def _remote(self) -> bool:
+        return self.graph.loaded.file.cluster.address != "local"
+
+    def _join(self, to_make: list[Stage]) -> None:
+        """Open the session, until the run ends. ConfigError says what it can never hold: who asked for that would wait for ever."""
+        self._open.enter_context(self._session())
+        self._joined = True
+        if faults := [*lacks_in_cluster(to_make), *(unshared(self.store) if self._remote() else [])]:
+            raise ConfigError(self.graph.loaded.path, faults)
+        self._open.enter_context(self._signals())  # after the session: Ray puts a SIGTERM handler of its own in place
+
     @contextlib.contextmanager
     def _session(self) -> Iterator[None]:
         from cluster import ray_session
@@ -176,7 +192,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(ray_session.start(address, code_path=self._snapshot.path, environment=environment))
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 what = f"{address!r} can't be joined: {error}" if address != "local" else f"Ray does not start here: {error}"
                 raise ConfigError(self.graph.loaded.path, [Fault("cluster.address", what)]) from error
             yield
@@ -294,6 +310,8 @@ class Run:
         if decision.word == "blocked":
             self._finish(stage, "failed", decision, error=decision.reason)
             return
+        if not self.options.inline and not self._joined:
+            self._join([stage])  # the plan had nothing to make, and things changed since
         assert decision.key is not None
         watch = self._watches.setdefault(decision.key, Watch(self.store, decision.key))
         holder = watch.taken_by()
@@ -365,6 +383,10 @@ class Run:
         for event in running.task.poll():
             self._heard(running.stage, event)
         if not running.task.done:
+            late = not running.task.started and time.monotonic() - running.started_s > WAITING_TOLD_S
+            if late and not running.told and not running.stage.kind.trains():  # a gang tells of itself
+                running.told = True
+                self._write("note", stage=running.stage.name, text=waits_for(running.stage))
             return
         try:
             outcome = running.task.result()
@@ -580,6 +602,7 @@ class _Inline:
 
     def __init__(self, job: Job, emit: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
         self.done = False
+        self.started = True
         self._run = lambda: execute(job, emit, should_stop)
 
     def poll(self) -> list[Event]:

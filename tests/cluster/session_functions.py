@@ -28,6 +28,11 @@ def count(payload: int) -> Generator[dict[str, Any], None, str]:
     return f"counted to {payload}"
 
 
+def sleep(payload: float) -> Generator[dict[str, Any], None, None]:
+    yield {"asleep": True}
+    time.sleep(payload)
+
+
 def where_code_comes_from(payload: str) -> Generator[dict[str, Any], None, dict[str, Any]]:
     from gpt.torch_engine import TorchEngine
 

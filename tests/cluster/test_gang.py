@@ -15,7 +15,7 @@ import torch
 
 from cluster import checkpoint
 from cluster.deepspeed_engine import DeepSpeedEngine
-from cluster.gang import GangFailure, GangResult, GangSpec, run_gang, run_inline
+from cluster.gang import GangFailure, GangResult, GangSpec, Room, run_gang, run_inline, shortfall
 from gpt.torch_engine import TorchEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
@@ -192,3 +192,21 @@ def test_asked_to_stop_it_saves_and_goes_on_later_with_as_many_ranks(tmp_path: P
     assert alone.events == []
     resumed = gang.train(steps=found.step + 2)
     assert (resumed.resumed_from_step, resumed.value) == (found.step, {"steps": found.step + 2})
+
+
+def test_room_that_is_lost_while_it_is_waited_for_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def first_there(room: Room) -> str | None:
+        seen.append(room)
+        return None if len(seen) == 1 else shortfall(room)
+
+    monkeypatch.setattr("cluster.gang.shortfall", first_there)
+    gang = Gang(tmp_path, ranks=4, start_deadline_s=2)
+    with pytest.raises(
+        GangFailure, match=r"^pretrain asks for 4 ranks .* has room for 2 of them .* \(waited 2 s of start_deadline_s\)"
+    ) as failure:
+        gang.run(rank_functions.add_ranks)
+    assert failure.value.cause == "resources"
+    assert gang.texts("waiting") == ["pretrain: waits for room for 4 ranks of 1 CPU; free now: 2 CPUs, 0 GPUs"]
+    assert all_room_is_free()

@@ -76,6 +76,16 @@ def test_tasks_and_their_gangs_import_the_snapshot(session: Session, snapshot: P
     assert task.result() == expected
 
 
+def test_a_task_knows_whether_it_waits_for_room(session: Session) -> None:
+    first = submit(session_functions.sleep, 2, name="first", cpus=2)
+    while not first.started:
+        first.poll()
+    second = submit(session_functions.count, 1, name="second", cpus=2)
+    assert (second.poll(), second.started) == ([], False)
+    finished(second)
+    assert second.started
+
+
 def test_an_exception_of_the_function_comes_back_as_itself(session: Session) -> None:
     task = submit(session_functions.fail, "no such record", name="ingest")
     assert finished(task) == [{"before": "the end"}]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.config import ConfigError, load
+from pipelines.execute import Job, Outcome, execute
 from pipelines.graph import ROOT, Graph, build
 from pipelines.journal import read_journal
-from pipelines.planner import Planner, resolve
+from pipelines.planner import Decision, Planner, resolve
 from pipelines.runner import Options, Run, dead_runs
 from pipelines.store import FolderBackend, Store
 
@@ -126,7 +128,7 @@ class Small:
 
     def run(self, *overrides: str, **options: Any) -> tuple[int, dict[str, str]]:
         """Exit code, and what was done about each stage."""
-        asked = Options("gptline rerun small.toml cut", "gptline run small.toml", inline=True, **options)
+        asked = Options("gptline rerun small.toml cut", "gptline run small.toml", **{"inline": True, **options})
         self.said: list[dict[str, Any]] = []
         run = Run(self.graph(*overrides), self.store, asked, self.said.append)
         code = run.execute()
@@ -574,3 +576,77 @@ def test_whatever_fails_in_the_driver_the_run_has_its_last_word(small: Small, mo
     (last,) = [event for event in small.events if event["type"] == "run_ended"]
     assert (last["status"], last["exit_code"]) == ("FAILED", 1)
     assert last["text"] == f"the driver failed ({said}); what the store has is kept. Mend it, then go on with: gptline run small.toml"
+
+
+class Cluster:
+    """A session that is none: what is submitted runs in this process, at the third look. A node of two CPUs, one of them in use."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import ray
+
+        self.joined = 0
+        monkeypatch.setattr(Run, "_session", self._session)
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, "memory": 2.0**31}}])
+        monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0, "memory": 2.0**30})
+        monkeypatch.setattr("pipelines.runner.WAITING_TOLD_S", 0.0)
+        monkeypatch.setattr("cluster.ray_session.submit", lambda function, job, **asked: LateTask(job))
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[None]:
+        self.joined += 1
+        yield
+
+
+class LateTask:
+    def __init__(self, job: Job) -> None:
+        self.started = self.done = False
+        self._job = job
+        self._looks = 0
+
+    def poll(self) -> list[dict[str, Any]]:
+        self._looks += 1
+        if self._looks == 3:
+            self._outcome = execute(self._job, lambda event: None, lambda: False)
+            self.started = self.done = True
+        return []
+
+    def result(self) -> Outcome:
+        return self._outcome
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    return Cluster(monkeypatch)
+
+
+def test_a_stage_that_the_session_can_never_hold_is_refused_before_the_run_begins(small: Small, cluster: Cluster):
+    small.write("small.toml", TOML + "\n[stages.words.resources]\nlabels = { tier = 'a100' }\n")
+    with pytest.raises(ConfigError, match=r"stages.words.resources: words asks for 1 rank of 1 CPU and labels .* room for 0 of them"):
+        small.run(inline=False)
+    assert small.store.runs() == []
+
+
+def test_a_stage_that_waits_for_room_says_once_for_what(small: Small, cluster: Cluster):
+    small.write("small.toml", TOML + "\n[stages.words.resources]\ncpus = 2\nmemory_gib = 2\n")
+    assert small.run(inline=False) == (0, {"words": "done", "cut": "done", "report": "done"})
+    notes = [event["text"] for event in small.events if event["type"] == "note" and event["stage"] == "words"]
+    assert notes == ["waits for room for 1 rank of 2 CPUs and 2 GiB; free now: 1 CPUs, 0 GPUs and 1.0 GiB"]
+
+
+def test_a_session_is_opened_when_what_was_to_be_reused_is_gone(small: Small, cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
+    small.run()
+    assert small.run(inline=False)[0] == 0
+    assert cluster.joined == 0
+    begin = Run._begin
+
+    def lose_one(run: Run, plan: list[Decision]) -> None:
+        begin(run, plan)
+        digest = next(each.output for each in plan if each.stage == "cut")
+        assert digest is not None
+        (small.store.artifact(digest).path / "train.jsonl").unlink()
+
+    monkeypatch.setattr(Run, "_begin", lose_one)
+    before = signal.getsignal(signal.SIGTERM)
+    assert small.run(inline=False) == (0, {"words": "reused", "cut": "done", "report": "reused"})
+    assert cluster.joined == 1
+    assert signal.getsignal(signal.SIGTERM) is before
