@@ -136,11 +136,11 @@ def follow(store: Store, run: str, uri: str, alive: Callable[[], bool]) -> None:
             Sender(store, other, own).deliver()
 
 
-def sync(store: Store, uri: str | None, dead: Iterable[str] = (), again: bool = False) -> list[str]:
+def sync(store: Store, uri: str | None, dead: Iterable[str] = ()) -> list[str]:
     """Deliver what MLflow lacks of every run, oldest first; report lines for people.
 
     Each run goes to the MLflow that it was started with; a `uri` takes the place of them all. `dead` names runs whose driver is gone
-    without a last word: they are ended as KILLED first. `again` sends everything anew.
+    without a last word: they are ended as KILLED first.
     """
     lines = []
     for run in dead:
@@ -153,11 +153,11 @@ def sync(store: Store, uri: str | None, dead: Iterable[str] = (), again: bool = 
     if not runs:
         lines.append(f"the store {store.root} has no runs yet")
     for each, theirs in runs.items():
-        lines += _sync_with(store, each, theirs, again)
+        lines += _sync_with(store, each, theirs)
     return lines
 
 
-def _sync_with(store: Store, uri: str, runs: list[str], again: bool) -> list[str]:
+def _sync_with(store: Store, uri: str, runs: list[str]) -> list[str]:
     why = unreachable(resolve_uri(uri, store.root))
     if why is not None:
         return [_kept(uri, why)]
@@ -167,7 +167,7 @@ def _sync_with(store: Store, uri: str, runs: list[str], again: bool) -> list[str
         for run in runs:
             sender = Sender(store, run, uri, door)
             sender.verify()
-            delivery = sender.deliver(again)
+            delivery = sender.deliver()
             if delivery.sent:
                 lines.append(f"{run}  {delivery.sent:,} events delivered")
             if delivery.error is not None:
@@ -251,10 +251,10 @@ class Sender:
         self._waiting: list[tuple[int, Event]] = []
         self._shown: RunInMlflow | None = None
 
-    def deliver(self, again: bool = False) -> Delivery:
-        """Send what MLflow doesn't have yet; with `again` everything, whatever the cursor says. Never raises."""
+    def deliver(self) -> Delivery:
+        """Send what MLflow doesn't have yet. Never raises."""
         self._take_in()
-        if not self._waiting and not again:
+        if not self._waiting:
             return Delivery(0)
         why = unreachable(resolve_uri(self.uri, self._store.root))
         if why is not None:
@@ -263,7 +263,7 @@ class Sender:
         try:
             door = self._opened()
             with door.lock(_place(self.run, self.uri)):
-                shown = self._look(door, again)
+                shown = self._look(door)
                 for batch in self._batches():
                     self._state.refused += shown.show([event for _, event in batch])
                     sent += len(batch)
@@ -291,13 +291,13 @@ class Sender:
             self._waiting.append((self._reader.cursor, event))
         self._waiting = [(segment, event) for segment, event in self._waiting if segment > self._state.segments]
 
-    def _look(self, door: Door, again: bool) -> RunInMlflow:
+    def _look(self, door: Door) -> RunInMlflow:
         """Under the lock: look at what another sender did meanwhile, and whether MLflow is still the one we knew."""
         self._state = _read_state(self._store, self.run, self.uri)
         info = _run_info(self._store, self.run)
         pipeline = self.view.pipeline or str(info.get("pipeline") or "unnamed")
         identity = door.experiment(pipeline)[1]
-        if again or (self._state.view and self._state.view != identity):
+        if self._state.view and self._state.view != identity:
             self._state = _State()
             self._begin()
         self._state.pipeline, self._state.view = pipeline, identity

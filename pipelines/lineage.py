@@ -216,7 +216,7 @@ def _when(action: Action) -> str:
     with_what = ", ".join(
         f"{name} {action.operational[name]}" for name in ("engine", "zero_stage") if action.operational.get(name) is not None
     )
-    ranks = action.operational.get("resources.ranks", action.operational.get("ranks"))
+    ranks = action.operational.get("ranks")
     ranked = f", {ranks} ranks" if isinstance(ranks, int) and ranks > 1 else ""
     return f"{made} by run {action.run}, {action.seconds:.1f} s{ranked}{', ' + with_what if with_what else ''}"
 

@@ -174,7 +174,6 @@ class RunInMlflow:
                 "mlflow.source.type": "LOCAL",
                 "mlflow.source.git.commit": git.get("commit"),
                 "mlflow.source.git.branch": git.get("branch"),
-                "mlflow.source.git.repoURL": git.get("url") or git.get("repo"),
                 "mlflow.source.git.dirty": None if git.get("dirty") is None else str(git["dirty"]).lower(),
             }
             self._ids[""] = self._door.create_run(self._pipeline, self._view.run, self._view.started_ms or info.get("started_ms"), tags)
