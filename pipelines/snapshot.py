@@ -4,7 +4,8 @@
     <snapshot>/user/...                         the user's files that the stages reach, as they lie beside the TOML
     <snapshot>/gptline_user_<stem>.py           a shim for each, so that ranks can import what a stage's task hands them by name
 
-An edit during a run changes neither what it does nor what is recorded.
+An edit during a run changes neither what it does nor what is recorded. With --inline alone stages run from the working tree: one whose code
+was edited meanwhile is refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The store: artifacts by digest, actions by key, leases, runs. All of it through five calls to a backend.
+"""The store: artifacts by digest, actions by key, leases, runs. What is shared is written through five calls to a backend.
 
     artifacts/<digest>/<file>, manifest.json      what was made          (the manifest comes last: without it nothing exists)
     actions/<key>/<number>.json                   how it was made        (the newest is reused, the older ones stay for lineage)
@@ -6,9 +6,11 @@
     aliases/<name>/<alias>.json                   what model:<name>@<alias> means: the newest model of a pipeline
     leases/<name>/<generation>.json               who works on a key or drives a run
     runs/<run>/...                                frozen config, journal, page
-    work/<key>/...                                checkpoints of unfinished training: plain files, not through the backend
+    work/<key>/..., tmp/...                       checkpoints of unfinished training, folders of unfinished artifacts: plain files
 
-Nothing here orders by clocks: numbers are given out by `put_if_absent`.
+Nothing here orders by clocks: numbers are given out by `put_if_absent`. Not through the backend go `work/` and `tmp/`, the files of an
+artifact when they are read, the names of the runs (to list all below `runs/` would be to walk through every journal), and what belongs to
+one machine: MLflow's database, locks and logs, the config of a submitted run.
 """
 
 from __future__ import annotations
