@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt.batching import padded
+from gpt.batching import evenly, padded
 from gpt.chat import Message, encode_prompt
 from gpt.losses import chosen_logprobs
 from gpt.model import GPT
@@ -117,9 +117,8 @@ class Examiner:
 
     def samples(self, n: int, answered: Answered, baseline: Answered | None) -> list[dict[str, Any]]:
         """Of `n` questions, spread evenly, what was asked, what is right and what each model said."""
-        n = min(n, len(self.questions))
-        samples = []
-        for place in (number * len(self.questions) // n for number in range(n)):
+        samples: list[dict[str, Any]] = []
+        for place in evenly(range(len(self.questions)), n):
             question = self.questions[place]
             samples.append({"prompt": question["prompt"][-1]["content"], "reference": question.get("reference")})
             samples[-1] |= {"answer": answered.likeliest[place].text, "drawn": answered.drawn[place].text}

@@ -36,8 +36,6 @@ from gpt.schedule import check_grad_norm, lr_at
 from gpt.settings import RewardSettings
 from gpt.tokenizer import Tokenizer
 
-VAL_ITEMS = 256
-"""Held-out items that `val/loss` looks at, the same ones each time; the figures at the end are of all of them."""
 NORMALISED_ITEMS = 4096
 """Training items whose scores make the mean and the deviation, if there are as many."""
 ROWS_PER_PASS = 16
@@ -227,7 +225,7 @@ def evaluate(rank: Rank, config: RewardSettings, engine: Engine, items: Sequence
     """Log val/loss, nats per item over the same held-out items each time, spread evenly and shared by the ranks."""
     if items:
         engine.module.eval()
-        chosen_items = evenly(items, VAL_ITEMS)
+        chosen_items = evenly(items, config.eval_items)
         scores = all_scores(rank, config, engine, conversations(chosen_items))
         loss, _ = items_loss(chosen_items, scores, global_count=len(chosen_items))
         rank.log(step, values={"val/loss": loss.item()})

@@ -51,7 +51,7 @@ from gpt.chat import FORMAT, encode_prompt
 from gpt.engine import Engine, Rank
 from gpt.folders import read_records, save_trained
 from gpt.losses import chosen_logprobs, mean_entropy, ppo_policy_loss, probability_ratio, reinforce_loss, value_loss
-from gpt.model import GPT, RewardModel, count_parameters, load_config, load_model, parameter_groups, with_dropout
+from gpt.model import GPT, RewardModel, count_parameters, load_config, load_model, parameter_groups, set_weights, with_dropout
 from gpt.random_streams import permutation, stream_seed
 from gpt.reward import RewardScorer, value_model
 from gpt.sampling import Response, sample
@@ -200,7 +200,7 @@ def train(
     for step in range(start, config.steps):
         with rank.section("rollout", config.step_deadline_s):
             started_at_s = time.monotonic()
-            _set_weights(sampler, engine.full_weights())
+            set_weights(sampler, engine.full_weights())
             of_step = [usable[index] for index in shuffled.of_step(step) for _ in range(config.responses_per_prompt)]
             rollouts = roll_out(rank, config, sampler, tokenizer, scorers, of_step, seed, step)
             rollout_s = time.monotonic() - started_at_s
@@ -520,12 +520,6 @@ def _first_value_model(reward_models: Sequence[RewardModelScorer], policy: GPT) 
     model = RewardModel.from_policy(policy, torch.Generator())
     nn.init.zeros_(model.output.weight)  # nothing is expected yet, of any response
     return model
-
-
-@torch.no_grad()
-def _set_weights(model: GPT, weights: Mapping[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
 
 
 def _add(totals: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:

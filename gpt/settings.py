@@ -267,13 +267,15 @@ class SftSettings(EvaluatedSettings):
 
 
 class RewardSettings(EvaluatedSettings):
-    """`RewardSettings(steps=200, global_batch_size=16, lr=5e-4)`; a batch is made of whole pairs, or of ratings."""
+    """`RewardSettings(steps=200, global_batch_size=16, lr=5e-4)`; a batch is made of whole pairs and of ratings."""
 
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
     """In place of the policy's own."""
     centering_coef: float = Field(default=0.01, ge=0)
     """Weight of the square of a pair's two scores together. Pairs alone leave each prompt's level open, and scores of different prompts
     could not be compared."""
+    eval_items: Operational[int] = Field(default=256, ge=1)
+    """Held-out pairs and ratings that `val/loss` looks at, the same ones each time; the figures at the end are of all of them."""
 
 
 class RlSettings(TrainSettings):

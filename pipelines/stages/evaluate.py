@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from pipelines.artifacts import Documents, Model, Prompts, Report
-from pipelines.stage import Source, StageConfig, StageContext, StageFailure
+from pipelines.stage import Source, StageConfig, StageContext, StageFailure, require_role
 
 
 class EvaluateConfig(StageConfig):
@@ -58,8 +58,8 @@ def evaluate(
 ) -> Report:
     """The report has figures and samples; the figures stand in the action record too."""
     for each, role in ((model, "policy"), (baseline, "policy"), (reward_model, "reward")):
-        if each and each.metadata["role"] != role:
-            raise StageFailure(f"model {each.digest[:12]} has the role {each.metadata['role']}; here evaluate wants a {role} model")
+        if each:
+            require_role(each, role, f"here evaluate wants a {role} model")
         if each and each.metadata["tokenizer"] != model.metadata["tokenizer"]:
             raise StageFailure(
                 f"model {each.digest[:12]} has tokenizer {each.metadata['tokenizer'][:12]}, model {model.digest[:12]} has "

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from gpt.settings import Operational, RlSettings, UserFunction, check_effect
 from pipelines.artifacts import Model, Prompts
-from pipelines.stage import StageConfig, StageContext, StageFailure
+from pipelines.stage import StageConfig, StageContext, StageFailure, require_role
 
 
 class RlConfig(StageConfig, RlSettings):
@@ -66,17 +66,10 @@ def rl(config: RlConfig, policy: Model, prompts: list[Prompts], reward_model: Mo
 
 
 def _check_models(policy: Model, reward_model: Model | None) -> None:
-    if policy.metadata["role"] != "policy":
-        raise StageFailure(
-            f"model {policy.digest[:12]} has the role {policy.metadata['role']}; what learns in rl is a policy, such as an sft stage makes"
-        )
+    require_role(policy, "policy", "what learns in rl is a policy, such as an sft stage makes")
     if reward_model is None:
         return
-    if reward_model.metadata["role"] != "reward":
-        raise StageFailure(
-            f"model {reward_model.digest[:12]} has the role {reward_model.metadata['role']}; rl wants a reward model as reward_model, "
-            "such as a reward_model stage makes"
-        )
+    require_role(reward_model, "reward", "rl wants a reward model as reward_model, such as a reward_model stage makes")
     if reward_model.metadata["tokenizer"] != policy.metadata["tokenizer"]:
         raise StageFailure(
             f"reward model {reward_model.digest[:12]} has tokenizer {reward_model.metadata['tokenizer'][:12]}, policy {policy.digest[:12]} "
