@@ -1,6 +1,7 @@
 # make quickstart   the whole line, from text to a trained model, on this machine
 # make test         everything that is checked
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTEST = .venv/bin/python -m pytest --numprocesses=2 --dist=loadscope
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: install quickstart test unit lint clean
@@ -10,11 +11,11 @@ install: .venv/installed
 quickstart: install
 	.venv/bin/gptline run configs/quickstart.toml
 
-test: lint unit
-	.venv/bin/python -m pytest -m "slow or gpu" --durations=25
+test: lint
+	$(PYTEST) --durations=25
 
 unit: .venv/installed-dev
-	.venv/bin/python -m pytest -m "not slow and not gpu" --numprocesses=2 --dist=loadscope
+	$(PYTEST) -m "not slow and not gpu"
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check
