@@ -267,7 +267,7 @@ def main() -> None:
         sys.stderr.write(f"can't go on: {error}\n")
         sys.exit(2)
     except Superseded as error:
-        sys.stderr.write(f"{error}; it goes on there\n")
+        sys.stderr.write(f"{error}, or `gptline sync` took it for dead and ended it; `gptline status` tells which\n")
         sys.exit(1)
 
 

@@ -84,12 +84,11 @@ class Planner:
         if faults := [*faults, *found, *more]:
             raise ConfigError(graph.loaded.path, faults)
         self.chosen = graph.needed([until] if until else graph.last(), given=self.given)
-        readers: dict[tuple[Path, Path | None], Code] = {}
-        self._code: dict[str, dict[str, str]] = {}
-        for stage in graph.stages.values():  # all of it now: an edit after this moment is the next run's
-            user = user_folders.get(stage.name) or stage.user_folder()
-            code = readers.setdefault((code_root, user), Code(code_root, user))
-            self._code[stage.name] = code.leaves(stage.kind.entries(), [each.entry() for each in stage.user_code])
+        self._code_root = code_root
+        self._user_folders = user_folders
+        readers: dict[Path | None, Code] = {}
+        # all of it now: an edit after this moment is the next run's
+        self._code = {stage.name: self._read_code(stage, readers) for stage in graph.stages.values()}
 
     def plan(self) -> list[Decision]:
         """The chosen stages, as things stand now."""
@@ -102,7 +101,8 @@ class Planner:
             if closed:
                 decisions[stage.name] = Decision(stage.name, "blocked", closed[0])
             elif pending:
-                decisions[stage.name] = self._not_yet(stage, decisions[pending[0]])
+                blocked = [name for name in pending if decisions[name].word == "blocked"]
+                decisions[stage.name] = self._not_yet(stage, decisions[(blocked or pending)[0]])
             else:
                 decisions[stage.name] = self.decide(stage, {name: each.output for name, each in decisions.items() if each.output})
         return list(decisions.values())
@@ -117,7 +117,13 @@ class Planner:
             digest = self.given[stage.name]
             return Decision(stage.name, "reuse", f"--use names artifact {digest[:12]}", output=digest, expected_s=0.0)
         inputs = {name: [self.digest(each, outputs) for each in references] for name, references in stage.inputs.items()}
-        leaves = self.leaves(stage, inputs)
+        try:
+            leaves = self.leaves(stage, inputs)
+        except OSError as error:
+            gone = [source.name for source in stage.sources if str(source.path) == str(error.filename)]
+            if not gone:
+                raise  # the store's own
+            return Decision(stage.name, "blocked", f"its source {gone[0]} can't be read ({error.strerror}); put it back")
         key = key_of(leaves)
         actions = self.store.actions(key)
         common: dict[str, Any] = {"key": key, "leaves": leaves, "inputs": inputs, "expected_s": self._seconds(stage)}
@@ -148,7 +154,7 @@ class Planner:
                     advice = f". Or go on {other_way}" if checkpoint.fits(identity(stage, inline=not self.inline)) is None else ""
                     return Decision(stage.name, "blocked", f"{misfit} (--fresh {stage.name}){advice}", **common)
                 return Decision(stage.name, "resume", f"goes on at step {checkpoint.step} of {stage.config.steps}", **common)
-        why = damage or ("an asked-for rerun was interrupted" if rerun_interrupted else self._why(stage, leaves))
+        why = damage or ("an asked-for rerun did not come to its end" if rerun_interrupted else self._why(stage, leaves))
         return Decision(stage.name, "run", why, **common)
 
     def leaves(self, stage: Stage, inputs: dict[str, list[str]]) -> dict[str, Any]:
@@ -168,6 +174,18 @@ class Planner:
 
     def digest(self, reference: str, outputs: dict[str, str]) -> str:
         return self._external[reference] if ":" in reference else outputs[reference]
+
+    def recoded(self, stage: Stage) -> bool:
+        """Whether the code that the stage can reach was changed since it was read for the stage's key."""
+        try:
+            return self._read_code(stage, {}) != self._code[stage.name]
+        except (ValueError, OSError):
+            return True  # in the middle of an edit
+
+    def _read_code(self, stage: Stage, readers: dict[Path | None, Code]) -> dict[str, str]:
+        user = self._user_folders.get(stage.name) or stage.user_folder()
+        code = readers.setdefault(user, Code(self._code_root, user))
+        return code.leaves(stage.kind.entries(), [each.entry() for each in stage.user_code])
 
     def _not_yet(self, stage: Stage, above: Decision) -> Decision:
         if above.word == "run" and self.store.latest(self.graph.loaded.file.pipeline, stage.name) is None:

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -46,6 +47,10 @@ LOOK_EVERY_S = 0.1
 LEASE_EVERY_S = 1.0
 TRACKING_DEADLINE_S = 20.0
 WAITING_TOLD_S = 10.0
+RECODED = "its code was changed since this run was planned, so what ran may be either; run again"
+LEASE_LOST = (
+    "its lease is another run's by now, or was deleted, so its result was not recorded; run again: what that run makes of it is reused"
+)
 
 
 @dataclass
@@ -55,7 +60,7 @@ class Options:
     command: str
     """As the person typed it."""
     go_on: str
-    """What goes on after an interruption: the same without what asks for a stage afresh."""
+    """What goes on after an interruption: the same without what asks for a stage afresh. For those that were not begun it is added."""
     fresh: Collection[str] = ()
     use: Mapping[str, str] = field(default_factory=dict)
     until: str | None = None
@@ -100,6 +105,7 @@ class Run:
         self._signal: int | None = None
         self._made = False
         self._joined = False
+        self._begun: set[str] = set()
         self._broken = ""
         """Why the run itself failed, whatever its stages came to."""
         self._tracking_said: str | None = None
@@ -304,11 +310,7 @@ class Run:
             return
         self._looked_at_s[stage.name] = time.monotonic()
         decision = self._planner_of_run.decide(stage, self._outputs)
-        if decision.word == "reuse":
-            self._reuse(stage, decision)
-            return
-        if decision.word == "blocked":
-            self._finish(stage, "failed", decision, error=decision.reason)
+        if self._settled(stage, decision):
             return
         if not self.options.inline and not self._joined:
             self._join([stage])  # the plan had nothing to make, and things changed since
@@ -323,11 +325,25 @@ class Run:
             return
         # while the lease was being taken another run may have finished the work
         decision = self._planner_of_run.decide(stage, self._outputs, held=True)
-        if decision.word == "reuse":
+        if self._settled(stage, decision):
             lease.release()
+        elif self._recoded(stage):
+            lease.release()
+            self._finish(stage, "failed", decision, error=RECODED)
+        else:
+            self._start(stage, decision, lease)
+
+    def _settled(self, stage: Stage, decision: Decision) -> bool:
+        """What needs no making, or can't be made."""
+        if decision.word == "reuse":
             self._reuse(stage, decision)
-            return
-        self._start(stage, decision, lease)
+        elif decision.word == "blocked":
+            self._finish(stage, "failed", decision, error=decision.reason)
+        return decision.word in ("reuse", "blocked")
+
+    def _recoded(self, stage: Stage) -> bool:
+        """Whether what runs in this process may be other code than the key has: modules are imported when a stage first needs them."""
+        return self.options.inline and self._planner_of_run.recoded(stage)
 
     def _start(self, stage: Stage, decision: Decision, lease: Lease) -> None:
         del self._waiting[stage.name]
@@ -336,8 +352,11 @@ class Run:
         self._write("stage_started", stage=stage.name, key=decision.key, decision=decision.word, reason=decision.reason, steps=steps)
         job = self._job(stage, decision)
         self._running[stage.name] = running = _Running(stage, decision, lease, None, _now_ms(), time.monotonic())
+        self._begun.add(stage.name)
+        if decision.forced:  # seen by later plans: until the series is recorded, it is a rerun that did not come to its end
+            (self.store.work(job.key) / f"{decision.series}.0").mkdir(parents=True, exist_ok=True)
         if self.options.inline:
-            running.task = _Inline(job, lambda event: self._heard(stage, event), lambda: self._signal is not None)
+            running.task = _Inline(job, lambda event: self._heard(stage, event), lambda: self._signal is not None or self._stop_asked())
             return
         from cluster.ray_session import submit
 
@@ -411,11 +430,13 @@ class Run:
         stage, decision = running.stage, running.decision
         seconds = time.monotonic() - running.started_s
         if outcome.stopped:
+            self._signal = self._signal or signal.SIGTERM  # the store's mark may reach a stage before it reaches this loop
             self._stopped(running, seconds=seconds)
             return
         damage = self.store.intact(outcome.output) if outcome.output else None
-        if outcome.output is None or damage or running.lease.lost():
-            error = outcome.error or damage or "its lease is another run's by now, or was deleted, so its result was not recorded"
+        recoded = outcome.output is not None and self._recoded(stage)
+        if outcome.output is None or damage or recoded or running.lease.lost():
+            error = outcome.error or damage or (RECODED if recoded else LEASE_LOST)
             if outcome.traceback:
                 self.store.backend.put(f"runs/{self.run}/{stage.name}.traceback.txt", outcome.traceback.encode(errors="backslashreplace"))
             self._finish(stage, "failed", decision, seconds=seconds, error=error)
@@ -494,7 +515,7 @@ class Run:
 
     def _let_go(self) -> None:
         for running in self._running.values():
-            if not self.options.inline:
+            if running.task is not None and not self.options.inline:
                 self._try_to(f"end {running.stage.name}", running.task.cancel)
             self._try_to(f"give back the lease of {running.stage.name}", running.lease.release)
 
@@ -511,7 +532,8 @@ class Run:
         self._try_to("name the newest model", self._name_newest_model)
         failed = [name for name, how in self._failed.items() if how == "failed"]
         closed = "".join(f"{each}. " for each in self._closed.values())
-        go_on = f"go on with: {self.options.go_on}"
+        fresh = "".join(f" --fresh {shlex.quote(name)}" for name in self.options.fresh if name not in self._begun)
+        go_on = f"go on with: {self.options.go_on}{fresh}"
         if self._signal is not None:
             status, code, text = "KILLED", 128 + self._signal, f"interrupted; {go_on}"
         elif failed:

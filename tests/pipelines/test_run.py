@@ -17,7 +17,7 @@ from pipelines.cli import app
 from pipelines.config import ConfigError, load
 from pipelines.execute import Job, Outcome, execute
 from pipelines.graph import ROOT, Graph, build
-from pipelines.journal import read_journal
+from pipelines.journal import Superseded, read_journal
 from pipelines.planner import Decision, Planner, resolve
 from pipelines.runner import Options, Run, dead_runs
 from pipelines.store import FolderBackend, Store
@@ -226,6 +226,22 @@ def test_rerun_makes_one_stage_afresh_and_keeps_the_old_making(small: Small):
     assert small.run()[1]["cut"] == "reused"
 
 
+@pytest.mark.parametrize(("end", "status"), [("raise KeyboardInterrupt", "stopped"), ("raise StageFailure('no')", "failed")])
+def test_a_rerun_that_did_not_come_to_its_end_is_not_forgotten(small: Small, end: str, status: str):
+    mark = small.folder / "mark"
+    fault = f"    if __import__('os').path.exists({str(mark)!r}):\n        {end}\n"
+    small.write("kinds.py", KINDS.replace("    text = (documents.path", f"{fault}    text = (documents.path"))
+    small.run()
+    mark.touch()
+    assert small.run(fresh=["cut", "report"])[1]["cut"] == status
+    assert small.events[-1]["text"].endswith("go on with: gptline run small.toml --fresh report")  # which was not begun
+    assert small.plan()["cut"] == ("run", "an asked-for rerun did not come to its end")
+    mark.unlink()
+    assert small.run(fresh=["report"]) == (0, {"words": "reused", "cut": "done", "report": "done"})
+    assert {each.stage: each.number for each in small.store.all_actions() if each.forced} == {"cut": 2, "report": 2}
+    assert set(small.run()[1].values()) == {"reused"}
+
+
 def test_until_makes_a_stage_and_what_it_needs_and_no_more(small: Small):
     assert small.run(until="cut") == (0, {"words": "done", "cut": "done"})
     with pytest.raises(ConfigError, match="--until cutt: there is no such stage; there are words, cut, report"):
@@ -349,13 +365,47 @@ def test_a_run_whose_driver_is_gone_is_known_as_dead(small: Small):
     assert dead_runs(small.store) == [small.store.runs()[0]]
 
 
-def test_a_file_that_is_edited_while_an_earlier_stage_runs_is_recorded_as_it_ran(small: Small):
-    edit = "    (stage.sources[0].path.parent / 'words.py').write_text('def shorten(text, letters): return text[-1:]')\n    with stage.open"
-    small.write("kinds.py", KINDS.replace("    with stage.open", edit))
-    assert small.run() == (0, {"words": "done", "cut": "done", "report": "done"})
-    cut = small.store.artifact(resolve(small.store, f"run:{small.store.runs()[0]}/cut"))
-    assert (cut.path / "train.jsonl").read_text() == "abc"  # what ran
-    assert small.plan()["cut"] == ("run", "code of words:shorten changed")  # is what was recorded
+@pytest.mark.parametrize("during", ["    with stage.open", "    text = (documents.path"])
+def test_code_that_is_edited_before_or_while_it_runs_in_this_process_is_not_recorded(small: Small, during: str):
+    edit = (
+        f"    __import__('pathlib').Path({str(small.folder / 'words.py')!r}).write_text('def shorten(text, letters): return text[-1:]')\n"
+    )
+    small.write("kinds.py", KINDS.replace(during, edit + during))
+    assert small.run() == (1, {"words": "done", "cut": "failed", "report": "blocked"})
+    assert small.error() == "its code was changed since this run was planned, so what ran may be either; run again"
+    assert {each.stage for each in small.store.all_actions()} == {"words"}
+    assert small.run() == (0, {"words": "reused", "cut": "done", "report": "done"})
+
+
+OTHERS = '\n[stages.others]\nuses = "./kinds.py:words"\nfile = "other.txt"\n'
+
+
+def test_a_source_that_is_gone_blocks_what_needs_it_whatever_else_is_made_for_that(small: Small):
+    small.write("small.toml", TOML.replace('["words", "cut"]', '["others", "words"]') + OTHERS)
+    small.write("other.txt", "uvw")
+    graph = small.graph()
+    (small.folder / "words.txt").unlink()
+    assert {each.stage: (each.word, each.reason) for each in Planner(graph, small.store, ROOT).plan()} == {
+        "words": ("blocked", "its source words.txt can't be read (No such file or directory); put it back"),
+        "others": ("run", "never made here"),
+        "cut": ("blocked", "its input words can't be made"),
+        "report": ("blocked", "its input words can't be made"),
+    }
+
+
+def test_a_source_that_goes_while_the_run_begins_leaves_the_other_branch_whole(small: Small, monkeypatch: pytest.MonkeyPatch):
+    small.write("small.toml", TOML + OTHERS)
+    small.write("other.txt", "uvw")
+    begin = Run._begin
+
+    def lose_one(run: Run, plan: list[Decision]) -> None:
+        begin(run, plan)
+        (small.folder / "words.txt").unlink()
+
+    monkeypatch.setattr(Run, "_begin", lose_one)
+    assert small.run() == (1, {"words": "failed", "cut": "blocked", "report": "blocked", "others": "done"})
+    assert small.error() == "its source words.txt can't be read (No such file or directory); put it back"
+    assert small.events[-1]["text"] == "words failed; the other results are kept. Mend it, then go on with: gptline run small.toml"
 
 
 def test_what_a_given_stage_reads_is_not_needed(small: Small):
@@ -502,6 +552,17 @@ def test_a_training_that_was_stopped_says_at_which_step_it_was_saved(drilled: Sm
     assert drilled.run(until="drill") == (0, {"words": "reused", "drill": "done"})
 
 
+def test_a_stop_through_the_store_reaches_a_training_of_one_process_and_is_the_runs_end_though_nothing_else_was_to_do(small: Small):
+    runs = str(small.store.root / "runs")
+    stop = f"import pathlib, time; [(run / 'stop').touch() for run in pathlib.Path({runs!r}).iterdir()]; time.sleep(0.4)"
+    small.write("kinds.py", KINDS + DRILL.replace("os.kill(os.getpid(), signal.SIGINT)", stop))
+    small.write("small.toml", TOML + DRILL_TOML)
+    assert small.run(until="drill") == (143, {"words": "done", "drill": "stopped"})
+    (last,) = [event for event in small.events if event["type"] == "stage_ended" and event["stage"] == "drill"]
+    assert last["reason"] == "saved at step 3"
+    assert small.events[-1]["status"] == "KILLED"
+
+
 def test_a_plan_is_made_for_the_run_that_is_asked_for(drilled: Small):
     def plan(*words: str) -> str:
         drilled.graph()  # as in a process of its own
@@ -584,12 +645,12 @@ class Cluster:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import ray
 
-        self.joined = 0
+        self.joined = self.cancelled = 0
         monkeypatch.setattr(Run, "_session", self._session)
         monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, "memory": 2.0**31}}])
         monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0, "memory": 2.0**30})
         monkeypatch.setattr("pipelines.runner.WAITING_TOLD_S", 0.0)
-        monkeypatch.setattr("cluster.ray_session.submit", lambda function, job, **asked: LateTask(job))
+        monkeypatch.setattr("cluster.ray_session.submit", lambda function, job, **asked: LateTask(job, self))
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[None]:
@@ -598,8 +659,9 @@ class Cluster:
 
 
 class LateTask:
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, cluster: Cluster) -> None:
         self.started = self.done = False
+        self._cluster = cluster
         self._job = job
         self._looks = 0
 
@@ -612,6 +674,9 @@ class LateTask:
 
     def result(self) -> Outcome:
         return self._outcome
+
+    def cancel(self) -> None:
+        self._cluster.cancelled += 1
 
 
 @pytest.fixture
@@ -650,3 +715,25 @@ def test_a_session_is_opened_when_what_was_to_be_reused_is_gone(small: Small, cl
     assert small.run(inline=False) == (0, {"words": "reused", "cut": "done", "report": "reused"})
     assert cluster.joined == 1
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_lost_lease_records_nothing_and_says_what_to_do(small: Small):
+    lose = "    [stage._store.backend.delete(each) for each in stage._store.backend.list(f'leases/{stage._job.key}')]\n    with stage.open"
+    small.write("kinds.py", KINDS.replace("    with stage.open", lose))
+    assert small.run() == (1, {"words": "failed", "cut": "blocked", "report": "blocked"})
+    assert small.error().startswith("its lease is another run's by now, or was deleted, so its result was not recorded; run again: ")
+    assert list(small.store.all_actions()) == []
+
+
+def test_a_driver_whose_journal_was_taken_over_gives_its_stages_back_and_says_nothing_more(small: Small, cluster: Cluster):
+    end = "    __import__('pipelines.journal').journal.JournalWriter(stage._store, stage._job.run).write('run_ended', status='KILLED')\n"
+    small.write("kinds.py", KINDS.replace("    with stage.open", f"{end}    with stage.open"))
+    small.write("small.toml", TOML + OTHERS)  # runs meanwhile
+    small.write("other.txt", "uvw")
+    with pytest.raises(Superseded):
+        small.run(inline=False)
+    assert cluster.cancelled == 1
+    (run,) = small.store.runs()
+    assert read_journal(small.store, run)[-1]["status"] == "KILLED"
+    for lease in small.store.backend.list("leases"):
+        assert b'"released": true' in (small.store.backend.get(lease) or b"")
