@@ -157,6 +157,34 @@ def test_sigterm_saves_a_checkpoint_and_ends_with_143_and_the_command_that_goes_
     assert program.outputs()["pretrain"] == inline_undisturbed.outputs()["pretrain"]
 
 
+def test_rerun_makes_one_stage_anew_and_what_follows_only_where_it_came_to_other_bytes(one_rank_undisturbed, new_program):
+    program = new_program(like=one_rank_undisturbed)
+    said = program.run("rerun", "small.toml", "tokenizer")
+    assert "tokenizer   run: asked for afresh" in said
+    assert program.status() == {"documents": "reused", "tokenizer": "done", "tokenize": "reused", "pretrain": "reused"}
+    assert (program.action("tokenizer").number, program.action("tokenizer").forced) == (2, True)
+    assert program.outputs() == one_rank_undisturbed.outputs()
+
+
+def test_stop_reaches_a_training_of_one_process_and_takes_no_finished_model_away(program, wait_for, marks):
+    toml = program.folder / "small.toml"
+    head, pretrain, settings = toml.read_text().partition("[stages.pretrain]")
+    toml.write_text(head + pretrain + settings + "\n[stages.further]" + settings.replace("dropout = 0.1", "dropout = 0.2"))
+    program.run("run", "small.toml", "--inline")
+    finished = program.outputs()["further"]
+    assert program.store.pointed("small", "newest") == finished
+    faults = [f"stages.{stage}.{setting}" for stage in ("pretrain", "further") for setting in ("lr=2e-3", f"marks={marks}")]
+    sets = [word for each in [*faults, "stages.further.fault=rank 0: pause at 7"] for word in ("--set", each)]
+    process = program.start("run", "small.toml", "--inline", *sets)
+    wait_for((marks / "pause-0-7").exists, "step 7", process)
+    run = program.last_run()
+    assert run in program.run("stop", run)
+    said = program.finish(process, code=143)
+    assert (program.status()["pretrain"], program.status()["further"]) == ("done", "stopped")
+    assert "saved at step 8" in said
+    assert program.store.pointed("small", "newest") == finished
+
+
 def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(program, wait_for, marks):
     process = program.start(*command("rank 0: wait at 7", marks, "--inline"))
     wait_for((marks / "wait-0-7").exists, "step 7", process)
