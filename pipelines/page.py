@@ -50,6 +50,8 @@ MEANINGS = {
     "eval/xz_bits_per_byte": "What xz -9e needs for it; to be beaten.",
     "eval/exactly_right": "Share of questions answered right to the letter, by the likeliest tokens; higher is better.",
     "eval/exactly_right_sampled": "Share of questions answered right to the letter by a draw at temperature 1; higher is better.",
+    "eval/number_right": "Share of questions whose right number the likeliest tokens give; higher is better.",
+    "eval/number_right_sampled": "Share of questions whose right number a draw at temperature 1 gives; higher is better.",
     "eval/declined": "Share of questions declined, of those where that is right; higher is better.",
     "eval/false_refusals": "Share of questions declined, of those that have an answer; lower is better.",
     "eval/truncated_share": "Share of answers cut off before the model ended them; lower is better.",

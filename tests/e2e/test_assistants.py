@@ -76,7 +76,7 @@ RECIPES = {
         taught=("problems",),
         policy="rl",
         judged=("rl", "reward/score_mean"),
-        reported={"eval/exactly_right", "eval/baseline_exactly_right", "eval/kl_nats_per_response"},
+        reported={"eval/exactly_right", "eval/number_right", "eval/baseline_number_right", "eval/kl_nats_per_response"},
         changed='stages.rl.number_marker="="',
         runs_again={"rl", "evaluate", "export"},
         sources=("verifiable_gsm8k/train.jsonl", "verifiable_svamp/SVAMP.json"),
