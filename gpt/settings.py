@@ -169,7 +169,7 @@ class TrainSettings(Settings):
     max_restarts: Operational[int] = Field(default=2, ge=0)
     """How often a gang that lost a rank starts again from its newest checkpoint."""
     start_deadline_s: Operational[float] = Field(default=300, gt=0)
-    """Longest time from the gang's start to its first step."""
+    """Longest time from the gang's start to its first step; and how long a gang waits for room that no node has."""
     step_deadline_s: Operational[float] = Field(default=600, gt=0)
     """Longest time for one step, evaluation or checkpoint."""
 

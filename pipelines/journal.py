@@ -41,14 +41,15 @@ class JournalWriter:
         self._store = store
         self.run = run
         self._lock = threading.Lock()
-        self._pending: list[Event] = []
+        self._pending: list[bytes] = []
         self._flushed_at_s = time.monotonic()
         self._next = _last_segment(store, run) + 1
 
     def write(self, type: str, **fields: Any) -> Event:
         event = {"type": type, "time_ms": time.time_ns() // 1_000_000, **fields}
+        line = (json.dumps(event, ensure_ascii=False) + "\n").encode(errors="backslashreplace")  # what is no JSON shall not stay here
         with self._lock:
-            self._pending.append(event)
+            self._pending.append(line)
         if type not in ("points", "progress"):
             self.flush()
         else:
@@ -63,13 +64,12 @@ class JournalWriter:
     def flush(self) -> None:
         with self._lock:
             while self._pending:
-                lines = [(json.dumps(event, ensure_ascii=False) + "\n").encode(errors="backslashreplace") for event in self._pending]
-                name, written = _segment(self.run, self._next), len(lines)
-                if not self._store.backend.put_if_absent(name, b"".join(lines)):
+                name, written = _segment(self.run, self._next), len(self._pending)
+                if not self._store.backend.put_if_absent(name, b"".join(self._pending)):
                     # an error or a signal may have come after the segment was there, and before this writer knew it
                     found = self._store.backend.get(name) or b""
                     written = found.count(b"\n")
-                    if not written or found != b"".join(lines[:written]):
+                    if not written or found != b"".join(self._pending[:written]):
                         raise Superseded(f"run {self.run} was taken over by another driver")
                 self._next += 1
                 del self._pending[:written]

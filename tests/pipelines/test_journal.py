@@ -22,6 +22,14 @@ def test_what_is_written_is_read_in_order_and_once(store: Store):
     assert read_journal(store, "r")[1]["text"] == "ü"
 
 
+def test_an_event_that_is_no_json_is_refused_and_stands_in_nobodys_way(store: Store):
+    writer = JournalWriter(store, "r")
+    with pytest.raises(TypeError):
+        writer.write("progress", done={1})
+    writer.write("run_ended", status="FAILED")
+    assert [event["type"] for event in read_journal(store, "r")] == ["run_ended"]
+
+
 def test_points_that_a_resumed_gang_repeats_are_read_once(store: Store):
     writer = JournalWriter(store, "r")
     for step in (1, 2, 3, 2, 3, 4):  # resumed after step 1
