@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("gptline", deadline=None)  # how long an example takes says more about the machine
+settings.load_profile("gptline")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell that runs the tests in the background has Ctrl-C ignored, and all that is started here would inherit that.
