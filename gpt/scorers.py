@@ -131,7 +131,7 @@ class _Process:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,
-                # A Ctrl-C is the rank's to hear, and what the function starts ends with it.
+                # A Ctrl-C is the rank's to hear, and what the function starts ends with it, but for what begins a session of its own.
                 start_new_session=True,
                 # So that the order of a set does not differ when a run resumes.
                 env={**os.environ, "PYTHONHASHSEED": "0"},

@@ -128,9 +128,9 @@ def to_rating(columns: Mapping[str, Any], settings: DialogueSettings, score_rang
     score = _value(columns, settings, "score")
     lowest, highest = score_range
     if isinstance(score, bool) or not isinstance(score, int | float):
-        raise ValueError(f"score is {score!r}, wanted a number")
+        raise ValueError(f"score is {_short(score)}, wanted a number")
     if not lowest <= score <= highest:
-        raise ValueError(f"score is {score!r}, out of score_range = [{lowest:g}, {highest:g}]")
+        raise ValueError(f"score is {_short(score)}, out of score_range = [{lowest:g}, {highest:g}]")
     response = _response(_value(columns, settings, "response"), settings, "response")
     prompt = _ending_with_user(_prompt(columns, settings))
     return {"prompt": prompt, "response": response, "score": (score - lowest) / (highest - lowest)}
@@ -184,8 +184,10 @@ def _message(value: Any, settings: DialogueSettings) -> Message:
     if not all(name in value for name in names):
         raise ValueError(f"a message has the keys {', '.join(map(str, value))}; wanted role and content, or from and value")
     role, content = (value[name] for name in names)
+    if not isinstance(role, str):
+        raise ValueError(f"a message's {names[0]} is {_short(role)}, wanted a text")
     known = {**ROLES, **settings.roles}
-    found = known.get(role) or known.get(str(role).lower())
+    found = known.get(role) or known.get(role.lower())
     if found is None:
         raise ValueError(f'role {role!r} is unknown; say what it is, for example roles = {{ {role} = "user" }}')
     if not isinstance(content, str):

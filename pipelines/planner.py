@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.metadata
 import json
@@ -292,15 +293,18 @@ def closed_gate(stage: Stage, action: Action) -> str | None:
     """Why what a stage made may not be read, as a sentence; None when it passes all its gates."""
     known = {name: points[-1][1] for name, points in action.curves.items() if points} | action.figures
     found = []
+    remedies = set()
     for gate in stage.gates:
         value = known.get(gate.figure)
         if value is None:
-            found.append(f"it has no figure {gate.figure}, {'only ' + ', '.join(sorted(known)) if known else 'nor any other'}")
+            near = difflib.get_close_matches(gate.figure, known, n=1)
+            there = f"perhaps {near[0]} is meant" if near else "there are " + ", ".join(sorted(known)) if known else "nor any other"
+            found.append(f"it has no figure {gate.figure}, {there}")
         elif not gate.passes(value):
             shown = next(text for text in (f"{value:.6g}", repr(value)) if not gate.passes(float(text)))  # no rounding across the bound
             found.append(f"{gate.figure} is {shown}, wanted {gate.wanted()}")
-    remedy = "train it longer or otherwise" if stage.kind.trains() else "change its settings or its inputs"
-    return f"{stage.name}'s gate is closed: {', and '.join(found)}; {remedy}, or change the gate" if found else None
+            remedies.add("train it longer or otherwise, or " if stage.kind.trains() else "change its settings or its inputs, or ")
+    return f"{stage.name}'s gate is closed: {', and '.join(found)}; {''.join(remedies)}change the gate" if found else None
 
 
 def identity(stage: Stage, *, inline: bool = False) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def test_alpacas_input_follows_its_instruction_and_a_system_column_comes_first()
         ([{"role": "system", "content": "Be brief."}, HELLO[1], HELLO[0]], "no user's message before the assistant's"),
         ([HELLO[0], {"role": "assistant", "content": " "}], r"message 2 \(the assistant's\) is empty"),
         ([HELLO[0], {"role": "tool", "content": "a"}], "role 'tool' is unknown; say what it is"),
+        ([HELLO[0], {"role": ["user"], "content": "a"}], "a message's role is \\['user'\\], wanted a text"),
+        ([HELLO[0], {"role": None, "content": "a"}], "a message's role is None, wanted a text"),
         ([HELLO[0], HELLO[0], HELLO[1]], "message 2 is the user's again; join_turns"),
         ([*HELLO, {"role": "system", "content": "a"}], "message 3 is the system's, which only the first can be"),
         ([HELLO[0], {"role": "assistant", "content": 3}], "the assistant's message is 3, wanted a text"),
