@@ -200,8 +200,8 @@ def test_a_gate_counts_where_nothing_follows(gated: Gated):
         ("{figure='eval/pair_accuracy', min=0}", -1, "eval/pair_accuracy is nan, wanted at least 0;"),
         ("{figure='eval/pair_accuracy', max=1}", -1, "eval/pair_accuracy is nan, wanted at most 1;"),
         ("{figure='eval/pair_accuracy', min=0.65}", 0.64999999, "eval/pair_accuracy is 0.64999999, wanted at least 0.65;"),
-        ("{figure='loss', min=0}", 0.61, "it has no figure loss, there are eval/pair_accuracy, eval/pairs; change the gate"),
-        ("{figure='eval/pairacuracy', min=0}", 0.61, "it has no figure eval/pairacuracy, perhaps eval/pair_accuracy is meant; change the gate"),
+        ("{figure='time/zzz', min=0}", 0.61, "it has no figure time/zzz, there are eval/pair_accuracy, eval/pairs; change the gate"),
+        ("{figure='eval/accuracy', min=0}", 0.61, "it has no figure eval/accuracy, perhaps eval/pair_accuracy is meant; change the gate"),
         (
             "[{figure='eval/pair_accuracy', min=0.7}, {figure='eval/pairs', min=1}, {figure='eval/pairs', max=50}]",
             0.61,
