@@ -1,7 +1,7 @@
 # make quickstart   the whole line, from text to a trained model, on this machine
 # make test         everything that is checked
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-PYTEST = .venv/bin/python -m pytest --numprocesses=2 --dist=loadscope
+PYTEST = .venv/bin/python -m pytest
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: install quickstart test unit lint clean
@@ -11,11 +11,11 @@ install: .venv/installed
 quickstart: install
 	.venv/bin/gptline run configs/quickstart.toml
 
-test: lint
-	$(PYTEST) --durations=25
+test: lint unit
+	$(PYTEST) -m "slow or gpu" --durations=25
 
 unit: .venv/installed-dev
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu" --numprocesses=2 --dist=loadscope
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check

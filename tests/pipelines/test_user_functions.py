@@ -288,12 +288,19 @@ resources.ranks = 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inline", [True, False])
-def test_what_runs_in_every_process_is_what_was_frozen_though_the_file_was_edited_meanwhile(marks: Marks, inline: bool):
+def test_what_runs_in_every_process_is_what_was_frozen_though_the_file_was_edited_meanwhile(marks: Marks):
     marks.write("marks.toml", 'pipeline = "marks"\n' + GANG + f'reward = "./reward.py:score"\nwhere = "{marks.folder}"\n')
-    assert marks.run(inline=inline) == 0, _ended(marks, "gang")
+    assert marks.run(inline=False) == 0, _ended(marks, "gang")
     assert marks.figures("gang") == {"eval/here": 4, "eval/spawned": 4, "eval/started": 4, "eval/rank": 4}
     assert marks.planned()["gang"].reason == "code of reward:score changed"
+
+
+@pytest.mark.slow
+def test_what_ran_while_its_file_was_edited_in_one_process_is_not_recorded(marks: Marks):
+    marks.write("marks.toml", 'pipeline = "marks"\n' + GANG + f'reward = "./reward.py:score"\nwhere = "{marks.folder}"\n')
+    assert marks.run(inline=True) == 1
+    assert _ended(marks, "gang")[-1]["error"].startswith("its code was changed since this run was planned")
+    assert marks.planned()["gang"].word == "run"
 
 
 @pytest.mark.slow
