@@ -1,4 +1,4 @@
-# make quickstart   the whole line, from text to a trained model, on this machine
+# make quickstart   the whole line, from text to an assistant, on this machine
 # make test         everything that is checked
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST = .venv/bin/python -m pytest
