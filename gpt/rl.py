@@ -165,7 +165,7 @@ def train(
 ) -> dict[str, Any] | None:
     """Train the policy of a folder on its own responses and write it to `output`; its metadata, or None when stopped before the end.
 
-    What the scorers say is added up. The figures are those of the last step, where it ran in this process.
+    What the scorers say is added up. The figures are those of the last step.
     """
     with rank.section("start", config.start_deadline_s):
         tokenizer = Tokenizer.load(policy / "tokenizer.json")

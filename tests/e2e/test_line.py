@@ -154,9 +154,8 @@ def test_sample_continues_a_prompt_the_same_way_for_the_same_seed(line):
         assert line.program.run(*sample, "--seed", "5") == line.program.run(*sample, "--seed", "5")
 
 
+@pytest.mark.parametrize("line", ["quickstart"], indirect=True)  # the one recipe of these with an assistant
 def test_the_assistant_is_the_pipelines_newest_model_and_answers_in_a_pipe(line):
-    if "rl" not in line.stages:
-        pytest.skip("this recipe has no assistant")
     assert line.program.store.pointed(line.recipe, "newest") == line.program.outputs(line.run)["rl"]
     answer = line.program.run("chat", "--tokens", "8", typed="What does len do?\n")
     assert answer.strip()
