@@ -293,7 +293,7 @@ def closed_gate(stage: Stage, action: Action) -> str | None:
     """Why what a stage made may not be read, as a sentence; None when it passes all its gates."""
     known = {name: points[-1][1] for name, points in action.curves.items() if points} | action.figures
     found = []
-    remedies = set()
+    remedy = ""
     for gate in stage.gates:
         value = known.get(gate.figure)
         if value is None:
@@ -303,8 +303,8 @@ def closed_gate(stage: Stage, action: Action) -> str | None:
         elif not gate.passes(value):
             shown = next(text for text in (f"{value:.6g}", repr(value)) if not gate.passes(float(text)))  # no rounding across the bound
             found.append(f"{gate.figure} is {shown}, wanted {gate.wanted()}")
-            remedies.add("train it longer or otherwise, or " if stage.kind.trains() else "change its settings or its inputs, or ")
-    return f"{stage.name}'s gate is closed: {', and '.join(found)}; {''.join(remedies)}change the gate" if found else None
+            remedy = "train it longer or otherwise, or " if stage.kind.trains() else "change its settings or its inputs, or "
+    return f"{stage.name}'s gate is closed: {', and '.join(found)}; {remedy}change the gate" if found else None
 
 
 def identity(stage: Stage, *, inline: bool = False) -> dict[str, Any]:
