@@ -98,6 +98,8 @@ def story(small: Any, new_program: Any, wait_for: Any, cluster: str, token: obje
     for name in kept:
         (program.folder / name).write_text("an edit while the job waits for its turn\n")
     wait_for((marks / "pause-0-7").exists, "step 7")
+    # what a rank says goes through its stage's process to the driver, and reaches the journal after the rank's own mark
+    wait_for(lambda: any(event["type"] == "points" for event in program.events()), "word of a step")
     told.said["status"] = program.run("status")
     told.said["stop"] = program.run("stop")
     for name, text in kept.items():
