@@ -12,10 +12,10 @@ quickstart: install
 	.venv/bin/gptline run configs/quickstart.toml
 
 test: lint unit
-	$(PYTEST) -m "slow or gpu" --durations=25
+	$(PYTEST) -m "slow or gpu" --numprocesses=2 --durations=25
 
 unit: .venv/installed-dev
-	$(PYTEST) -m "not slow and not gpu" --numprocesses=2 --dist=loadscope
+	$(PYTEST) -m "not slow and not gpu" --numprocesses=2
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check

@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -153,7 +154,9 @@ def _import_deepspeed(device: torch.device) -> Any:
         os.environ["DS_ACCELERATOR"] = "cpu"
     # DeepSpeed reads it, and only it, to find its device.
     os.environ.setdefault("LOCAL_RANK", "0")
-    import deepspeed
+    # Its autotuner, which nobody here calls, would import MLflow: longer than all the rest of it.
+    with _absent("mlflow"):
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Found compatible, this op is compiled with g++ at the first use; gloo serves without it. Set whole, since the first look at
@@ -162,6 +165,17 @@ def _import_deepspeed(device: torch.device) -> Any:
     # It calls collectives by names that torch 2.13 announces to rename, at every step.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     return deepspeed
+
+
+@contextlib.contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """Who tries to import it does without, unless this process has it already."""
+    had = sys.modules.setdefault(module, None)  # type: ignore[arg-type]  # as the import system knows a module that isn't there
+    try:
+        yield
+    finally:
+        if had is None:
+            del sys.modules[module]
 
 
 @contextlib.contextmanager

@@ -468,7 +468,7 @@ class _Start:
             self._collect(running.values())
             late = [index for index in running.values() if time.monotonic() > self._due_s[index]]
             if late:
-                return self._hang(late)
+                return self._hang(late, running.values())
         self._drain(range(len(runs)))
         return done[0]
 
@@ -564,15 +564,15 @@ class _Start:
             return "killed by SIGKILL"
         return death_in_words(error)
 
-    def _hang(self, late: list[int]) -> _Loss:
+    def _hang(self, late: list[int], running: Iterable[int]) -> _Loss:
         stacks = self._stacks()
         for index, text in stacks.items():
             self._on_event({"type": "stacks", "rank": index, "text": f"{self._called(index)}:\n{text}"})
-        # Those that wait in a collective wait for the ones that do something else.
-        stuck = [index for index in late if "distributed_c10d" not in stacks[index]] or late
-        section, deadline_s = self._sections[stuck[0]]
+        stuck = held_up_by(late, {index: stacks[index] for index in running})
+        section, deadline_s = self._sections[late[0]]
         who = " and ".join(self._called(index) for index in stuck)
-        sentence = f"{who} did not finish section {section!r} within its {deadline_s:g} s at step {self._reached()}"
+        did = "did not finish" if stuck[0] in late else f"kept {self._called(late[0])} from finishing"
+        sentence = f"{who} {did} section {section!r} within its {deadline_s:g} s at step {self._reached()}"
         return _Loss(stuck[0], "deadline", sentence, True, "\n".join(f"rank {index}:\n{text}" for index, text in stacks.items()))
 
     def _stacks(self) -> dict[int, str]:
@@ -589,6 +589,15 @@ class _Start:
                     time.sleep(_POLL_S)
         files = [_stacks_file(self._attempt, index) for index in range(len(self._actors))]
         return {index: file.read_text(errors="replace") if file.exists() else "did not answer" for index, file in enumerate(files)}
+
+
+def held_up_by(late: Sequence[int], stacks: Mapping[int, str]) -> list[int]:
+    """Which of the running ranks, each with its stack, keeps those waiting that are past their deadline.
+
+    Who waits in a collective waits for the ones that do something else. These may have begun a moment later, and not be late yet.
+    """
+    elsewhere = [index for index, stack in stacks.items() if "distributed_c10d" not in stack]
+    return [index for index in late if index in elsewhere] or elsewhere or list(late)
 
 
 class _RankProcess:

@@ -103,6 +103,8 @@ class _Module:
     """Top-level definitions by name; LOOSE holds the statements that define nothing."""
     imports: dict[str, list[str]] = field(default_factory=dict)
     """What the module binds by importing, at its top or in loose statements."""
+    definitions: dict[str, _Definition] = field(default_factory=dict)
+    """Of `nodes`, as far as they were asked for."""
 
 
 class Code:
@@ -116,7 +118,6 @@ class Code:
         self._user = user
         self._modules: dict[str, _Module] = {}
         self._paths: dict[str, Path | None] = {}
-        self._definitions: dict[Name, _Definition] = {}
 
     def leaves(self, entries: Iterable[Name], called: Iterable[Name] = ()) -> dict[str, str]:
         """Hashes of all definitions that these (module, name) pairs can reach: {"gpt.model:GPT": "1f0c..."}.
@@ -214,12 +215,12 @@ class Code:
         return [(module_name, parts[size])]
 
     def _definition(self, name: Name) -> _Definition:
-        if name not in self._definitions:
-            module = self._module(name[0])
+        module = self._module(name[0])
+        if name[1] not in module.definitions:
             nodes = self._counted(name, ())
             imports, stars = _imports([each for node in nodes for each in _walk(node)], module.package)
-            self._definitions[name] = _Definition(frozenset(chain for node in nodes for chain in _chains(node)), imports, stars)
-        return self._definitions[name]
+            module.definitions[name[1]] = _Definition(frozenset(chain for node in nodes for chain in _chains(node)), imports, stars)
+        return module.definitions[name[1]]
 
     def _counted(self, name: Name, by_value: Collection[Name]) -> list[ast.stmt]:
         nodes = [node for node in self._module(name[0]).nodes[name[1]] if not _is_protocol(node)]
@@ -320,13 +321,15 @@ class Code:
         if name not in self._modules:
             path = self._path(name)
             assert path is not None, f"{name} is not ours"
-            self._modules[name] = _Module(name, name, ast.Module([], [])) if path.is_dir() else _parse(name, path)
+            self._modules[name] = _Module(name, name, ast.Module([], [])) if path.is_dir() else _parse(name, path, path.read_bytes())
         return self._modules[name]
 
 
-def _parse(name: str, path: Path) -> _Module:
+@functools.cache
+def _parse(name: str, path: Path, source: bytes) -> _Module:
+    """The same file with the same text is read once in a process, whoever asks: a run asks again at the end of every stage."""
     try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
+        tree = ast.parse(source, filename=str(path))
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{path} can't be read as Python: {error}") from error
     module = _Module(name, name if path.name == "__init__.py" else name.rpartition(".")[0], tree)

@@ -40,7 +40,7 @@ class StageView:
     """reuse, run, resume, wait or blocked."""
     reason: str = ""
     status: str = "planned"
-    """planned, running, done, reused, failed, stopped or blocked."""
+    """planned, running, done, reused, failed, stopped, blocked, or killed: the run ended while it was running."""
     steps: int | None = None
     key: str = ""
     number: int | None = None
@@ -120,6 +120,8 @@ class RunView:
                 stage.error = event.get("error") or ""
             case "run_ended":
                 self.status, self.text, self.ended_ms = event["status"], event.get("text") or "", event["time_ms"]
+                for stage in self.stages.values():
+                    stage.status = "killed" if stage.status == "running" else stage.status
 
 
 def run_view(store: Store, run: str) -> RunView:
@@ -230,6 +232,7 @@ class Progress:
             "blocked": "yellow",
             "failed": "red",
             "stopped": "yellow",
+            "killed": "yellow",
         }
         with self._lock:
             for stage in self.view.stages.values():
@@ -310,7 +313,7 @@ def work_to_do(decisions: Sequence[Decision]) -> str:
 
 def _word(stage: StageView) -> str:
     """The decision, until something else became of the stage."""
-    return stage.status if stage.status in ("failed", "stopped", "blocked") else stage.decision or stage.status
+    return stage.status if stage.status in ("failed", "stopped", "blocked", "killed") else stage.decision or stage.status
 
 
 def _running(stage: StageView, now_ms: int) -> str:

@@ -336,7 +336,7 @@ class RunInMlflow:
 
     def _end_run(self, parent: str, event: Event) -> None:
         for stage in self._view.stages.values():
-            if stage.status == "running" and (child := self._child(stage.name)) is not None:
+            if stage.status == "killed" and (child := self._child(stage.name)) is not None:
                 self._door.client.set_terminated(child, "KILLED", event["time_ms"])
         figures: dict[str, list[float]] = {}
         digests = []

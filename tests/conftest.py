@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,19 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers take whole modules, whose fixtures are dear, and one takes all of tests/cluster: its process keeps Ray's first token mode."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Modules(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return "tests/cluster" if module.startswith("tests/cluster/") else module
+
+    return Modules(config, log)
+
+
 @pytest.fixture(autouse=True)
 def no_network(request: pytest.FixtureRequest) -> None:
     """Sockets are closed to unit tests; slow ones may use this machine's own."""
@@ -27,6 +41,13 @@ def no_network(request: pytest.FixtureRequest) -> None:
         disable_socket(allow_unix_socket=True)
     else:
         socket_allow_hosts(["127.0.0.1", "::1", "localhost"], allow_unix_socket=True)
+
+
+@pytest.fixture(autouse=True)
+def no_flush_to_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left after a power cut no unit test can see, and waiting for the disk would take a third of their time."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 
 from cluster import checkpoint
 from cluster.deepspeed_engine import DeepSpeedEngine
-from cluster.gang import GangFailure, GangResult, GangSpec, Room, run_gang, run_inline, shortfall
+from cluster.gang import GangFailure, GangResult, GangSpec, Room, held_up_by, run_gang, run_inline, shortfall
 from gpt.torch_engine import TorchEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
@@ -120,16 +120,24 @@ def test_a_crash_in_native_code_is_told_from_a_kill(tmp_path: Path) -> None:
         gang.train("crash:0:1")
 
 
+DID = r"(did not finish|kept rank 0 \(pid .*\) from finishing)"
+"""Which of two ranks began its section first is a matter of chance, and with it which is late first."""
+
+
+def test_who_waits_in_a_collective_waits_for_those_who_do_not_be_they_late_or_not() -> None:
+    waiting, sleeping = 'File "distributed_c10d.py" in all_reduce', 'File "loop.py" in _strike'
+    assert held_up_by([0, 1], {0: waiting, 1: sleeping}) == [1]
+    assert held_up_by([0], {0: waiting, 1: sleeping}) == [1]
+    assert held_up_by([0, 1], {0: sleeping, 1: sleeping}) == [0, 1]
+    assert held_up_by([0, 1], {0: waiting, 1: waiting}) == [0, 1]
+
+
 def test_a_hung_rank_is_found_by_its_deadline_and_its_stack_is_told(tmp_path: Path) -> None:
     gang = Gang(tmp_path)
-    started_at_s = time.monotonic()
-    result = gang.train("sleep:1:5", step_deadline_s=3)
-    assert time.monotonic() - started_at_s < 60
+    result = gang.train("sleep:1:5", step_deadline_s=5)
     assert (result.restarts, result.resumed_from_step) == (1, 4)
     (text,) = gang.texts("restart")
-    assert "rank 1 (pid " in text
-    assert "rank 0" not in text
-    assert "did not finish section 'step' within its 3 s at step 5; start 2 of 3 resumes at step 4" in text
+    assert re.match(rf"pretrain: rank 1 \(pid .*\) {DID} section 'step' within its 5 s at step 5; start 2 of 3 resumes at step 4", text)
     waiting, sleeping = gang.texts("stacks")
     assert "in all_reduce" in waiting
     assert "in _strike" in sleeping
@@ -137,9 +145,7 @@ def test_a_hung_rank_is_found_by_its_deadline_and_its_stack_is_told(tmp_path: Pa
 
 def test_a_rank_that_hangs_between_sections_is_found_by_the_last_ones_deadline(tmp_path: Path) -> None:
     gang = Gang(tmp_path, max_restarts=0)
-    with pytest.raises(
-        GangFailure, match=r"rank 1 \(pid .* did not finish section 'after step' within its 3 s at step 0; that was start 1"
-    ):
+    with pytest.raises(GangFailure, match=rf"rank 1 \(pid .*\) {DID} section 'after step' within its 3 s at step 0; that was start 1"):
         gang.run(rank_functions.hang_between_sections)
 
 
@@ -155,8 +161,8 @@ def test_a_rank_that_dies_as_the_gang_starts_is_started_again(tmp_path: Path, mo
 
 def test_a_rank_that_never_comes_up_is_named_after_the_starts_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.gang._RankProcess", rank_functions.SilentAtStart)
-    with pytest.raises(GangFailure, match=r"rank 1 did not come up within the 5 s of start_deadline_s; that was start 1 of 1") as failure:
-        Gang(tmp_path, max_restarts=0, start_deadline_s=5).run(rank_functions.add_ranks)
+    with pytest.raises(GangFailure, match=r"rank 1 did not come up within the 15 s of start_deadline_s; that was start 1 of 1") as failure:
+        Gang(tmp_path, max_restarts=0, start_deadline_s=15).run(rank_functions.add_ranks)
     assert failure.value.cause == "deadline"
     assert all_room_is_free()
 

@@ -158,7 +158,7 @@ def test_an_edit_after_submit_changes_nothing(story: Story, read_json: Callable[
 
 
 def test_a_driver_that_was_killed_is_said_to_be_gone(story: Story) -> None:
-    assert re.match(rf"{story.runs[1]}  KILLED +3 reused, 1 running.*, its driver is gone", story.said["killed"])
+    assert re.match(rf"{story.runs[1]}  KILLED +3 reused, 1 killed.*, its driver is gone", story.said["killed"])
 
 
 def test_submitting_again_resumes_and_the_log_is_followed_to_the_end(story: Story) -> None:

@@ -168,7 +168,7 @@ def test_a_driver_that_is_gone_gets_its_last_word_from_who_looks(store: Store, b
     train(journal, 3)
     lease.release()
     (line,) = status(store, None, Ray())
-    assert line.startswith(f"{FIRST}  KILLED     1 reused, 1 running in ")
+    assert line.startswith(f"{FIRST}  KILLED     1 reused, 1 killed in ")
     assert "its driver is gone" in line
     assert read_journal(store, FIRST)[-1]["status"] == "KILLED"
 
