@@ -18,6 +18,7 @@ BEGIN, END = "<!-- begin: python -m benchmarks.table -->\n", "<!-- end -->\n"
 
 ROWS = {
     "train_step": "training loop of a 0.8M GPT on a CPU",
+    "rl_signal": "the quickstart's policy gradient: responses for as much signal as noise",
     "gpu_ceiling": "bf16 matrix product on a GPU",
     "gpu_train_torch": "124M in bf16 on a GPU, plain engine",
     "gpu_train_deepspeed_zero1": "the same, DeepSpeed with ZeRO 1",
@@ -34,7 +35,7 @@ def table(results: Path = FOLDER / "results") -> str:
             lines.append(f"| `{name}` | {what} | ready to run; no result yet | | | | |")
             continue
         row = found[name]
-        ours = f"no result: {row['error']}" if row.get("error") else f"{row['ours']:,.0f} {row['unit']}"
+        ours = f"no result: {row['error']}" if row.get("error") else "" if row["ours"] is None else f"{row['ours']:,.0f} {row['unit']}"
         lines.append(f"| `{name}` | {what} | {ours} | {_peer(row)} | {_ratio(row)} | {'; '.join(_notes(row))} | {_circumstances(row)} |")
     return "\n".join(lines) + "\n"
 
@@ -67,6 +68,10 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
         notes.append(f"peak {row['peak_allocated_gib']:.1f} GiB")
     if row.get("check"):
         notes.append(f"losses within {row['check']['largest_difference']:.1e} of fp32's")
+    if row.get("cosines"):
+        found = ", ".join(f"{name.replace('_', ' ')} {each:.2f}" for name, each in row["cosines"].items())
+        each_of = f"{row['responses_in_each_half']:,} responses ({row['questions'] // 2} answers if supervised)"
+        notes.append(f"cosine of two halves, each of {each_of}: {found}")
     if row.get("copy_bytes_per_s"):
         notes.append(f"copy {row['copy_bytes_per_s'] / 1e9:,.0f} GB/s")
     return notes
