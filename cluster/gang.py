@@ -20,6 +20,7 @@ import faulthandler
 import itertools
 import os
 import queue
+import secrets
 import signal
 import socket
 import sys
@@ -38,7 +39,7 @@ from cluster import commit
 Event = dict[str, Any]
 
 _POLL_S = 0.2
-_BLAME_S = 3.0
+_BLAME_S = 10.0
 """When one rank loses its connection, the rank that is to blame is known to Ray within this time."""
 _DRAIN_S = 2.0
 _STACKS_S = 5.0
@@ -500,7 +501,7 @@ class _Start:
         import ray
 
         ranks = list(ranks)
-        for _ in ("the answers under way", "what came after them"):
+        for _ in ("an answer under way", "one asked for since", "what came after them"):
             self._collect(ranks)
             pending = [self._polls[index] for index in ranks if index in self._polls]
             if pending:
@@ -622,9 +623,11 @@ class _RankProcess:
         return _Where(socket.gethostname(), context.get_node_id(), ray.util.get_node_ip_address(), os.getpid(), gpus)
 
     def free_port(self) -> int:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return probe.getsockname()[1]
+        """Below those that the kernel gives to whoever asks for any: torch is imported before it is used."""
+        while True:
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("", 20_000 + secrets.randbelow(12_000)))
+                return probe.getsockname()[1]
 
     def prepare(self, place: _Place, threads: int) -> None:
         """Set what libraries read when they are first imported; `run`'s arguments import them."""

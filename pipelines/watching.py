@@ -68,6 +68,7 @@ def show_log(store: Store, run: str, out: TextIO, door: Door, *, follow: bool = 
     said = ""
     with Progress(out, live=False, clock=lambda: now_s) as progress:
         while True:
+            begun = reader.cursor > 0
             driver_lives = watch.taken_by() is not None  # before reading: its last word is then read below
             for event in reader.read():
                 now_s = event["time_ms"] / 1000
@@ -75,7 +76,7 @@ def show_log(store: Store, run: str, out: TextIO, door: Door, *, follow: bool = 
             if progress.view.status != "RUNNING":
                 return
             if reader.cursor:
-                if not driver_lives:
+                if begun and not driver_lives:  # one that has only begun since was not there to be seen
                     progress.say("its driver is gone, without a last word; what it has finished is kept")
                     return
                 if not follow:
@@ -121,11 +122,11 @@ def stop(store: Store, run: str, say: Callable[[str], None], door: Door, deadlin
     until_s = time.monotonic() + deadline_s
     asked_at_s = time.monotonic()
     while time.monotonic() < until_s:
-        driver_lives = watch.taken_by() is not None
+        begun, driver_lives = view.started_ms is not None, watch.taken_by() is not None
         if look() != "RUNNING":
             say(f"{run} ended: {view.status}, {tally(view)}; {view.text}".removesuffix("; "))
             return True
-        if view.started_ms is not None and not driver_lives and end_dead(store, run):
+        if begun and not driver_lives and end_dead(store, run):
             say(f"{run}: its driver is gone, without a last word; what it has finished is kept")
             return True
         if view.started_ms is None and time.monotonic() - asked_at_s > ASK_EVERY_S:

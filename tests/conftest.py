@@ -14,6 +14,9 @@ from hypothesis import settings
 settings.register_profile("gptline", deadline=None)  # how long an example takes says more about the machine
 settings.load_profile("gptline")
 
+# Ray's workers are nice (15), so that ranks would get what the tests beside them leave over; and a death is to be told as what it was.
+os.environ |= {"RAY_worker_niceness": "0", "RAY_timeout_ms_task_wait_for_death_info": "10000"}
+
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell that runs the tests in the background has Ctrl-C ignored, and all that is started here would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)

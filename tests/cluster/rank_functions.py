@@ -60,7 +60,8 @@ def train(rank: Any, config: TrainSettings, output: str, fault: str = "") -> dic
         rank.log(step + 1, sums={"train/loss": loss.detach()}, values={"train/lr": config.lr})
         stopping = rank.should_stop()
         if (step + 1) % config.checkpoint_every == 0 or stopping:
-            rank.save(step + 1)
+            with rank.section("checkpoint", 300):
+                rank.save(step + 1)
         if stopping:
             return None
     weights = engine.full_weights()

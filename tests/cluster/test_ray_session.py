@@ -50,11 +50,18 @@ def finished(task: Task, limit_s: float = 60) -> list[dict[str, Any]]:
     return events
 
 
+def connections(process: psutil.Process) -> list[Any]:
+    try:
+        return process.net_connections()
+    except psutil.NoSuchProcess:  # it ended meanwhile
+        return []
+
+
 def test_a_local_session_listens_on_the_loopback_interface_alone(session: Session) -> None:
     listening = [
         connection.laddr.ip.removeprefix("::ffff:")
         for process in psutil.Process().children(recursive=True)
-        for connection in process.net_connections()
+        for connection in connections(process)
         if connection.status == "LISTEN"
     ]
     assert listening

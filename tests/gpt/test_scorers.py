@@ -87,7 +87,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until(true: Callable[[], bool]) -> bool:
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 120
     while not true() and time.monotonic() < deadline_s:
         time.sleep(0.01)
     return true()
@@ -209,9 +209,9 @@ def test_a_process_that_ends_between_two_calls_fails_the_next_one_alone(load):
 
 @pytest.mark.parametrize("body", ["time.sleep(60)", "[0 for _ in iter(int, 1)]", HOLDS_THE_GIL])
 def test_a_call_that_hangs_is_ended_and_the_next_one_is_scored(score, body):
-    found = score(FAULTY.format(body=body), "x", "ok", timeout_s=0.5)
+    found = score(FAULTY.format(body=body), "x", "ok", timeout_s=2)
     assert found.scores.tolist() == pytest.approx([math.nan, 7.0], nan_ok=True)
-    assert list(found.failures.values()) == ["score() of reward.py on 'x': gave no answer within reward_timeout_s = 0.5 s"]
+    assert list(found.failures.values()) == ["score() of reward.py on 'x': gave no answer within reward_timeout_s = 2 s"]
 
 
 def test_memory_is_bounded_for_the_process_as_a_whole(score):
@@ -304,7 +304,8 @@ def test_a_decorated_function_is_the_one_that_is_called(score):
     ],
 )
 def test_a_file_that_can_not_be_imported_on_the_rank_is_told_with_its_line(load, monkeypatch, first_line, failure):
-    monkeypatch.setattr(scorers, "START_LIMIT_S", 1.0)
+    if first_line.startswith("while"):
+        monkeypatch.setattr(scorers, "START_LIMIT_S", 1.0)
     module = load("def score(prompt, response, record): return 1")
     Path(module.__file__).write_text(f"{first_line}\ndef score(prompt, response, record): return 1")
     wanted = rf"reward.py can't be imported in a process of its own with reward_memory_gib = 1: {failure}; mend the file, or "

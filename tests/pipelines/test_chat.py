@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,8 @@ def test_on_a_real_terminal_lines_are_typed_after_a_prompt(store: Store, moon: M
 
     until("(/help lists the commands, Ctrl-D ends)")
     until("> ")
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        time.sleep(0.01)  # a Ctrl-C between the prompt and the wait for a line is heard at the next line only
     os.write(terminal, b"half a li\x03")
     until("> ")
     os.write(terminal, "?月\n".encode())

@@ -70,6 +70,7 @@ def test_a_loss_that_is_no_number_is_kept_as_it_is(store: Store):
 
 
 def test_the_last_point_before_a_pause_is_told_while_nothing_else_happens(store: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipelines.journal.FLUSH_S", 60.0)
     writer = JournalWriter(store, "r")
     writer.write("points", stage="s", points=[["train/loss", 1, 1.0, 0]])
     writer.keep_up()

@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +56,8 @@ class Ray:
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOOK_EVERY_S", "ASK_EVERY_S"):
         monkeypatch.setattr(watching, name, 0.01)
+    still = SimpleNamespace(monotonic=time.monotonic, time_ns=lambda: 1_790_000_000 * 10**9)  # a run takes 0:00, on any machine
+    monkeypatch.setattr("pipelines.journal.time", still)
 
 
 @pytest.fixture
@@ -271,6 +274,42 @@ def test_following_ends_where_the_driver_was_killed(store: Store, begun: Any) ->
     out = io.StringIO()
     show_log(store, FIRST, out, Ray(), follow=True)
     assert out.getvalue().splitlines() == [*LINES[:2], "its driver is gone, without a last word; what it has finished is kept"]
+
+
+@pytest.fixture
+def begins_when_looked_for(store: Store, begun: Any, monkeypatch: pytest.MonkeyPatch) -> list[JournalWriter]:
+    """Whoever looks for the driver first finds none, and it begins right after that look."""
+    look, journals = Watch.taken_by, []
+
+    def late(watch: Watch) -> Any:
+        if journals:
+            return look(watch)
+        journals.append(None)
+        journals[:] = [begun()[0]]
+        train(journals[0], 3)
+        return None
+
+    monkeypatch.setattr(Watch, "taken_by", late)
+    return journals
+
+
+def test_a_driver_that_begins_as_it_is_looked_for_is_followed(store: Store, begins_when_looked_for: Any) -> None:
+    submitted(store)
+    out = io.StringIO()
+    follower = threading.Thread(target=show_log, args=(store, FIRST, out, Ray(JobState("PENDING"))), kwargs={"follow": True})
+    follower.start()
+    while not store.backend.list(f"runs/{FIRST}/journal"):
+        time.sleep(0.01)
+    time.sleep(0.1)  # several more looks
+    end(begins_when_looked_for[0])
+    follower.join(20)
+    assert out.getvalue().splitlines() == LINES
+
+
+def test_a_driver_that_begins_as_it_is_stopped_is_not_taken_for_dead(store: Store, begins_when_looked_for: Any) -> None:
+    submitted(store)
+    stop(store, FIRST, lambda sentence: None, Ray(JobState("RUNNING")), deadline_s=0.3)
+    assert "run_ended" not in [event["type"] for event in read_journal(store, FIRST)]
 
 
 def test_a_job_that_failed_before_its_driver_spoke_shows_its_own_log(store: Store) -> None:
