@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 KNOCK_S = 5.0
-ANSWER_S = 30.0
+ANSWER_S = 90.0
 STOP_WAIT_S = 60
 """Between SIGTERM and SIGKILL when Ray stops a job: time for a step to finish and its checkpoint to be saved. Ray's own 3 s is none."""
 OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")

@@ -12,7 +12,7 @@ from pipelines.config import Fault
 from pipelines.graph import Stage
 from pipelines.store import Store
 
-NODE_DEADLINE_S = 20.0
+NODE_DEADLINE_S = 60.0
 
 
 def room_of(stage: Stage) -> dict[str, Any]:

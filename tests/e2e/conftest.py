@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from pipelines.store import Action, Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = Path(sys.executable).with_name("gptline")
-LONGEST_S = 300
+LONGEST_S = 900
 """Of one command: several times what it needs on a quiet machine of two cores."""
 
 
@@ -130,7 +132,7 @@ def new_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
         folder = tmp_path_factory.mktemp("line")
         if like is not None:
             # the process that brings a run to MLflow removes its log last, when the run's own is long gone
-            shutil.copytree(like.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tracking-*.log"))
+            shutil.copytree(like.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tracking-*.log", "*.tmp-*"))
         program = Program(folder, code)
         made.append(program)
         return program
@@ -186,6 +188,45 @@ def gone() -> Callable[[int], bool]:
             return True
 
     return is_gone
+
+
+@pytest.fixture(scope="session")
+def free_ports() -> Callable[[int], list[int]]:
+    """Below those that the kernel gives to whoever asks for any: Ray takes them seconds later."""
+
+    def find(count: int) -> list[int]:
+        ports: set[int] = set()
+        while len(ports) < count:
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", 20_000 + secrets.randbelow(12_000)))
+                ports.add(probe.getsockname()[1])
+        return list(ports)
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def ray_head(wait_for: Callable[..., None]) -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """`with ray_head(log, environment, "--port=6379"):` a head of two CPUs in processes of its own, on the loopback interface."""
+
+    @contextlib.contextmanager
+    def head(log: Path, environment: dict[str, str], *words: str) -> Iterator[None]:
+        command = [str(PROGRAM.with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=2", *words]
+        environment = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", **environment}
+        for _ in range(2):  # Ray gives its processes 30 s to come up, and then gives up
+            with open(log, "w") as output:
+                process = subprocess.Popen(command, env=os.environ | environment, stdout=output, stderr=output, start_new_session=True)
+            wait_for(lambda started=process: started.poll() is not None or "block forever" in log.read_text(), "the head is up")
+            if process.poll() is None:
+                break
+        assert process.poll() is None, log.read_text()
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+    return head
 
 
 SMALL = """

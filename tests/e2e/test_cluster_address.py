@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,28 +39,12 @@ lr = 1e-3
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory, wait_for: Callable[..., None]) -> Iterator[int]:
-    """A Ray head of two CPUs in processes of its own, on the loopback interface; its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("head")
-    words = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
-    environment = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("ray")), *words],
-            env={**os.environ, **environment},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        wait_for(lambda: "block forever" in (folder / "log").read_text(), "the head is up")
+def head(tmp_path_factory: pytest.TempPathFactory, ray_head: Callable[..., Any], free_ports: Callable[[int], list[int]]) -> Iterator[int]:
+    """The port of a head that asks for no token."""
+    (port,) = free_ports(1)
+    log = tmp_path_factory.mktemp("head") / "log"
+    with ray_head(log, {"RAY_AUTH_MODE": "disabled"}, f"--port={port}", "--include-dashboard=false"):
         yield port
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
 
 
 @pytest.fixture

@@ -6,9 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,38 +21,17 @@ pytestmark = pytest.mark.slow
 TOKEN = "0123456789abcdef" * 4
 
 
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
-def cluster(wait_for: Callable[..., None]) -> Iterator[str]:
-    """A Ray head of two CPUs with a job server, on the loopback interface, for those who know its token; its address."""
+def cluster(ray_head: Callable[..., Any], free_ports: Callable[[int], list[int]]) -> Iterator[str]:
+    """The address of a head with a job server, for those who know its token."""
     port, dashboard, agent, client = free_ports(4)
     folder = Path(tempfile.mkdtemp(prefix="ray"))  # short, since Ray's sockets lie in it; its own, since other heads may run here
-    words = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2", f"--temp-dir={folder}"]
-    words += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    words += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
-    environment = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("ray")), *words],
-            env={**os.environ, **environment},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    words = [f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
+    words += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
     try:
-        wait_for(lambda: "block forever" in (folder / "log").read_text(), "the head is up")
-        yield f"http://127.0.0.1:{dashboard}"
+        with ray_head(folder / "log", {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}, *words):
+            yield f"http://127.0.0.1:{dashboard}"
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -83,7 +59,7 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(small: Any, new_program: Any, wait_for: Any, cluster: str, token: object, tmp_path_factory: Any) -> Story:
+def story(small: Any, new_program: Any, wait_for: Any, gone: Any, cluster: str, token: object, tmp_path_factory: Any) -> Story:
     program, marks = new_program(like=small), tmp_path_factory.mktemp("marks")
     told = Story(program)
     flags = ["--address", cluster, "--set", "stages.pretrain.engine=torch", "--set", f"stages.pretrain.marks={marks}"]
@@ -110,6 +86,7 @@ def story(small: Any, new_program: Any, wait_for: Any, cluster: str, token: obje
     driver = Watch(program.store, f"run-{told.runs[1]}").taken_by()
     assert driver is not None
     os.kill(driver["pid"], signal.SIGKILL)
+    wait_for(lambda: gone(driver["pid"]), "the driver's end")
     told.said["killed"] = program.run("status", told.runs[1])
 
     submit()
