@@ -87,6 +87,11 @@ def train(
                 f"{model.config.seq_len} tokens, and {counts['alike']} are pairs of equal responses; "
                 "give shorter ones, or a policy with a longer seq_len"
             )
+        if counts["too_long"] or counts["alike"]:
+            rank.warn(
+                f"of {len(items) + counts['too_long'] + counts['alike']} training records {counts['too_long']} are left out, being longer "
+                f"than the policy's seq_len = {model.config.seq_len} tokens, and {counts['alike']} whose two responses are equal"
+            )
         order = ShuffledRows(len(items), batch_size=config.global_batch_size, seed=seed, name="reward")
         accumulation_steps = config.gradient_accumulation_steps(rank.world_size)
         row_slices = micro_batch_rows(rank.rank, rank.world_size, config.global_batch_size, accumulation_steps)

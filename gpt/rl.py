@@ -179,6 +179,11 @@ def train(
                 f"{config.max_response_tokens} within the models' seq_len = {seq_len}; give shorter prompts, fewer max_response_tokens, or "
                 "models with a longer seq_len"
             )
+        if n_too_long:
+            rank.warn(
+                f"{n_too_long} of {n_too_long + len(usable)} prompts are left out: they leave no room for max_response_tokens = "
+                f"{config.max_response_tokens} within the models' seq_len = {seq_len}"
+            )
         shuffled = ShuffledRows(len(usable), batch_size=config.prompts_per_step, seed=seed, name="rl")
         accumulation_steps = config.gradient_accumulation_steps(rank.world_size)
         row_slices = micro_batch_rows(rank.rank, rank.world_size, config.global_batch_size, accumulation_steps)

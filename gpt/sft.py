@@ -51,6 +51,12 @@ def train(rank: Rank, config: SftSettings, policy: Path, conversations: Sequence
             encode_conversation(tokenizer, record["messages"], max_tokens) for record in read_records(conversations, "held_out")
         )
         held_out = [each for each in held_out_encoded if each is not None]
+        n_cut, n_too_long = sum(each.cut for each in examples), len(encoded) - len(examples)
+        if n_cut or n_too_long:
+            rank.warn(
+                f"of {len(encoded)} conversations {n_cut} are cut after the last answer that ends within the policy's seq_len + 1 = "
+                f"{max_tokens} tokens, and {n_too_long}, whose first answer does not, are left out"
+            )
         n_counting = [sum(each.loss_mask) for each in examples]
         shuffled = ShuffledRows(len(examples), batch_size=config.global_batch_size, seed=seed, name="sft")
         accumulation_steps = config.gradient_accumulation_steps(rank.world_size)
@@ -99,13 +105,12 @@ def train(rank: Rank, config: SftSettings, policy: Path, conversations: Sequence
     with rank.section("checkpoint", config.step_deadline_s):
         # With the dropout that the policy came with: another one for this stage should not reach the stages after it.
         save_trained(rank, engine.full_weights(), load_config(policy), policy / "tokenizer.json", output)
-    n_cut = sum(each.cut for each in examples)
     return {
         "role": "policy",
         "parameters": n_parameters,
         "steps": config.steps,
         "tokens_trained": sum(n_counting[example] for step in range(config.steps) for example in shuffled.of_step(step)),
-        "conversations": {"train": len(examples), "cut": n_cut, "too_long": len(encoded) - len(examples)},
+        "conversations": {"train": len(examples), "cut": n_cut, "too_long": n_too_long},
     }
 
 

@@ -80,7 +80,7 @@ def plan(config: Config, set_: Set = None, use: Use = None, until: Until = None,
 
     graph = _graph(config, set_, use)
     planner = Planner(graph, _store_of(graph), ROOT, given=graph.use, until=until, fresh=fresh or [], inline=inline)
-    _print(*plan_lines(planner.plan()))
+    _print(*plan_lines(planner.plan(), graph.loaded.file.about_itself()))
 
 
 @app.command()

@@ -176,6 +176,9 @@ class PipelineFile(Settings):
             raise ValueError("wanted a name of letters, digits, '_' and '-', up to 64 of them")
         return value
 
+    def about_itself(self) -> str:
+        return f"{self.pipeline}: {self.about}" if self.about else ""
+
 
 @dataclass(frozen=True)
 class Loaded:

@@ -105,6 +105,8 @@ class _Module:
     """What the module binds by importing, at its top or in loose statements."""
     definitions: dict[str, _Definition] = field(default_factory=dict)
     """Of `nodes`, as far as they were asked for."""
+    digests: dict[tuple[str, bool], str] = field(default_factory=dict)
+    """Likewise; True: without its fields, which the key holds by value."""
 
 
 class Code:
@@ -129,10 +131,9 @@ class Code:
         reached = self._reach([*entries, *called])
         by_value = self._by_value(entries, reached)
         found = {}
-        for module_name, name in reached:
-            nodes = self._counted((module_name, name), by_value)
-            if nodes:
-                found[f"{module_name}:{name}"] = _sha256(nodes, self._module(module_name))
+        for name in reached:
+            if digest := self._digest(name, by_value=name in by_value):
+                found[":".join(name)] = digest
         return found
 
     def files(self, entries: Iterable[Name]) -> list[Path]:
@@ -221,6 +222,14 @@ class Code:
             imports, stars = _imports([each for node in nodes for each in _walk(node)], module.package)
             module.definitions[name[1]] = _Definition(frozenset(chain for node in nodes for chain in _chains(node)), imports, stars)
         return module.definitions[name[1]]
+
+    def _digest(self, name: Name, *, by_value: bool) -> str:
+        """Empty where there is nothing in it that counts."""
+        module, asked = self._module(name[0]), (name[1], by_value)
+        if asked not in module.digests:
+            nodes = self._counted(name, [name] if by_value else [])
+            module.digests[asked] = _sha256(nodes, module) if nodes else ""
+        return module.digests[asked]
 
     def _counted(self, name: Name, by_value: Collection[Name]) -> list[ast.stmt]:
         nodes = [node for node in self._module(name[0]).nodes[name[1]] if not _is_protocol(node)]

@@ -26,6 +26,13 @@ EVERY_S = 10.0
 EVERY_SHARE = 0.1
 """... or so much of it was done, whichever comes later."""
 LIVE_PER_S = 4
+TOLD = (("loss", "train/loss", ".3f"), ("val", "val/loss", ".3f"), ("tokens/s", "train/tokens_per_s", ",.0f"))
+RL_TOLD = (
+    ("score", "reward/score_mean", ".3f"),
+    ("KL", "rollout/kl_k1_nats_per_response", ".2f"),
+    ("tokens/s", "rollout/tokens_per_s", ",.0f"),
+)
+"""What a running stage says of its newest points: label, metric, form. The policy's loss says nothing of how RL goes."""
 
 Point = tuple[int, float, int]
 """Step, value, time in ms since 1970."""
@@ -286,7 +293,7 @@ def tally(view: RunView) -> str:
     return ", ".join(f"{count} {word}" for word, count in counts.items()) + took
 
 
-def plan_lines(decisions: Sequence[Decision]) -> list[str]:
+def plan_lines(decisions: Sequence[Decision], about: str = "") -> list[str]:
     """A line for each stage, what goes with it below, and what it all comes to."""
     widths = [
         max((len(each) for each in column), default=0) for column in zip(*((each.stage, each.word) for each in decisions), strict=True)
@@ -295,7 +302,13 @@ def plan_lines(decisions: Sequence[Decision]) -> list[str]:
     for each in decisions:
         lines.append(f"{each.stage:<{widths[0]}}  {each.word:<{widths[1]}}  {_printable(each.reason)}".rstrip())
         lines += [f"{'':<{sum(widths) + 4}}{_printable(note)}" for note in each.notes]
-    return [*lines, "", work_to_do(decisions)]
+    return [*lines, "", *forecast(decisions, about)]
+
+
+def forecast(decisions: Sequence[Decision], about: str = "") -> list[str]:
+    """What there is to do; where no earlier run tells how long that takes, what the pipeline file says of itself goes first."""
+    unknown = any(each.expected_s is None for each in decisions if each.word not in ("reuse", "blocked"))
+    return [*([about] if about and unknown else []), work_to_do(decisions)]
 
 
 def work_to_do(decisions: Sequence[Decision]) -> str:
@@ -322,7 +335,7 @@ def _running(stage: StageView, now_ms: int) -> str:
         parts.append(f"step {stage.step:,}/{stage.steps:,}" if stage.steps else f"step {stage.step:,}")
     elif stage.total:
         parts.append(f"{stage.done:,.0f}/{stage.total:,.0f} {stage.unit}".rstrip())
-    for label, metric, form in (("loss", "train/loss", ".3f"), ("val", "val/loss", ".3f"), ("tokens/s", "train/tokens_per_s", ",.0f")):
+    for label, metric, form in RL_TOLD if stage.newest("reward/score_mean") is not None else TOLD:
         value = stage.newest(metric)
         if value is not None:
             parts.append(f"{label} {value:{form}}" if math.isfinite(value) else f"{label} {value}")

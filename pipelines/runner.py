@@ -39,7 +39,7 @@ from pipelines.journal import Event, JournalWriter, Superseded, end_dead, last_e
 from pipelines.lease import Lease, Watch, dead, describe, user_name
 from pipelines.planner import Decision, Planner, closed_gate, identity, versions
 from pipelines.preflight import lacks_here, lacks_in_cluster, room_of, unshared, waits_for
-from pipelines.progress import work_to_do
+from pipelines.progress import forecast
 from pipelines.snapshot import freeze
 from pipelines.store import Action, Store
 
@@ -159,10 +159,8 @@ class Run:
     # ---- before ----
 
     def _forecast(self, plan: list[Decision]) -> None:
-        file = self.graph.loaded.file
-        if file.about and any(each.expected_s is None for each in plan):
-            self._say({"type": "said", "text": f"{file.pipeline}: {file.about}"})
-        self._say({"type": "said", "text": work_to_do(plan)})
+        for text in forecast(plan, self.graph.loaded.file.about_itself()):
+            self._say({"type": "said", "text": text})
 
     def _planner(self, code_root: Path, user_folders: Mapping[str, Path] = MappingProxyType({})) -> Planner:
         asked = self.options

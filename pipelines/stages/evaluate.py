@@ -29,7 +29,8 @@ class EvaluateConfig(StageConfig):
     """Of these samples; questions are answered at temperature 0, and again at 1."""
 
     questions_file: str | None = None
-    """Questions of your own: JSON lines of {"question": "...", "answer": "..."}, relative to the pipeline's `data`."""
+    """Questions of your own, which take the place of the held-out prompts: JSON lines of {"question": "...", "answer": "..."}, relative to
+    the pipeline's `data`."""
     refusal: str | None = None
     """The one answer that declines: questions whose right answer it is are counted apart."""
     number_marker: str | None = Field(default=None, min_length=1)
@@ -67,7 +68,7 @@ def evaluate(
             )
     if config.best_of and not reward_model:
         raise StageFailure("best_of needs a reward model to say which is best: inputs = { ..., reward_model = ['reward_model'] }")
-    asked = list(_asked(config, questions or [], stage))
+    asked = list(_of_file(stage) if config.questions_file else _held_out(questions or []))
     if not documents and not asked:
         raise StageFailure("evaluate has nothing to ask: give it documents, questions or a questions_file")
     report: dict[str, Any] = {"figures": {}, "samples": []}
@@ -128,8 +129,8 @@ def _of_documents(config: EvaluateConfig, model: Model, documents: list[Document
     report |= {"tokens": count, "bytes": len(held_out), "documents": len(texts)}
 
 
-def _asked(config: EvaluateConfig, questions: list[Prompts], stage: StageContext) -> Iterator[dict[str, Any]]:
-    """`{"prompt": [messages], "reference": "..."}` of each held-out question, and of each in the file."""
+def _held_out(questions: list[Prompts]) -> Iterator[dict[str, Any]]:
+    """`{"prompt": [messages], "reference": "..."}` of each question that training has not seen."""
     for each in questions:
         held_out = list(each.records("held_out"))
         if not held_out:
@@ -138,7 +139,11 @@ def _asked(config: EvaluateConfig, questions: list[Prompts], stage: StageContext
                 'hold_out = { share = 0.1, by = "prompt" } in the stage that makes them, and in those that teach the same questions'
             )
         yield from held_out
-    for source in stage.sources if config.questions_file else ():
+
+
+def _of_file(stage: StageContext) -> Iterator[dict[str, Any]]:
+    """The same of each line of the user's own file."""
+    for source in stage.sources:
         with stage.open(source) as file:
             for number, line in enumerate(file.read().decode("utf-8-sig").split("\n"), start=1):
                 if not line.strip():
@@ -204,3 +209,5 @@ def _of_answers(
     report["figures"] |= {f"eval/{name}": value for name, value in figures.items()}
     report["samples"] += examiner.samples(config.samples, answered, before)
     report |= {"questions": len(questions), "too_long": len(asked) - len(questions)}
+    if report["too_long"]:
+        report["figures"]["eval/too_long_share"] = report["too_long"] / len(asked)

@@ -293,6 +293,15 @@ def test_what_is_too_long_or_has_nothing_to_prefer_is_left_out_whole_and_counted
     assert len(conversation("q", fits)) == 16
 
 
+def test_what_is_left_out_is_told(policy, make_records, make_rank, tmp_path):
+    rank, records = make_rank(), make_records([*PAIRS, pair("q", "a" * 100, "b"), pair("q", "a", "a")])
+    train(rank, settings(), policy, [records], [], 1, tmp_path / "model")
+    assert rank.warnings == [
+        f"of {len(PAIRS) + 2} training records 1 are left out, being longer than the policy's seq_len = 16 tokens, and 1 whose two "
+        "responses are equal"
+    ]
+
+
 def test_records_of_which_none_can_be_used_are_refused_with_their_counts(policy, make_records, make_rank, tmp_path):
     records = make_records([pair("q", "a" * 12, "b"), pair("q", "a", "a")])
     with pytest.raises(ValueError, match="1 are longer than the policy's seq_len = 16 tokens, and 1 are pairs of equal responses"):

@@ -467,8 +467,10 @@ def test_prompts_that_leave_no_room_for_a_response_are_left_out_and_counted(make
     # seq_len 32: three tokens around a prompt's text and 24 of the response leave 5.
     folder = make_prompts("x" * 5, "x" * 6, "y", "y" * 100)
     scorer = ShareOfA()
-    metadata = train(make_rank(), one_update(max_response_tokens=24), policy, [folder], [scorer], 1, tmp_path / "model")
+    rank = make_rank()
+    metadata = train(rank, one_update(max_response_tokens=24), policy, [folder], [scorer], 1, tmp_path / "model")
     assert metadata["prompts"] == {"train": 2, "too_long": 2}
+    assert rank.warnings[0].startswith("2 of 4 prompts are left out: they leave no room for max_response_tokens = ")
     assert {len(rollout.prompt_ids) for rollout in scorer.seen} == {8, 4}
 
 

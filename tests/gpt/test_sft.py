@@ -254,6 +254,10 @@ def test_what_is_logged_and_when_and_what_the_model_says_of_itself(make_rank, ma
         "tokens_trained": 72,
         "conversations": {"train": 2, "cut": 1, "too_long": 1},
     }
+    assert rank.warnings == [
+        "of 3 conversations 1 are cut after the last answer that ends within the policy's seq_len + 1 = 12 tokens, and 1, whose first "
+        "answer does not, are left out"
+    ]
     assert (tmp_path / "model" / "tokenizer.json").read_text() == (policy / "tokenizer.json").read_text()
     assert sorted(rank.curve("train/loss")) == [2, 4, 6]
     assert sorted(rank.curve("val/loss")) == [3, 6]

@@ -114,7 +114,7 @@ def test_a_question_that_leaves_no_room_for_its_answer_is_not_put(tmp_path: Path
     model = made_model(tmp_path / "model", 1)
     run(config, model, bench)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["questions"], report["too_long"]) == (1, 1)
+    assert (report["questions"], report["too_long"], bench.figures["eval/too_long_share"]) == (1, 1, 0.5)
     with pytest.raises(ValueError, match="none of 2 questions leaves room for answer_tokens = 30 within the models' seq_len = 32"):
         run(config.model_copy(update={"answer_tokens": 30}), model, bench)
 
@@ -177,6 +177,16 @@ def test_prompts_that_hold_nothing_out_are_named_and_never_passed_over(tmp_path:
     for others in ({}, {"documents": [documents(tmp_path / "documents", ["a text"])]}):
         with pytest.raises(StageFailure, match=told):
             run(EvaluateConfig(), policy, Bench(tmp_path), questions=asked, **others)
+
+
+def test_questions_of_ones_own_take_the_place_of_the_prompts(tmp_path: Path):
+    (tmp_path / "questions.jsonl").write_text('{"question": "mine?", "answer": "b"}')
+    config = EvaluateConfig(questions_file="questions.jsonl", answer_tokens=1)
+    bench = Bench(tmp_path)
+    bench.sources = config.sources(tmp_path)
+    run(config, made_model(tmp_path / "model", 1), bench, questions=[prompts(tmp_path / "prompts", "a?", "b?")])
+    (sample,) = json.loads((tmp_path / "report.json").read_text())["samples"]
+    assert sample["prompt"] == "mine?"
 
 
 def test_a_line_of_a_questions_file_ends_where_json_lines_end(tmp_path: Path):

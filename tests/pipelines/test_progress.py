@@ -78,6 +78,16 @@ def test_training_speaks_at_most_every_ten_seconds() -> None:
     assert lines[2] == "pretrain    step 200/800  loss 7.000  tokens/s 41,200  left 1:00"
 
 
+def test_reinforcement_learning_tells_its_score_and_not_its_loss() -> None:
+    out, clock = io.StringIO(), Clock()
+    progress = Progress(out, clock=clock)
+    progress.show(started("rl", steps=24))
+    clock.now_s = 60
+    values = {"train/loss": -0.0, "reward/score_mean": 0.54, "rollout/kl_k1_nats_per_response": 0.031, "rollout/tokens_per_s": 2190.0}
+    progress.show(event("points", stage="rl", points=[[name, 12, value, 60_000] for name, value in values.items()]))
+    assert out.getvalue().splitlines()[-1] == "rl          step 12/24  score 0.540  KL 0.03  tokens/s 2,190"
+
+
 def test_a_slow_stage_speaks_once_a_minute_even_before_a_tenth_is_done() -> None:
     out, clock = io.StringIO(), Clock()
     progress = Progress(out, clock=clock)
@@ -142,7 +152,9 @@ def test_a_plan_is_a_line_for_each_stage_and_what_it_comes_to() -> None:
         "",
         "2 of 3 stages to do, about 1:35",
     ]
-    assert plan_lines([reused])[-1] == "nothing to do: every stage is reused"
+    assert plan_lines([reused], "small: a test")[-2:] == ["", "nothing to do: every stage is reused"]
+    assert plan_lines([reused, Decision("pretrain", "run", "new")], "small: a test")[-2] == "small: a test"
+    assert plan_lines([reused, Decision("pretrain", "run", "new", expected_s=60)], "small: a test")[-2] == ""
     assert plan_lines([reused, Decision("pretrain", "run", "new")])[-1] == "1 of 2 stages to do, how long nobody knows yet"
     blocked = Decision("rl", "blocked", "reward_model's gate is closed")
     assert (
