@@ -120,6 +120,8 @@ class Code:
         self._user = user
         self._modules: dict[str, _Module] = {}
         self._paths: dict[str, Path | None] = {}
+        self._known: dict[tuple[tuple[Name, ...], tuple[Name, ...]], dict[str, str]] = {}
+        self._settings: dict[Name, bool] = {}
 
     def leaves(self, entries: Iterable[Name], called: Iterable[Name] = ()) -> dict[str, str]:
         """Hashes of all definitions that these (module, name) pairs can reach: {"gpt.model:GPT": "1f0c..."}.
@@ -127,14 +129,13 @@ class Code:
         Settings that an entry takes as a parameter are the stage's config, whose fields the key holds by value: they don't count here.
         What is `called` is given no config. ValueError says which pair leads nowhere, or which file is no Python.
         """
-        entries = list(entries)
-        reached = self._reach([*entries, *called])
-        by_value = self._by_value(entries, reached)
-        found = {}
-        for name in reached:
-            if digest := self._digest(name, by_value=name in by_value):
-                found[":".join(name)] = digest
-        return found
+        asked = entries, called = tuple(entries), tuple(called)
+        if asked not in self._known:  # stages of one kind ask the same
+            reached = self._reach([*entries, *called])
+            by_value = self._by_value(entries, reached)
+            digests = {":".join(name): self._digest(name, by_value=name in by_value) for name in reached}
+            self._known[asked] = {name: digest for name, digest in digests.items() if digest}
+        return dict(self._known[asked])
 
     def files(self, entries: Iterable[Name]) -> list[Path]:
         """The user's own files without which these entries can't be loaded: what they reach, and all that those files import."""
@@ -281,7 +282,9 @@ class Code:
         return self._named(self._module(where[0]), chain, self._definition(where).imports)
 
     def _is_settings(self, name: Name) -> bool:
-        return ("gpt.settings", "Settings") in self._ancestry(name)
+        if name not in self._settings:
+            self._settings[name] = ("gpt.settings", "Settings") in self._ancestry(name)
+        return self._settings[name]
 
     def _ancestry(self, name: Name) -> set[Name]:
         """A class and all that it extends, as far as that is ours."""
