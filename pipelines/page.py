@@ -54,6 +54,7 @@ MEANINGS = {
     "eval/number_right_sampled": "Share of questions whose right number a draw at temperature 1 gives; higher is better.",
     "eval/declined": "Share of questions declined, of those where that is right; higher is better.",
     "eval/false_refusals": "Share of questions declined, of those that have an answer; lower is better.",
+    "eval/too_long_share": "Share of questions that were not put, since they leave no room for an answer; lower is better.",
     "eval/truncated_share": "Share of answers cut off before the model ended them; lower is better.",
     "eval/response_tokens": "Tokens of an answer, on average.",
     "eval/score_mean": "Mean score of drawn answers, normalised as in training; higher is better, where the reward model judges well.",

@@ -52,5 +52,5 @@ def test_a_node_that_can_only_read_the_store_is_named(store: Store, monkeypatch:
 def test_a_node_that_stays_silent_is_named_and_the_probe_is_gone(store: Store, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cluster.ray_session.ask_nodes", lambda question, deadline_s: {"node7": f"did not answer within {deadline_s:g} s"})
     (fault,) = unshared(store)
-    assert "node node7 did not answer within 20 s; wanted" in str(fault)
+    assert "node node7 did not answer within 60 s; wanted" in str(fault)
     assert list((store.root / "tmp").iterdir()) == []
