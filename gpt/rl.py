@@ -172,18 +172,7 @@ def train(
         first_policy = load_model(policy)
         reward_models = [scorer for scorer in scorers if isinstance(scorer, RewardModelScorer)]
         seq_len = min(model.seq_len for model in [first_policy.config, *(load_config(scorer.folder) for scorer in reward_models)])
-        usable, n_too_long = read_prompts(tokenizer, prompts, seq_len - config.max_response_tokens)
-        if not usable:
-            raise ValueError(
-                f"no prompt to respond to in {' and '.join(map(str, prompts))}: of {n_too_long} none leaves room for max_response_tokens = "
-                f"{config.max_response_tokens} within the models' seq_len = {seq_len}; give shorter prompts, fewer max_response_tokens, or "
-                "models with a longer seq_len"
-            )
-        if n_too_long:
-            rank.warn(
-                f"{n_too_long} of {n_too_long + len(usable)} prompts are left out: they leave no room for max_response_tokens = "
-                f"{config.max_response_tokens} within the models' seq_len = {seq_len}"
-            )
+        usable, n_too_long = read_prompts(rank, config, tokenizer, prompts, seq_len)
         shuffled = ShuffledRows(len(usable), batch_size=config.prompts_per_step, seed=seed, name="rl")
         accumulation_steps = config.gradient_accumulation_steps(rank.world_size)
         row_slices = micro_batch_rows(rank.rank, rank.world_size, config.global_batch_size, accumulation_steps)
@@ -331,16 +320,24 @@ def train(
     }
 
 
-def read_prompts(tokenizer: Tokenizer, folders: Sequence[Path], max_tokens: int) -> tuple[list[Prompt], int]:
-    """The training prompts of at most `max_tokens` tokens, and how many are longer."""
-    prompts, n_too_long = [], 0
+def read_prompts(rank: Rank, config: RlSettings, tokenizer: Tokenizer, folders: Sequence[Path], seq_len: int) -> tuple[list[Prompt], int]:
+    """The training prompts that leave room for a response, and how many leave none; ValueError where none does."""
+    usable, n_too_long = [], 0
     for record in read_records(folders, "train"):
         token_ids = encode_prompt(tokenizer, record["prompt"])
-        if len(token_ids) <= max_tokens:
-            prompts.append(Prompt(record, token_ids))
+        if len(token_ids) <= seq_len - config.max_response_tokens:
+            usable.append(Prompt(record, token_ids))
         else:
             n_too_long += 1
-    return prompts, n_too_long
+    room = f"room for max_response_tokens = {config.max_response_tokens} within the models' seq_len = {seq_len}"
+    if not usable:
+        raise ValueError(
+            f"no prompt to respond to in {' and '.join(map(str, folders))}: of {n_too_long} none leaves {room}; give shorter prompts, "
+            "fewer max_response_tokens, or models with a longer seq_len"
+        )
+    if n_too_long:
+        rank.warn(f"{n_too_long} of {n_too_long + len(usable)} prompts are left out: they leave no {room}")
+    return usable, n_too_long
 
 
 def roll_out(

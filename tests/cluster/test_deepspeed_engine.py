@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +101,15 @@ def test_a_disk_that_fills_up_is_told_after_the_barriers(tmp_path: Path, monkeyp
 
 def _full(*arguments: Any, **options: Any) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_deepspeed_does_without_mlflow_and_a_users_code_may_import_it_all_the_same() -> None:
+    lines = (
+        "import sys, torch",
+        "from cluster.deepspeed_engine import _import_deepspeed",
+        "_import_deepspeed(torch.device('cpu'))",
+        "assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules",
+        "import mlflow",
+        "assert mlflow.__version__",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=Path(__file__).parents[2], check=True)
