@@ -28,8 +28,8 @@ from gpt.random_streams import permutation, stream_seed
 from gpt.reward import RewardScorer
 from gpt.sampling import sample
 from gpt.tokenizer import Tokenizer
-from pipelines.planner import resolve
-from pipelines.store import Store
+from pipelines.plan.planner import resolve
+from pipelines.store.store import Store
 
 CUT_OFF_SCORE = -1.0
 """Of a response without an end, as `missing_end_score` has it."""

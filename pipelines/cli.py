@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 
-from pipelines.config import ConfigError, TrackingConfig, load, validate
-from pipelines.graph import Graph, build
-from pipelines.journal import Superseded
+from pipelines.plan.config import ConfigError, TrackingConfig, load, validate
+from pipelines.plan.graph import Graph, build
 from pipelines.stage import StageFailure
-from pipelines.store import Store
+from pipelines.store.journal import Superseded
+from pipelines.store.store import Store
 
 
 def _mlflow(uri: str | None) -> str | None:
@@ -74,9 +74,9 @@ def rerun(config: Config, stage: Annotated[str, typer.Argument(metavar="STAGE")]
 @app.command()
 def plan(config: Config, set_: Set = None, use: Use = None, until: Until = None, fresh: Fresh = None, inline: Inline = False) -> None:
     """What would run, why, and about how long. Changes nothing."""
-    from pipelines.graph import ROOT
-    from pipelines.planner import Planner
-    from pipelines.progress import plan_lines
+    from pipelines.observe.progress import plan_lines
+    from pipelines.plan.graph import ROOT
+    from pipelines.plan.planner import Planner
 
     graph = _graph(config, set_, use)
     planner = Planner(graph, _store_of(graph), ROOT, given=graph.use, until=until, fresh=fresh or [], inline=inline)
@@ -95,8 +95,8 @@ def submit(
 ) -> None:
     """Like run, as a job on a Ray cluster that shares the store. Returns at once."""
     from cluster.jobs import Jobs
-    from pipelines.runner import Options
-    from pipelines.submission import submit as send
+    from pipelines.run.runner import Options
+    from pipelines.run.submission import submit as send
 
     graph = _graph(config, set_, use)
     go_on = _again("submit", config, set_, use, until, ["--address", address, *(["--insecure"] if insecure else [])])
@@ -112,8 +112,8 @@ def submit(
 @app.command()
 def status(run: RunId = None, store: Root = Path(".gptline")) -> None:
     """Where a run stands, one here or one that was submitted; without RUN, the newest ten."""
-    from pipelines.watching import door, known
-    from pipelines.watching import status as lines
+    from pipelines.run.follow import door, known
+    from pipelines.run.follow import status as lines
 
     opened = _store(store)
     _print(*lines(opened, run and known(opened, run), door))
@@ -126,7 +126,7 @@ def logs(
     store: Root = Path(".gptline"),
 ) -> None:
     """What a run said so far. Without RUN, the newest that has not ended, or else the newest."""
-    from pipelines.watching import door, show_log
+    from pipelines.run.follow import door, show_log
 
     opened = _store(store)
     chosen = _chosen(opened, run)
@@ -140,8 +140,8 @@ def logs(
 @app.command()
 def stop(run: RunId = None, store: Root = Path(".gptline")) -> None:
     """Have a run finish its step, save and end. Without RUN, the newest that has not ended."""
-    from pipelines.watching import door
-    from pipelines.watching import stop as end
+    from pipelines.run.follow import door
+    from pipelines.run.follow import stop as end
 
     opened = _store(store)
     chosen = _chosen(opened, run)
@@ -155,8 +155,8 @@ def stop(run: RunId = None, store: Root = Path(".gptline")) -> None:
 @app.command()
 def sync(store: Root = Path(".gptline"), tracking: Uri = None) -> None:
     """Deliver what MLflow missed, and set right the status of runs whose driver is gone."""
-    from pipelines.delivery import sync as deliver
-    from pipelines.runner import dead_runs
+    from pipelines.observe.delivery import sync as deliver
+    from pipelines.run.runner import dead_runs
 
     opened = _store(store)
     _print(*deliver(opened, tracking, dead_runs(opened)))
@@ -169,8 +169,8 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
 ) -> None:
     """The MLflow UI on this store."""
-    from pipelines.delivery import serve_ui
-    from pipelines.runner import dead_runs
+    from pipelines.observe.delivery import serve_ui
+    from pipelines.run.runner import dead_runs
 
     opened = _store(store)
     raise typer.Exit(serve_ui(opened, tracking, port, _print, dead_runs(opened)))
@@ -184,8 +184,8 @@ def lineage(
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
 ) -> None:
     """Where an artifact came from, down to the documents, and what was made of it."""
-    from pipelines.lineage import as_html, as_mermaid, as_text, trace
-    from pipelines.planner import resolve
+    from pipelines.observe.lineage import as_html, as_mermaid, as_text, trace
+    from pipelines.plan.planner import resolve
 
     opened = _store(store)
     traced = trace(opened, resolve(opened, ref))
@@ -204,8 +204,8 @@ def sample(
     store: Root = Path(".gptline"),
 ) -> None:
     """Continue a prompt with a trained model."""
-    from pipelines.planner import resolve
-    from pipelines.sample import continue_prompt
+    from pipelines.plan.planner import resolve
+    from pipelines.serve.sample import continue_prompt
 
     opened = _store(store)
     for text in continue_prompt(opened, resolve(opened, ref), prompt, tokens=tokens, temperature=temperature, seed=seed):
@@ -227,7 +227,7 @@ def chat(
     store: Root = Path(".gptline"),
 ) -> None:
     """Talk to a model. What is piped in is a question a line; the answers alone go to stdout."""
-    from pipelines.chat import Chat, choose, talk
+    from pipelines.serve.chat import Chat, choose, talk
 
     try:
         model, name = choose(_store(store), ref)
@@ -241,7 +241,7 @@ def chat(
 @app.command()
 def doctor(store: Root = Path(".gptline")) -> None:
     """What is here, and what is wrong: versions, Ray, MLflow, GPUs, authentication, disk."""
-    from pipelines.doctor import examine
+    from pipelines.observe.doctor import examine
 
     findings = examine(Store(store))
     _print(*(str(each) for each in findings))
@@ -272,8 +272,8 @@ def main() -> None:
 
 
 def _run(config: Path, set_: list[str] | None, use: list[str] | None, *, until: str | None, fresh: list[str], inline: bool) -> None:
-    from pipelines.progress import Progress
-    from pipelines.runner import Options, Run
+    from pipelines.observe.progress import Progress
+    from pipelines.run.runner import Options, Run
 
     graph = _graph(config, set_, use)
     go_on = _again("run", config, set_, use, until, ["--inline"] if inline else [])
@@ -295,7 +295,7 @@ def _again(verb: str, config: Path, set_: list[str] | None, use: list[str] | Non
 
 def _chosen(store: Store, run: str | None) -> str:
     """The run that was named, or the one that is meant where none was: that one is told."""
-    from pipelines.watching import known, newest
+    from pipelines.run.follow import known, newest
 
     if run is not None:
         return known(store, run)

@@ -1,6 +1,6 @@
 """What a stage is given: `StageContext`, the one argument through which it reaches the machines and the store.
 
-`pipelines.execute.Context` is what a stage gets; it is in no key, so an edit there reruns nothing.
+`pipelines.run.execute.Context` is what a stage gets; it is in no key, so an edit there reruns nothing.
 """
 
 from __future__ import annotations

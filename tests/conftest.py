@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,20 @@ def no_flush_to_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
+@pytest.fixture(autouse=True)
+def forget_user_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Modules that a test wrote and imported are not found by the next test, which may have others of the same names."""
+    yield
+    written = f"{tmp_path_factory.getbasetemp()}/"
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(written):
+            del sys.modules[name]
+    sys.path[:] = [each for each in sys.path if not each.startswith(written)]
+
+
 @pytest.fixture
 def store(tmp_path: Path):  # type: ignore[no-untyped-def]
-    from pipelines.store import Store
+    from pipelines.store.store import Store
 
     root = tmp_path / "store"
     root.mkdir()

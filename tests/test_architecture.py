@@ -14,12 +14,12 @@ FILES = [path for package in ("pipelines", "gpt", "cluster") for path in sorted(
 
 LAYERS = {"pipelines": {"pipelines", "gpt", "cluster"}, "gpt": {"gpt"}, "cluster": {"cluster"}}
 DOORS = {
-    "mlflow": ["pipelines/tracking.py"],
+    "mlflow": ["pipelines/observe/tracking.py"],
     "deepspeed": ["cluster/deepspeed_engine.py"],
     "ray": ["cluster/gang.py", "cluster/jobs.py", "cluster/ray_session.py"],
     "datasets": ["pipelines/reading.py"],
     "typer": ["pipelines/cli.py"],
-    "rich": ["pipelines/progress.py"],
+    "rich": ["pipelines/observe/progress.py"],
     "tokenizers": ["gpt/tokenizer.py"],
     "pyppmd": ["gpt/evaluation.py"],
     "transformers": [],
@@ -64,12 +64,25 @@ def test_a_stage_knows_neither_other_stages_nor_the_line(path: Path):
 
 
 def test_packages_are_empty_but_for_their_modules():
-    for package in ("pipelines", "pipelines/stages", "gpt", "cluster"):
+    for package in (
+        "pipelines",
+        *(f"pipelines/{wing}" for wing in ("observe", "plan", "run", "serve", "stages", "store")),
+        "gpt",
+        "cluster",
+    ):
         assert (ROOT / package / "__init__.py").read_text() == ""
 
 
 @pytest.mark.parametrize(
-    "module", ["pipelines.cli", "pipelines.planner", "pipelines.runner", "pipelines.delivery", "pipelines.watching", "gpt.settings"]
+    "module",
+    [
+        "pipelines.cli",
+        "pipelines.plan.planner",
+        "pipelines.run.runner",
+        "pipelines.observe.delivery",
+        "pipelines.run.follow",
+        "gpt.settings",
+    ],
 )
 def test_what_a_plan_imports_is_light(module: str):
     heavy = ("torch", "ray", "deepspeed", "mlflow", "datasets", "transformers", "numpy")
@@ -80,7 +93,7 @@ def test_what_a_plan_imports_is_light(module: str):
 
 def test_a_plan_of_every_kind_is_light(tmp_path: Path):
     script = (
-        "import sys; from pathlib import Path; from pipelines.graph import load_kind;"
+        "import sys; from pathlib import Path; from pipelines.plan.graph import load_kind;"
         "[load_kind(path.stem, Path('.')) for path in Path('pipelines/stages').glob('*.py') if path.stem != '__init__'];"
         "print([name for name in ('torch', 'ray', 'deepspeed', 'mlflow', 'datasets', 'transformers') if name in sys.modules])"
     )

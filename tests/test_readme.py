@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -27,21 +28,29 @@ def metrics(file: Path, quote: str) -> set[str]:
     return {match[1] for match in quoted if not match[1].endswith("_")}
 
 
-def test_the_map_names_every_module_and_nothing_else():
+def test_the_map_names_every_folder_and_nothing_that_is_not_there():
     section = README.split("## The map")[1].split("```")[1]
     named: set[str] = set()
-    folders: list[str] = []  # by depth, two spaces each
+    top = ""
     for line in section.splitlines():
-        if match := re.match(r"( *)([\w./-]+)(\s|$)", line):
-            depth = len(match[1]) // 2
-            path = "".join(folders[:depth]) + match[2]
-            if match[2].endswith("/"):
-                folders[depth:] = [match[2]]
-            named.add(path)
-    modules = {name for name in tracked("pipelines", "gpt", "cluster") if name.endswith(".py") and not name.endswith("__init__.py")}
-    assert {name for name in named if name.endswith(".py")} == modules
-    assert {f"{name.split('/')[0]}/" for name in tracked() if "/" in name} - {".ci/"} <= named
+        if match := re.match(r"( *)((?:[\w.-]+/? )*[\w.-]+/?)(\s{2}|$)", line):
+            names = match[2].split()
+            named |= {(top if match[1] else "") + name for name in names}
+            top = top if match[1] else names[0]
+    folders = {f"{name.split('/')[0]}/" for name in tracked() if "/" in name} - {".ci/"}
+    wings = {f"{Path(name).parent.as_posix()}/" for name in tracked("pipelines") if name.count("/") == 2}
+    assert folders | wings <= named
     assert all((ROOT / name).exists() for name in named)
+
+
+def test_pages_made_from_the_code_are_up_to_date():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    for name, page in generate.PAGES.items():
+        assert (ROOT / name).read_text(encoding="utf-8") == page(), f"{name} is out of date; run `python docs/generate.py`"
 
 
 def test_every_command_that_is_shown_exists():

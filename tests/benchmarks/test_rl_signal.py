@@ -13,7 +13,7 @@ from gpt.chat import encode_prompt
 from gpt.model import GPT, save_model
 from gpt.settings import PRESETS, GPTConfig
 from gpt.tokenizer import byte_tokenizer
-from pipelines.store import Store
+from pipelines.store.store import Store
 
 TOKENIZER = byte_tokenizer()
 CONFIG = GPTConfig(**PRESETS["gpt2-nano"].model_dump(), vocab_size=TOKENIZER.vocab_size)

@@ -17,8 +17,8 @@ import session_functions
 
 from cluster import ray_session
 from cluster.ray_session import Session, Task, TaskDied, submit
-from pipelines import preflight
-from pipelines.store import Store
+from pipelines.run import preflight
+from pipelines.store.store import Store
 
 pytestmark = pytest.mark.slow
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.journal import read_journal
-from pipelines.store import Action, Store
+from pipelines.store.journal import read_journal
+from pipelines.store.store import Action, Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = Path(sys.executable).with_name("gptline")

@@ -83,7 +83,7 @@ class CopyConfig(StageConfig):
 
 
 def copy(config: CopyConfig, documents: Documents, stage: StageContext) -> Documents:
-    from pipelines.store import FolderBackend
+    from pipelines.store.store import FolderBackend
 
     put, mark = FolderBackend.put, Path(config.marks, "killed-publishing")
 

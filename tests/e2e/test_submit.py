@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.lease import Watch
+from pipelines.store.lease import Watch
 
 pytestmark = pytest.mark.slow
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from pipelines.config import ConfigError, load
-from pipelines.graph import ROOT, Graph, build
-from pipelines.planner import Planner, resolve
-from pipelines.runner import Options, Run
-from pipelines.store import Store
+from pipelines.plan.config import ConfigError, load
+from pipelines.plan.graph import ROOT, Graph, build
+from pipelines.plan.planner import Planner, resolve
+from pipelines.run.runner import Options, Run
+from pipelines.store.store import Store
 
 INGEST = """
 pipeline = "further"
@@ -132,8 +132,8 @@ def test_a_folder_takes_no_name_that_is_taken_and_none_that_is_no_name(line: Lin
 def test_a_plan_of_an_import_needs_no_torch(line: Line):
     line.graph(FURTHER)
     script = (
-        "import sys; from pathlib import Path; from pipelines.config import load; from pipelines.graph import ROOT, build;"
-        "from pipelines.planner import Planner; from pipelines.store import Store;"
+        "import sys; from pathlib import Path; from pipelines.plan.config import load; from pipelines.plan.graph import ROOT, build;"
+        "from pipelines.plan.planner import Planner; from pipelines.store.store import Store;"
         f"plan = Planner(build(load(Path({str(line.folder)!r}, 'line.toml'))), Store(Path('nowhere')), ROOT).plan();"
         "heavy = [name for name in ('torch', 'transformers', 'tokenizers', 'safetensors') if name in sys.modules];"
         "print([each.stage for each in plan if each.word == 'run'], heavy)"

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from pipelines.artifacts import Model, Prompts
-from pipelines.config import load
-from pipelines.graph import ROOT, Input, build, load_kind
-from pipelines.planner import Planner
-from pipelines.runner import Options, Run
+from pipelines.plan.config import load
+from pipelines.plan.graph import ROOT, Input, build, load_kind
+from pipelines.plan.planner import Planner
+from pipelines.run.runner import Options, Run
 from pipelines.stage import StageFailure
 from pipelines.stages.rl import RlConfig, rl
-from pipelines.store import Store
+from pipelines.store.store import Store
 
 POLICY = Model(Path("policy"), "a" * 64, {"role": "policy", "tokenizer": "t" * 64})
 SCORED = {"role": "reward", "tokenizer": "t" * 64, "score_mean": 0.5, "score_std": 2.0}

@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from pipelines import config, graph
 from pipelines.artifacts import Conversations
 from pipelines.dialogues import DialogueConfig, to_conversation, to_rating
+from pipelines.plan import config, graph
 
 from .conftest import FakeStage
 

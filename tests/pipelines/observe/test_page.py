@@ -1,0 +1,277 @@
+"""A run's page is one file that a browser opens without a network, and nothing from data is markup in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from cluster.commit import canonical_json
+from pipelines.observe.page import _stretches, _ticks, render
+from pipelines.store.journal import JournalWriter
+from pipelines.store.store import Action, Store
+
+
+def finish(store: Store, writer: JournalWriter, stage: str, kind: str, files: dict[str, str], **more: Any) -> Action:
+    folder = store.new_folder()
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    output = store.publish(folder, kind, more.pop("metadata", {})).digest
+    action = store.record(
+        Action(
+            **({"inputs": {}} | more), key=f"key-{stage}", pipeline="line", stage=stage, kind=stage, run=writer.run, leaves={},
+            output=output, output_kind=kind, started_ms=0, seconds=61.0, host="h", user="u", pid=1, versions={"torch": "2.13.0"},
+        )
+    )  # fmt: skip
+    writer.write(
+        "stage_ended", stage=stage, status="done", decision="run", reason="new", key=action.key, number=action.number, output=output,
+        seconds=61.0, error=None,
+    )  # fmt: skip
+    return action
+
+
+def begin(store: Store, run: str = "r1", **fields: Any) -> JournalWriter:
+    store.backend.put(f"runs/{run}/run.json", canonical_json({"run": run, "pipeline": "line", "config": {"seed": 1}, "snapshot": "c" * 64}))
+    writer = JournalWriter(store, run)
+    writer.write(
+        "run_started", **({"pipeline": "line", "run": run, "command": "gptline run line.toml", "user": "ada", "host": "h"} | fields)
+    )
+    return writer
+
+
+class Tags(HTMLParser):
+    """Which elements opened and never closed, and which addresses the page names."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.links: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        self.links += [value or "" for name, value in attrs if name in ("href", "src")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_a_page_stands_alone_and_every_element_is_closed(store: Store) -> None:
+    writer = begin(store)
+    tokens = finish(store, writer, "tokenize", "tokens", {"train.bin": "x"})
+    curve = [(step, 5.0 - step / 100, step) for step in range(0, 101, 10)]
+    model = finish(
+        store,
+        writer,
+        "pretrain",
+        "model",
+        {"model": "x"},
+        inputs={"tokens": [tokens.output]},
+        curves={"train/loss": curve, "train/lr": curve},
+    )
+    report = {"samples": [{"prompt": "Once", "text": "Once upon a time"}]}
+    figures = {"eval/bits_per_byte": 1.75, "eval/xz_bits_per_byte": 2.58, "eval/ppmd_bits_per_byte": 1.5}
+    finish(store, writer, "evaluate", "report", {"report.json": json.dumps(report)}, inputs={"model": [model.output]}, figures=figures)
+    writer.write("run_ended", status="FINISHED", exit_code=0, text="")
+    page = render(store, "r1")
+    tags = Tags(page)
+    assert tags.open == []
+    assert tags.links == []
+    assert not tags.seen & {"script", "link", "img", "iframe"}
+    assert "url(" not in page
+    assert "@import" not in page
+    for found in (
+        "1 min 01 s",
+        "tokenize",
+        tokens.output[:12],
+        "1.750",
+        "xz -9e",
+        "2.580",
+        "PPMd",
+        "torch",
+        "2.13.0",
+        "ada on h",
+        "c" * 64,
+    ):
+        assert found in page
+    assert "<b>Once</b> upon a time" in page
+    assert page.index("PPMd") < page.index("this model") < page.index("xz -9e")  # the shortest bar first
+    assert len(re.findall("<polyline", page)) == 2
+
+
+def test_markup_in_data_is_shown_and_not_obeyed(store: Store) -> None:
+    evil = "<script>alert(1)</script>"
+    writer = begin(store, command=evil, user=evil)
+    writer.write("note", stage="evaluate", text=evil)
+    report = {"samples": [{"prompt": evil, "text": f"{evil}</blockquote>"}]}
+    finish(store, writer, "evaluate", "report", {"report.json": json.dumps(report)}, figures={"eval/bits_per_byte": 1.0})
+    writer.write(
+        "stage_ended", stage=f"odd{evil}", status="failed", decision="run", reason=evil, error=evil, key="", number=None, output=None
+    )
+    writer.write("run_ended", status="FAILED", exit_code=1, text=evil)
+    page = render(store, "r1")
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert Tags(page).open == []
+
+
+def test_questions_stand_beside_what_each_model_answered(store: Store) -> None:
+    writer = begin(store)
+    answers = {"prompt": "What does len do?", "reference": "Counts.", "answer": "Counts.", "baseline": "Cou<nts"}
+    finish(store, writer, "evaluate", "report", {"report.json": json.dumps({"samples": [answers]})}, figures={"eval/exactly_right": 1.0})
+    page = render(store, "r1")
+    assert "<th>asked</th><th>right</th><th>this model, likeliest</th><th>baseline, likeliest</th>" in page
+    assert "<td>What does len do?</td><td>Counts.</td><td>Counts.</td><td>Cou&lt;nts</td>" in page
+    assert Tags(page).open == []
+
+
+def test_the_forecast_stands_beside_what_the_run_took_where_there_was_one(store: Store) -> None:
+    begin(store, forecast_s=754.0).flush()
+    begin(store, "r2", forecast_s=None).flush()
+    assert "<dt>Forecast</dt><dd>12 min 34 s</dd>" in render(store, "r1")
+    assert "Forecast" not in render(store, "r2")
+
+
+def row(page: str, figure: str) -> list[str]:
+    """The cells behind a figure's name."""
+    [found] = re.findall(rf'<th scope="row" class="metric">{figure}</th>(.*?)</tr>', page)
+    return re.findall(r"<td[^>]*>(.*?)</td>", found)
+
+
+def test_a_figure_stands_beside_the_baselines_with_a_sentence_and_what_a_bar_shows_is_not_told_twice(store: Store) -> None:
+    writer = begin(store)
+    figures = {
+        "eval/bits_per_byte": 1.75, "eval/xz_bits_per_byte": 2.5, "eval/truncated_share": 0.02, "eval/my_own": 7.0,
+        "eval/exactly_right": 0.5, "eval/best_of_exactly_right": 0.75, "eval/baseline_exactly_right": 0.25,
+        "eval/kl_nats_per_response": 4.5,
+    }  # fmt: skip
+    finish(store, writer, "evaluate", "report", {"report.json": "{}"}, figures=figures)
+    page = render(store, "r1")
+    head = re.findall(r"<th>Figure</th>(.*?)</tr>", page)
+    assert [re.sub("<[^>]*>", " ", each).split("  ") for each in head] == [
+        [" this model", "baseline", "best of several draws", "What it says "]
+    ]
+    right = row(page, "eval/exactly_right")
+    assert right[:3] == ["0.5", "0.25", "0.75"]
+    assert right[3].startswith("Share of questions answered right to the letter")
+    assert row(page, "eval/kl_nats_per_response")[:3] == ["4.5", "", ""]
+    assert row(page, "eval/my_own") == ["7", "", "", ""]
+    names = re.findall(r'class="metric">(.*?)</th>', page)
+    assert names == ["eval/exactly_right", "eval/truncated_share", "eval/kl_nats_per_response", "eval/my_own"]
+    assert "1.750" in page  # at its bar
+
+
+def test_pairs_of_a_kind_stand_below_all_pairs(store: Store) -> None:
+    writer = begin(store)
+    figures = {"eval/rating_auc": 0.8, "eval/pair_accuracy_refusal": 0.9, "eval/pair_accuracy": 0.7}
+    finish(store, writer, "reward_model", "model", {"model": "x"}, figures=figures, metadata={"role": "reward"})
+    page = render(store, "r1")
+    assert re.findall(r'class="metric">(.*?)</th>', page) == ["eval/pair_accuracy", "eval/pair_accuracy_refusal", "eval/rating_auc"]
+    assert row(page, "eval/pair_accuracy_refusal") == ["0.9", "The same for pairs of the kind refusal alone."]
+    assert "<span>reward model</span>" in page
+
+
+def test_bits_per_byte_that_are_no_number_stand_in_the_table_since_they_have_no_bar(store: Store) -> None:
+    writer = begin(store)
+    figures = {"eval/bits_per_byte": math.inf, "eval/xz_bits_per_byte": 2.5}
+    finish(store, writer, "evaluate", "report", {"report.json": "{}"}, figures=figures)
+    page = render(store, "r1")
+    assert row(page, "eval/bits_per_byte")[0] == "infinite"
+    assert row(page, "eval/xz_bits_per_byte")[0] == "2.5"
+    assert 'class="bar' not in page
+
+
+def test_score_and_kl_come_before_the_loss_and_the_other_curves_are_folded_by_area(store: Store) -> None:
+    writer = begin(store)
+    folded = ["train/lr", "train/entropy", "rollout/response_tokens", "time/step_s", "rollout/truncated_share", "reward/score_std"]
+    shown = ["rollout/kl_k3_nats_per_token", "train/loss", "rollout/kl_k1_nats_per_response", "reward/score_mean"]
+    curves = {name: [(0, 1.0, 0), (1, 2.0, 1)] for name in folded + shown}
+    finish(store, writer, "rl", "model", {"model": "x"}, curves=curves)
+    page = render(store, "r1")
+    section = page.split("<h2>rl: curves over steps</h2>")[1].split("</section>")[0]
+    opened, *details = section.split("<details>")
+    assert re.findall(r'aria-label="(.*?) over steps"', opened) == [
+        "reward/score_mean", "rollout/kl_k1_nats_per_response", "rollout/kl_k3_nats_per_token", "train/loss",
+    ]  # fmt: skip
+    assert [re.findall("<summary>(.*?)</summary>", each)[0] for each in details] == [
+        "reward: 1 curve", "rollout: 2 curves", "time: 1 curve", "train: 2 curves",
+    ]  # fmt: skip
+    assert sorted(re.findall(r'aria-label="(.*?) over steps"', "".join(details))) == sorted(folded)
+
+
+def test_a_stage_that_logs_neither_loss_nor_score_shows_its_curves_unfolded(store: Store) -> None:
+    writer = begin(store)
+    finish(store, writer, "count", "report", {"report.json": "{}"}, curves={"data/words": [(0, 1.0, 0), (1, 2.0, 1)]})
+    assert "<details open><summary>data: 1 curve</summary>" in render(store, "r1")
+
+
+def test_what_comes_from_outside_is_drawn_right_above_the_first_that_reads_it(store: Store) -> None:
+    writer = begin(store)
+    documents = finish(store, writer, "documents", "documents", {"train.jsonl": "x"}, metadata={"bytes": 9, "documents": 4})
+    pretrain = finish(
+        store, writer, "pretrain", "model", {"model": "x"}, inputs={"documents": [documents.output]}, metadata={"role": "policy"}
+    )
+    talks = finish(store, writer, "talks", "conversations", {"train.jsonl": "y"})
+    finish(store, writer, "sft", "model", {"model": "y"}, inputs={"policy": [pretrain.output], "conversations": [talks.output]})
+    page = render(store, "r1")
+    drawing = re.findall('<svg class="graph".*?</svg>', page)[0]
+    at = {name: (int(x), int(y)) for x, y, name in re.findall(r'<text class="name" x="(\d+)" y="(\d+)">(\w+)</text>', drawing)}
+    assert at["documents"][1] < at["pretrain"][1] == at["talks"][1] < at["sft"][1]
+    assert at["pretrain"][0] != at["talks"][0]
+    assert f">policy model {pretrain.output[:8]}<" in drawing
+    assert ">4 documents<" in drawing
+    assert len(re.findall("<path", drawing)) == 3
+
+
+def test_a_reused_stage_shows_the_curve_of_the_action_it_reuses(store: Store) -> None:
+    first = begin(store)
+    made = finish(store, first, "pretrain", "model", {"model": "x"}, curves={"train/loss": [(0, 5.0, 0), (10, 4.0, 1)]})
+    second = begin(store, "r2")
+    second.write(
+        "stage_ended", stage="pretrain", status="reused", decision="reuse", reason="nothing changed", key=made.key, number=1,
+        output=made.output, seconds=0.0, error=None,
+    )  # fmt: skip
+    page = render(store, "r2")
+    assert "pretrain: loss over steps" in page
+    assert "made by run r1" in page
+    assert "running" in page
+
+
+def test_a_run_that_died_before_its_first_stage_has_a_page_too(store: Store) -> None:
+    begin(store)
+    assert Tags(render(store, "r1")).open == []
+
+
+def test_a_value_that_is_no_number_leaves_a_gap() -> None:
+    points = [(0, 1.0, 0), (1, 2.0, 0), (2, math.nan, 0), (3, math.inf, 0), (4, 3.0, 0)]
+    assert _stretches(points) == [[(0, 1.0), (1, 2.0)], [(4, 3.0)]]
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_lowest_and_highest_point() -> None:
+    points = [(step, float(step % 97), 0) for step in range(100_000)] + [(100_000, 500.0, 0), (100_001, -7.0, 0)]
+    [thin] = _stretches(points)
+    assert len(thin) <= 600
+    assert {500.0, -7.0} <= {value for _, value in thin}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "about", "ticks"),
+    [(0, 800, 7, [0, 200, 400, 600, 800]), (2.56, 8.4, 5, [2, 4, 6, 8, 10]), (0.0, 0.003, 3, [0, 0.001, 0.002, 0.003])],
+)
+def test_ticks_are_round_and_enclose_the_values(low: float, high: float, about: int, ticks: list[float]) -> None:
+    assert _ticks(low, high, about) == pytest.approx(ticks)
+
+
+def test_one_lone_value_still_has_an_axis() -> None:
+    ticks = _ticks(3.0, 3.0, 3)
+    assert ticks[0] < 3.0 < ticks[-1]

@@ -1,0 +1,233 @@
+"""What a submitted run is made of: code, config and words that mean on the cluster what they meant to who typed them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.plan.config import ConfigError, load
+from pipelines.plan.graph import ROOT, Graph, build
+from pipelines.plan.planner import Planner
+from pipelines.plan.snapshot import freeze
+from pipelines.run.runner import Options
+from pipelines.run.submission import as_toml, entrypoint, freeze_config, main, submit, submitted
+from pipelines.store.store import Store
+
+WORDS = """
+from our_neighbour import LETTERS
+from pipelines.artifacts import Documents
+from pipelines.stage import Source, StageConfig, StageContext
+
+
+class WordsConfig(StageConfig):
+    file: str
+
+    def sources(self, data):
+        return [Source(self.file, data / self.file)]
+
+
+def words(config: WordsConfig, stage: StageContext) -> Documents:
+    raise AssertionError(LETTERS)
+"""
+CUT = """
+from gpt.settings import UserFunction
+from pipelines.artifacts import Documents
+from pipelines.stage import StageConfig, StageContext
+
+
+class CutConfig(StageConfig):
+    by: UserFunction
+
+
+def cut(config: CutConfig, documents: Documents, stage: StageContext) -> Documents:
+    return stage.function(config.by)
+"""
+RULE = """
+def rule(text):
+    return text[:3]
+"""
+TOML = """
+pipeline = "small"
+data = "texts"
+
+[tracking]
+uri = "sqlite:///mine.db"
+
+[stages.words]
+uses = "own_words.py:words"
+file = "a.txt"
+
+[stages.cut]
+uses = "../shared/own_cut.py:cut"
+by = "../shared/own_rule.py:rule"
+inputs = { documents = "words" }
+"""
+
+
+class Sent:
+    """A cluster that takes every job, or none."""
+
+    address = "http://127.0.0.1:8265"
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.jobs: list[tuple[str, str, Mapping[str, str]]] = []
+
+    def submit(self, name: str, entrypoint: str, environment: Mapping[str, str]) -> None:
+        if self.error is not None:
+            raise self.error
+        self.jobs.append((name, entrypoint, environment))
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """line/small.toml with a file of its own, its neighbour, two in ../shared, and data."""
+    folder = tmp_path / "project"
+    for name, text in {
+        "line/small.toml": TOML,
+        "line/own_words.py": WORDS,
+        "line/our_neighbour.py": "LETTERS = 3\n",
+        "shared/own_cut.py": CUT,
+        "shared/own_rule.py": RULE,
+        "line/texts/a.txt": "abc",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return folder
+
+
+def graph_of(config: Path, *overrides: str) -> Graph:
+    for name in ("gptline_user_own_words", "gptline_user_own_cut", "gptline_user_own_rule", "our_neighbour"):
+        sys.modules.pop(name, None)
+    sys.path[:] = [each for each in sys.path if not Path(each, "our_neighbour.py").exists()]  # of an earlier graph
+    return build(load(config, overrides))
+
+
+def leaves(graph: Graph, store: Store) -> dict[str, dict[str, Any]]:
+    planner = Planner(graph, store, ROOT)
+    return {name: planner.leaves(stage, {}) for name, stage in graph.stages.items()}
+
+
+def test_the_frozen_config_has_the_keys_and_the_code_of_the_one_that_was_submitted(project: Path, store: Store, tmp_path: Path) -> None:
+    graph = graph_of(project / "line" / "small.toml", "stages.words.file=a.txt", "seed=7")
+    snapshot = freeze(graph, store)
+    config = freeze_config(graph, store, snapshot, tmp_path / "elsewhere" / "submitted")
+    before = leaves(graph, store)
+    for file in project.rglob("*.py"):
+        file.write_text("an edit\n")
+    (project / "line" / "small.toml").write_text("another\n")
+    again = graph_of(config)
+    assert leaves(again, store) == before
+    assert (before["cut"]["kind"], before["cut"]["config.by"]) == ("../shared/own_cut.py:cut", "../shared/own_rule.py:rule")
+    assert freeze(again, store).artifact.digest == snapshot.artifact.digest
+
+
+def test_relative_paths_mean_what_they_meant_to_who_submitted(project: Path, store: Store, tmp_path: Path) -> None:
+    graph = graph_of(project / "line" / "small.toml")
+    again = graph_of(freeze_config(graph, store, freeze(graph, store), tmp_path / "elsewhere")).loaded
+    assert again.data() == project / "line" / "texts"
+    assert again.file.store.root == str(store.root)
+    assert again.file.tracking.uri == f"sqlite:///{tmp_path}/mine.db"
+    assert again.file.cluster.address == "auto"
+
+
+def test_a_config_near_the_root_puts_nothing_outside_its_folder(project: Path, store: Store, tmp_path: Path) -> None:
+    up = "../" * len(project.parts)
+    file = project / "line" / "small.toml"
+    file.write_text(TOML.replace("../shared", f"{up}{project.relative_to('/')}/shared"))
+    graph = graph_of(file)
+    before = set(tmp_path.iterdir())
+    config = freeze_config(graph, store, freeze(graph, store), tmp_path / "elsewhere" / "submitted")
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "elsewhere"}
+    assert [each.name for each in (tmp_path / "elsewhere").iterdir()] == ["submitted"]
+    assert list(graph_of(config).stages) == ["words", "cut"]
+
+
+def test_a_file_that_is_named_absolutely_can_not_be_frozen(project: Path, store: Store) -> None:
+    file = project / "line" / "small.toml"
+    file.write_text(TOML.replace("../shared", f"{project}/shared"))
+    with pytest.raises(ConfigError, match=r"stages.cut.by: '/.*' is an absolute path, .*; name it relative to the folder of small.toml"):
+        submit(graph_of(file), store, Options("", ""), {}, Sent())  # type: ignore[arg-type]
+    assert store.runs() == []
+
+
+def test_one_job_is_sent_which_is_called_as_the_run_is(project: Path, store: Store) -> None:
+    sent = Sent()
+    asked = Options("gptline submit small.toml", "gptline submit small.toml", fresh=["cut"], until="cut")
+    run = submit(graph_of(project / "line" / "small.toml"), store, asked, {}, sent)  # type: ignore[arg-type]
+    record = submitted(store, run)
+    assert record is not None
+    assert record["address"] == "http://127.0.0.1:8265"
+    code = store.root / "artifacts" / record["snapshot"]
+    assert sent.jobs == [(run, entrypoint(code, store, run), {})]
+    told = Options(**record["options"])
+    assert (told.run, told.fresh, told.until, told.inline) == (run, ["cut"], "cut", False)
+    assert record["config"] == "submitted/line/small.toml"
+
+
+def test_a_job_that_can_not_be_sent_leaves_no_run(project: Path, store: Store) -> None:
+    with pytest.raises(ConnectionError, match="gone"):
+        submit(graph_of(project / "line" / "small.toml"), store, Options("", ""), {}, Sent(ConnectionError("gone")))  # type: ignore[arg-type]
+    assert store.runs() == []
+
+
+@pytest.mark.parametrize("options", [{"until": "wrods"}, {"fresh": ["wrods"]}, {"use": {"wrods": "sha256:00000000"}}])
+def test_what_is_asked_of_a_stage_that_is_not_there_is_told_before_anything_is_sent(
+    project: Path, store: Store, options: dict[str, Any]
+) -> None:
+    sent = Sent()
+    with pytest.raises(ConfigError, match=r"wrods.*there is no such stage"):
+        submit(graph_of(project / "line" / "small.toml"), store, Options("", "", **options), {}, sent)  # type: ignore[arg-type]
+    assert sent.jobs == []
+    assert not list(store.root.iterdir())
+
+
+def test_a_jobs_line_survives_the_shell_and_starts_the_code_that_it_names(tmp_path: Path) -> None:
+    store = Store(tmp_path / "it's a $HOME; store")
+    code = tmp_path / "the code & more"
+    (code / "pipelines" / "run").mkdir(parents=True)
+    (code / "pipelines" / "__init__.py").touch()
+    (code / "pipelines" / "run" / "__init__.py").touch()
+    (code / "pipelines" / "run" / "submission.py").write_text(
+        "import json, os, sys; print(json.dumps([os.getppid(), sys.argv, sys.path[0]]))"
+    )
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines" / "submission.py").write_text("raise SystemExit('the working folder came first')")
+    line = entrypoint(code, store, "run-1")
+    process = subprocess.run(line, shell=True, capture_output=True, text=True, check=True, cwd=tmp_path)
+    _, words, first = json.loads(process.stdout)
+    assert words[1:] == [str(store.root), "run-1"]
+    assert first == str(code)
+    assert shlex.split(line)[0] == "exec"
+
+
+def test_a_node_that_does_not_see_the_store_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nowhere"), "run-1"]) == 2
+    assert capsys.readouterr().err == (
+        f"this node does not see {tmp_path}/nowhere/runs/run-1: wanted a store on storage that every node has at this same path\n"
+    )
+
+
+TEXT = st.text(st.characters(exclude_categories=("Cs",)))
+VALUES = st.recursive(
+    st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(VALUES)
+def test_every_value_of_a_pipeline_file_survives_as_toml(value: Any) -> None:
+    assert tomllib.loads(f"value = {as_toml(value)}") == {"value": value}
