@@ -156,7 +156,7 @@ def stop(run: RunId = None, store: Root = Path(".gptline")) -> None:
 def sync(store: Root = Path(".gptline"), tracking: Uri = None) -> None:
     """Deliver what MLflow missed, and set right the status of runs whose driver is gone."""
     from pipelines.observe.delivery import sync as deliver
-    from pipelines.run.runner import dead_runs
+    from pipelines.store.journal import dead_runs
 
     opened = _store(store)
     _print(*deliver(opened, tracking, dead_runs(opened)))
@@ -170,7 +170,7 @@ def ui(
 ) -> None:
     """The MLflow UI on this store."""
     from pipelines.observe.delivery import serve_ui
-    from pipelines.run.runner import dead_runs
+    from pipelines.store.journal import dead_runs
 
     opened = _store(store)
     raise typer.Exit(serve_ui(opened, tracking, port, _print, dead_runs(opened)))

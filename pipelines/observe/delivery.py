@@ -10,7 +10,6 @@ journal segments, moves after MLflow has taken them: what a killed sender had un
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import signal
@@ -22,13 +21,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from cluster.commit import canonical_json
-from pipelines.observe.progress import RunView
 from pipelines.observe.tracking import ENVIRONMENT, Door, RunInMlflow, resolve_uri, unreachable
+from pipelines.observe.view import RunView
 from pipelines.plan.graph import ROOT
-from pipelines.store.journal import Event, JournalReader, end_dead
+from pipelines.store.events import JournalEvent, StagePoints
+from pipelines.store.journal import JournalReader, end_dead_run
+from pipelines.store.runs import RunFolder
 from pipelines.store.store import Store
 
 POINTS_A_BATCH = 5000
@@ -64,9 +64,9 @@ class Tracker:
                 return None
             ended = self._process.poll() is not None
             if state.error is not None:
-                return state.error
+                return state.error if state.error != self._said else None
             if ended:
-                log = f"{_place(self._run, self._uri)}.log"
+                log = f"{_place(self._store, self._run, self._uri)}.log"
                 return f"MLflow {self._uri} does not have all of this run (see {log} in the store); `gptline sync` sends the rest"
             if time.monotonic() >= until_s:
                 return f"MLflow {self._uri}: process {self._process.pid} goes on sending this run; `gptline sync` sends what it may leave"
@@ -78,11 +78,11 @@ def start_tracking(store: Store, run: str, uri: str) -> Tracker:
     uri = _known_as(uri, store)
     home = str(ROOT)
     path = os.pathsep.join(each for each in (home, os.environ.get("PYTHONPATH")) if each)
-    log = store.root / f"{_place(run, uri)}.log"
+    log = store.machine_file(f"{_place(store, run, uri)}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.observe.delivery", str(store.root), run, uri, "--driver", str(os.getpid())],
+            [sys.executable, "-m", "pipelines.observe.delivery", str(store), run, uri, "--driver", str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -103,7 +103,7 @@ def main() -> None:
     os.nice(5)  # training comes first
     store = Store(arguments.store)
     follow(store, arguments.run, arguments.uri, alive=lambda: os.getppid() == arguments.driver)
-    log = arguments.store / f"{_place(arguments.run, arguments.uri)}.log"
+    log = store.machine_file(f"{_place(store, arguments.run, arguments.uri)}.log")
     if log.exists() and not log.stat().st_size:
         log.unlink()
 
@@ -131,7 +131,7 @@ def follow(store: Store, run: str, uri: str, alive: Callable[[], bool]) -> None:
             time.sleep(min(0.1, wait_s))
     theirs = {other: _own_uri(store, other) for other in store.runs() if other != run}
     behind = {other: own for other, own in theirs.items() if not _caught_up(store, other, _read_state(store, other, own))}
-    silent = {own for own in set(behind.values()) if unreachable(resolve_uri(own, store.root)) is not None}
+    silent = {own for own in set(behind.values()) if unreachable(resolve_uri(own, store)) is not None}
     for other, own in behind.items():
         if own not in silent:
             Sender(store, other, own).deliver()
@@ -145,21 +145,21 @@ def sync(store: Store, uri: str | None, dead: Iterable[str] = ()) -> list[str]:
     """
     lines = []
     for run in dead:
-        if end_dead(store, run):
+        if end_dead_run(store, run):
             lines.append(f"{run}  ended as KILLED: its driver is gone")
     runs: dict[str, list[str]] = {}
     for run in store.runs():
         if not _caught_up(store, run, _State()):
             runs.setdefault(_own_uri(store, run) if uri is None else _known_as(uri, store), []).append(run)
     if not runs:
-        lines.append(f"the store {store.root} has no runs yet")
+        lines.append(f"the store {store} has no runs yet")
     for each, theirs in runs.items():
         lines += _sync_with(store, each, theirs)
     return lines
 
 
 def _sync_with(store: Store, uri: str, runs: list[str]) -> list[str]:
-    why = unreachable(resolve_uri(uri, store.root))
+    why = unreachable(resolve_uri(uri, store))
     if why is not None:
         return [_kept(uri, why)]
     lines = []
@@ -222,8 +222,8 @@ def ui_command(store: Store, uri: str, port: int) -> list[str]:
     """One worker and no job runners: 2 processes instead of 15."""
     return [
         *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", resolve_uri(uri, store.root)),
-        *("--artifacts-destination", str(store.root.resolve() / "mlflow-artifacts")),
+        *("--backend-store-uri", resolve_uri(uri, store)),
+        *("--artifacts-destination", str(store.machine_file("mlflow-artifacts").resolve())),
     ]
 
 
@@ -249,7 +249,7 @@ class Sender:
     def _begin(self) -> None:
         self.view = RunView(self.run)
         self._reader = JournalReader(self._store, self.run)
-        self._waiting: list[tuple[int, Event]] = []
+        self._waiting: list[tuple[int, JournalEvent]] = []
         self._shown: RunInMlflow | None = None
 
     def deliver(self) -> Delivery:
@@ -257,13 +257,13 @@ class Sender:
         self._take_in()
         if not self._waiting:
             return Delivery(0)
-        why = unreachable(resolve_uri(self.uri, self._store.root))
+        why = unreachable(resolve_uri(self.uri, self._store))
         if why is not None:
             return self._failed(0, _kept(self.uri, why))
         sent = 0
         try:
             door = self._opened()
-            with door.lock(_place(self.run, self.uri)):
+            with door.lock(_place(self._store, self.run, self.uri)):
                 shown = self._look(door)
                 for batch in self._batches():
                     self._state.refused += shown.show([event for _, event in batch])
@@ -295,32 +295,32 @@ class Sender:
     def _look(self, door: Door) -> RunInMlflow:
         """Under the lock: look at what another sender did meanwhile, and whether MLflow is still the one we knew."""
         self._state = _read_state(self._store, self.run, self.uri)
-        info = _run_info(self._store, self.run)
-        pipeline = self.view.pipeline or str(info.get("pipeline") or "unnamed")
+        record = RunFolder(self._store, self.run).record()
+        pipeline = self.view.pipeline or record.pipeline or "unnamed"
         identity = door.experiment(pipeline)[1]
         if self._state.view and self._state.view != identity:
             self._state = _State()
             self._begin()
         self._state.pipeline, self._state.view = pipeline, identity
         self._take_in()
-        self._shown = self._shown or RunInMlflow(door, self._store, self.view, pipeline, info)
+        self._shown = self._shown or RunInMlflow(door, self._store, self.view, pipeline, record)
         return self._shown
 
-    def _batches(self) -> Iterator[list[tuple[int, Event]]]:
+    def _batches(self) -> Iterator[list[tuple[int, JournalEvent]]]:
         """Whole segments, some thousand points at a time; the cursor moves after each."""
-        batch: list[tuple[int, Event]] = []
+        batch: list[tuple[int, JournalEvent]] = []
         points = 0
         for segment, event in list(self._waiting):
             if points >= POINTS_A_BATCH and segment != batch[-1][0]:
                 yield batch
                 batch, points = [], 0
             batch.append((segment, event))
-            points += len(event.get("points", ()))
+            points += sum(map(len, event.curves.values())) if isinstance(event, StagePoints) else 0
         if batch:
             yield batch
 
     def _sentence(self, error: Exception) -> str:
-        why = unreachable(resolve_uri(self.uri, self._store.root))
+        why = unreachable(resolve_uri(self.uri, self._store))
         if why is not None:
             return _kept(self.uri, why)
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
@@ -335,7 +335,7 @@ class Sender:
         return Delivery(sent, sentence)
 
     def _save(self) -> None:
-        self._store.backend.put(f"{_place(self.run, self.uri)}.json", canonical_json(vars(self._state)))
+        self._store.backend.put(f"{_place(self._store, self.run, self.uri)}.json", canonical_json(vars(self._state)))
 
 
 def _kept(uri: str, why: str) -> str:
@@ -359,12 +359,12 @@ class _State:
     """What MLflow will never take, in its own words."""
 
 
-def _place(run: str, uri: str) -> str:
-    return f"runs/{run}/tracking-{hashlib.sha256(uri.encode()).hexdigest()[:12]}"
+def _place(store: Store, run: str, uri: str) -> str:
+    return RunFolder(store, run).tracking(uri)
 
 
 def _read_state(store: Store, run: str, uri: str) -> _State:
-    given = json.loads(store.backend.get(f"{_place(run, uri)}.json") or b"{}")
+    given = json.loads(store.backend.get(f"{_place(store, run, uri)}.json") or b"{}")
     return _State(**{each.name: given[each.name] for each in fields(_State) if each.name in given})  # other versions wrote other fields
 
 
@@ -376,16 +376,12 @@ def _caught_up(store: Store, run: str, state: _State) -> bool:
 
 def _own_uri(store: Store, run: str) -> str:
     """The MLflow that a run was meant for when it started."""
-    return _known_as((_run_info(store, run).get("tracking") or {}).get("uri", "sqlite"), store)
-
-
-def _run_info(store: Store, run: str) -> dict[str, Any]:
-    return json.loads(store.backend.get(f"runs/{run}/run.json") or b"{}")
+    return _known_as(RunFolder(store, run).record().tracking.get("uri", "sqlite"), store)
 
 
 def _known_as(uri: str, store: Store) -> str:
     """The store's own database has one name, so that a cursor stays valid when the store is moved."""
-    return "sqlite" if uri == resolve_uri("sqlite", store.root) else uri
+    return "sqlite" if uri == resolve_uri("sqlite", store) else uri
 
 
 if __name__ == "__main__":

@@ -102,16 +102,16 @@ def _ray() -> Iterator[Finding]:
 
 
 def _mlflow(store: Store) -> Iterator[Finding]:
-    database = store.root / "mlflow.db"
+    database = store.machine_file("mlflow.db")
     yield Finding(
         "mlflow",
         f"{database}, {database.stat().st_size / 2**20:.1f} MiB" if database.exists() else "no database yet; the first run makes it",
     )
-    from pipelines.run.runner import dead_runs
+    from pipelines.store.journal import dead_runs
 
     dead = dead_runs(store)
     advice = "`gptline sync` ends them" if dead else ""
-    yield Finding("runs", f"{len(store.runs())} in {store.root}" + (f", {len(dead)} whose driver is gone" if dead else ""), advice)
+    yield Finding("runs", f"{len(store.runs())} in {store}" + (f", {len(dead)} whose driver is gone" if dead else ""), advice)
 
 
 def _disk(store: Store) -> Iterator[Finding]:

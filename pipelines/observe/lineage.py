@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.commit import canonical_json
-from pipelines.store.store import Action, Store
+from pipelines.store.action import Action
+from pipelines.store.store import Store
 
 SHORT = 12
 MOST_SOURCES = 12
@@ -67,28 +68,28 @@ def trace(store: Store, digest: str) -> Lineage:
 
 
 def trace_all(store: Store, digests: Iterable[str], downstream: bool = True) -> Lineage:
+    """As `trace`, for several artifacts; without `downstream` only what they were made from."""
     makers: dict[str, list[Action]] = {}
-    uses: dict[str, list[str]] = {}
-    for action in sorted(store.all_actions(), key=lambda action: (action.started_ms, action.number), reverse=True):
-        makers.setdefault(action.output, []).append(action)
-        for digest in dict.fromkeys(each for given in action.inputs.values() for each in given):
-            if action.output not in uses.setdefault(digest, []):
-                uses[digest].append(action.output)
+    uses: dict[str, tuple[str, ...]] = {}
+
+    def inputs_of(digest: str) -> list[tuple[str, str]]:
+        """The (parameter, digest) pairs of all makers, each once."""
+        if digest not in makers:
+            makers[digest] = store.index.makers(digest)
+        return list(dict.fromkeys((name, each) for action in makers[digest] for name, given in action.inputs.items() for each in given))
+
+    def outputs_of(digest: str) -> tuple[str, ...]:
+        if digest not in uses:
+            uses[digest] = tuple(dict.fromkeys(action.output for action in store.index.users(digest)))
+        return uses[digest]
+
     roots = tuple(dict.fromkeys(digests))
-    inputs = {
-        output: tuple(dict.fromkeys((name, each) for action in made for name, given in action.inputs.items() for each in given))
-        for output, made in makers.items()
-    }
-    reached = set(_reach(roots, lambda digest: [each for _, each in inputs.get(digest, ())]))
+    reached = set(_reach(roots, lambda digest: [each for _, each in inputs_of(digest)]))
     if downstream:
-        reached |= set(_reach(roots, lambda digest: uses.get(digest, [])))
-    nodes = {digest: _node(store, digest, makers.get(digest, [])) for digest in sorted(reached)}
-    return Lineage(
-        roots,
-        nodes,
-        {digest: tuple(pair for pair in inputs.get(digest, ()) if pair[1] in reached) for digest in nodes},
-        {digest: tuple(each for each in uses.get(digest, ()) if each in reached) for digest in nodes},
-    )
+        reached |= set(_reach(roots, outputs_of))
+    inputs = {digest: tuple(pair for pair in inputs_of(digest) if pair[1] in reached) for digest in sorted(reached)}
+    nodes = {digest: _node(store, digest, makers[digest]) for digest in inputs}
+    return Lineage(roots, nodes, inputs, {digest: tuple(each for each in outputs_of(digest) if each in reached) for digest in nodes})
 
 
 def as_text(lineage: Lineage) -> str:

@@ -11,12 +11,13 @@ import math
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
+from cluster.events import Curves, Point
 from pipelines.observe.lineage import Lineage, as_mermaid, trace_all
-from pipelines.observe.progress import Point, RunView, StageView, run_view
-from pipelines.store.journal import JournalReader
-from pipelines.store.store import Action, Store
+from pipelines.observe.view import RunView, StageView, run_view
+from pipelines.store.action import Action
+from pipelines.store.runs import RunFolder, RunRecord
+from pipelines.store.store import Store
 
 MOST_POINTS = 600
 """A curve with more points is drawn by the lowest and the highest of each stretch."""
@@ -73,17 +74,17 @@ MEANINGS = {
 def render(store: Store, run: str) -> str:
     view = run_view(store, run)
     actions = {name: action for name, stage in view.stages.items() if (action := _action(store, stage)) is not None}
-    info = json.loads(store.backend.get(f"runs/{run}/run.json") or b"{}")
+    record = RunFolder(store, run).record()
     lineage = trace_all(store, [stage.output for stage in view.stages.values() if stage.output], downstream=False)
-    title = f"{view.pipeline or info.get('pipeline', '')} {view.status.lower()}"
+    title = f"{view.pipeline or record.pipeline} {view.status.lower()}"
     sections = [
-        _header(view, info, next(JournalReader(store, run).read(), {}).get("forecast_s")),
+        _header(view, record),
         _stages(view, actions, lineage),
         *(_comparison(name, action) + _figures(name, action) for name, action in actions.items()),
         *(_curves(name, _all_curves(stage, actions.get(name))) for name, stage in view.stages.items()),
         *(_samples(store, name, action) for name, action in actions.items()),
         _picture(lineage),
-        _settings(view, info, actions),
+        _settings(view, record, actions),
     ]
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -103,13 +104,13 @@ def _action(store: Store, stage: StageView) -> Action | None:
         return None
 
 
-def _all_curves(stage: StageView, action: Action | None) -> dict[str, list[Point]]:
+def _all_curves(stage: StageView, action: Action | None) -> Curves:
     """The action's are whole; a stage without one yet (or for ever) has what the journal holds."""
     return action.curves if action is not None and action.curves else stage.curves
 
 
-def _header(view: RunView, info: dict[str, Any], forecast_s: float | None) -> str:
-    began = view.started_ms or info.get("started_ms")
+def _header(view: RunView, record: RunRecord) -> str:
+    began = view.started_ms or record.started_ms
     when = time.strftime("%d %B %Y, %H:%M %Z", time.localtime(began / 1000)) if began else ""
     took = _duration((view.ended_ms - began) / 1000) if began and view.ended_ms else ""
     tally: dict[str, int] = {}
@@ -118,12 +119,12 @@ def _header(view: RunView, info: dict[str, Any], forecast_s: float | None) -> st
         tally[word] = tally.get(word, 0) + 1
     facts = [
         ("When", when),
-        ("Forecast", _duration(forecast_s) if forecast_s else ""),
+        ("Forecast", _duration(view.forecast_s) if view.forecast_s else ""),
         ("Took", took),
         ("Stages", ", ".join(f"{count} {word}" for word, count in tally.items())),
-        ("Where", " on ".join(part for part in (view.user or info.get("user"), view.host or info.get("host")) if part)),
+        ("Where", " on ".join(part for part in (view.user or record.user, view.host or record.host) if part)),
         ("Run", view.run),
-        ("Command", view.command or info.get("command") or ""),
+        ("Command", view.command or record.command),
     ]
     rows = "".join(
         f"<div{' class=wide' if name in ('Run', 'Command') else ''}><dt>{name}</dt><dd>{_esc(value)}</dd></div>"
@@ -132,7 +133,7 @@ def _header(view: RunView, info: dict[str, Any], forecast_s: float | None) -> st
     )
     text = f'<p class="lead">{_esc(view.text)}</p>' if view.text else ""
     return (
-        f'<header><p class="eyebrow">gptline run</p><h1>{_esc(view.pipeline or info.get("pipeline") or view.run)} '
+        f'<header><p class="eyebrow">gptline run</p><h1>{_esc(view.pipeline or record.pipeline or view.run)} '
         f'<span class="pill {view.status.lower()}">{view.status.lower()}</span></h1>{text}<dl class="facts">{rows}</dl></header>'
     )
 
@@ -219,11 +220,11 @@ def _meaning(figure: str) -> str:
     return f"The same for pairs of the kind {kind} alone." if kind != figure else MEANINGS.get(figure, "")
 
 
-def _curves(name: str, curves: dict[str, list[Point]]) -> str:
+def _curves(name: str, curves: Curves) -> str:
     """What tells how it went is open; all other curves are folded away by area."""
     losses = {metric: curves[metric] for metric in LOSSES if curves.get(metric)}
     of_rl = {metric: curves[metric] for metric in OF_RL if curves.get(metric)}
-    folded: dict[str, dict[str, list[Point]]] = {}
+    folded: dict[str, Curves] = {}
     for metric, points in curves.items():
         if points and metric not in losses and metric not in of_rl:
             folded.setdefault(metric.partition("/")[0], {})[metric] = points
@@ -238,7 +239,7 @@ def _curves(name: str, curves: dict[str, list[Point]]) -> str:
     return f"<section><h2>{_esc(name)}: {'loss' if losses and not of_rl else 'curves'} over steps</h2>{''.join(parts)}</section>"
 
 
-def _grid(curves: dict[str, list[Point]]) -> str:
+def _grid(curves: Curves) -> str:
     charts = (
         f'<figure class="small-chart">{_chart({metric: points}, 345, 160)}</figure>'
         for metric, points in list(curves.items())[:MOST_CHARTS]
@@ -250,7 +251,7 @@ def _samples(store: Store, name: str, action: Action) -> str:
     if action.output_kind != "report":
         return ""
     try:
-        report = json.loads(store.backend.get(f"artifacts/{action.output}/report.json") or b"{}")
+        report = json.loads(store.read(action.output, "report.json") or b"{}")
     except ValueError:
         return ""
     samples = report.get("samples") if isinstance(report, dict) else None
@@ -271,14 +272,14 @@ def _samples(store: Store, name: str, action: Action) -> str:
     return f"<section><h2>{_esc(name)}: samples</h2>{''.join(parts)}</section>" if parts else ""
 
 
-def _settings(view: RunView, info: dict[str, Any], actions: dict[str, Action]) -> str:
-    config = json.dumps(info.get("config") or {}, indent=2, ensure_ascii=False)
+def _settings(view: RunView, record: RunRecord, actions: dict[str, Action]) -> str:
+    config = json.dumps(record.config, indent=2, ensure_ascii=False)
     versions = dict(view.versions)
     for action in actions.values():
         versions = dict(action.versions) | versions
     rows = "".join(f"<div><dt>{_esc(name)}</dt><dd>{_esc(version)}</dd></div>" for name, version in sorted(versions.items()))
-    git = info.get("git") or {}
-    code = [("code snapshot", info.get("snapshot") or ""), *((f"git {name}", value) for name, value in git.items())]
+    git = record.git or {}
+    code = [("code snapshot", record.snapshot), *((f"git {name}", value) for name, value in git.items())]
     rows += "".join(f"<div><dt>{_esc(name)}</dt><dd>{_esc(value)}</dd></div>" for name, value in code if value)
     return (
         f"<section><h2>Config and versions</h2><details><summary>The whole resolved config</summary><pre>{_esc(config)}</pre></details>"
@@ -296,7 +297,7 @@ def _picture(lineage: Lineage) -> str:
     )
 
 
-def _chart(curves: dict[str, list[Point]], width: int, height: int) -> str:
+def _chart(curves: Curves, width: int, height: int) -> str:
     """Polylines on linear axes; a value that is no number leaves a gap."""
     left, right, top, bottom = 58, 14, 14, 30
     finite = [(step, value) for points in curves.values() for step, value, _ in points if _is_number(value)]
@@ -332,7 +333,7 @@ def _chart(curves: dict[str, list[Point]], width: int, height: int) -> str:
                 ]
     parts.append("</svg>")
     legend = "".join(
-        f'<span><i class="key{at}"></i>{_esc(metric)} <b>{_number(points[-1][1])}</b> at step {points[-1][0]:,}</span>'
+        f'<span><i class="key{at}"></i>{_esc(metric)} <b>{_number(points[-1].value)}</b> at step {points[-1].step:,}</span>'
         for at, (metric, points) in enumerate(curves.items())
     )
     return f'{"".join(parts)}<p class="legend">{legend}</p>'
@@ -340,7 +341,7 @@ def _chart(curves: dict[str, list[Point]], width: int, height: int) -> str:
 
 def _stretches(points: Sequence[Point]) -> list[list[tuple[int, float]]]:
     stretches: list[list[tuple[int, float]]] = [[]]
-    for step, value, _ in sorted(points, key=lambda point: point[0]):
+    for step, value, _ in sorted(points, key=lambda point: point.step):
         if _is_number(value):
             stretches[-1].append((step, value))
         elif stretches[-1]:

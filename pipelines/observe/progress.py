@@ -10,11 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pipelines.store.journal import Event, read_journal
-from pipelines.store.store import Store
+from pipelines.observe.view import RunView, StageView, seconds_left, share_done
+from pipelines.store.events import Announcement, JournalEvent, Note, StageEnded, StagePoints, StageProgress, StageStarted
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -33,139 +32,6 @@ RL_TOLD = (
     ("tokens/s", "rollout/tokens_per_s", ",.0f"),
 )
 """What a running stage says of its newest points: label, metric, form. The policy's loss says nothing of how RL goes."""
-
-Point = tuple[int, float, int]
-"""Step, value, time in ms since 1970."""
-
-
-@dataclass
-class StageView:
-    """One stage of one run, as far as it is known."""
-
-    name: str
-    decision: str = ""
-    """reuse, run, resume, wait or blocked."""
-    reason: str = ""
-    status: str = "planned"
-    """planned, running, done, reused, failed, stopped, blocked, or killed: the run ended while it was running."""
-    steps: int | None = None
-    key: str = ""
-    number: int | None = None
-    output: str = ""
-    seconds: float | None = None
-    error: str = ""
-    started_ms: int | None = None
-    ended_ms: int | None = None
-    done: float = 0
-    total: float | None = None
-    unit: str = ""
-    notes: list[str] = field(default_factory=list)
-    curves: dict[str, list[Point]] = field(default_factory=dict)
-    """What the journal has; a reused stage's curves stand in its action record."""
-
-    @property
-    def step(self) -> int | None:
-        """Steps done, as far as points or progress tell."""
-        steps = [points[-1][0] for points in self.curves.values() if points]
-        return max(steps, default=None)
-
-    def newest(self, metric: str) -> float | None:
-        points = self.curves.get(metric)
-        return points[-1][1] if points else None
-
-
-@dataclass
-class RunView:
-    run: str
-    pipeline: str = ""
-    command: str = ""
-    user: str = ""
-    host: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    status: str = "RUNNING"
-    """RUNNING, then FINISHED, FAILED or KILLED."""
-    text: str = ""
-    started_ms: int | None = None
-    ended_ms: int | None = None
-    stages: dict[str, StageView] = field(default_factory=dict)
-    """In the order in which the journal first names them."""
-
-    def stage(self, name: str) -> StageView:
-        return self.stages.setdefault(name, StageView(name))
-
-    def add(self, event: Event) -> None:
-        match event["type"]:
-            case "run_started":
-                self.pipeline, self.command = event["pipeline"], event.get("command") or ""
-                self.user, self.host = event.get("user") or "", event.get("host") or ""
-                self.versions = event.get("versions") or {}
-                self.started_ms = event["time_ms"]
-            case "stage_planned":
-                stage = self.stage(event["stage"])
-                stage.decision, stage.reason = event["decision"], event.get("reason") or ""
-            case "stage_started":
-                stage = self.stage(event["stage"])
-                stage.status, stage.started_ms = "running", event["time_ms"]
-                stage.decision, stage.reason = event["decision"], event.get("reason") or ""
-                stage.key, stage.steps = event.get("key") or "", event.get("steps")
-            case "progress":
-                stage = self.stage(event["stage"])
-                stage.done, stage.total, stage.unit = event["done"], event.get("total"), event.get("unit") or ""
-            case "points":
-                stage = self.stage(event["stage"])
-                for metric, step, value, time_ms in event["points"]:
-                    stage.curves.setdefault(metric, []).append((step, value, time_ms))
-            case "note" if event.get("stage"):
-                self.stage(event["stage"]).notes.append(event["text"])
-            case "stage_ended":
-                stage = self.stage(event["stage"])
-                stage.status, stage.ended_ms = event["status"], event["time_ms"]
-                stage.decision = event.get("decision") or stage.decision
-                stage.reason = event.get("reason") or stage.reason
-                stage.key, stage.number = event.get("key") or stage.key, event.get("number")
-                stage.output, stage.seconds = event.get("output") or "", event.get("seconds")
-                stage.error = event.get("error") or ""
-            case "run_ended":
-                self.status, self.text, self.ended_ms = event["status"], event.get("text") or "", event["time_ms"]
-                for stage in self.stages.values():
-                    stage.status = "killed" if stage.status == "running" else stage.status
-
-
-def run_view(store: Store, run: str) -> RunView:
-    view = RunView(run)
-    for event in read_journal(store, run):
-        view.add(event)
-    return view
-
-
-def share_done(stage: StageView) -> float | None:
-    if stage.total:
-        return min(1.0, stage.done / stage.total)
-    if stage.steps and stage.step is not None:
-        return min(1.0, stage.step / stage.steps)
-    return None
-
-
-def seconds_left(stage: StageView, now_ms: int) -> float | None:
-    """From the pace between the first point and the newest: what came before (a gang's start) says nothing about steps.
-
-    Points from before the stage's start were restored by a resume: of an attempt that may be days old.
-    """
-    if not stage.steps or stage.step is None:
-        share = share_done(stage)
-        if not share or share >= 1 or stage.started_ms is None:
-            return None
-        return (now_ms - stage.started_ms) / 1000 * (1 - share) / share
-    curves = [[point for point in points if point[2] >= (stage.started_ms or 0)] for points in stage.curves.values()]
-    times = [(points[0], points[-1]) for points in curves if len(points) > 1]
-    if not times:
-        return None
-    first = min((one for one, _ in times), key=lambda point: point[0])
-    last = max((other for _, other in times), key=lambda point: point[0])
-    if last[0] <= first[0]:
-        return None
-    since_s = (now_ms - last[2]) / 1000
-    return max(0.0, (last[2] - first[2]) / 1000 / (last[0] - first[0]) * (stage.steps - last[0]) - since_s)
 
 
 class Progress:
@@ -188,16 +54,17 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def show(self, event: Event) -> None:
-        """An event of the journal, or {"type": "said", "text"}: a sentence for people that no journal keeps."""
+    def show(self, event: JournalEvent | Announcement) -> None:
+        """Show an event of the journal, or an announcement, which no journal keeps."""
         with self._lock:
             self.view.add(event)
-        if event["type"] == "said":
-            self.say(event["text"])
-        elif event["type"] == "note":
-            self.say(self._aligned(event.get("stage") or "", event["text"]))
-        elif self._live is None:
-            self._add_line(event)
+        match event:
+            case Announcement(text):
+                self.say(text)
+            case Note():
+                self.say(self._aligned(event.stage, event.text))
+            case _ if self._live is None:
+                self._add_line(event)
 
     def say(self, text: str) -> None:
         """A sentence of its own, above the rows."""
@@ -249,24 +116,25 @@ class Progress:
                 table.add_row(Text(stage.name, "bold" if stage.status == "running" else ""), Text(word, style), Text(_printable(what)))
         return table
 
-    def _add_line(self, event: Event) -> None:
-        if event["type"] == "stage_started":
-            stage = self.view.stage(event["stage"])
-            self._said[stage.name] = (self._clock(), 0.0)
-            self._stage_line(stage, f"{_word(stage)}: {stage.reason}" if stage.reason else _word(stage))
-        elif event["type"] in ("points", "progress"):
-            stage = self.view.stage(event["stage"])
-            said_s, said_share = self._said.setdefault(stage.name, (self._clock(), 0.0))
-            share = share_done(stage)
-            if self._clock() - said_s >= EVERY_S and (
-                share is None or share - said_share >= EVERY_SHARE or self._clock() - said_s >= 6 * EVERY_S
-            ):
-                self._said[stage.name] = (self._clock(), share or 0.0)
-                self._stage_line(stage, _running(stage, self._now_ms()))
-        elif event["type"] == "stage_ended":
-            stage = self.view.stage(event["stage"])
-            word = "made" if stage.status == "done" else _word(stage)
-            self._stage_line(stage, f"{word}: {_outcome(stage)}")
+    def _add_line(self, event: JournalEvent | Announcement) -> None:
+        match event:
+            case StageStarted():
+                stage = self.view.stage(event.stage)
+                self._said[stage.name] = (self._clock(), 0.0)
+                self._stage_line(stage, f"{_word(stage)}: {stage.reason}" if stage.reason else _word(stage))
+            case StagePoints() | StageProgress():
+                stage = self.view.stage(event.stage)
+                said_s, said_share = self._said.setdefault(stage.name, (self._clock(), 0.0))
+                share = share_done(stage)
+                if self._clock() - said_s >= EVERY_S and (
+                    share is None or share - said_share >= EVERY_SHARE or self._clock() - said_s >= 6 * EVERY_S
+                ):
+                    self._said[stage.name] = (self._clock(), share or 0.0)
+                    self._stage_line(stage, _running(stage, self._now_ms()))
+            case StageEnded():
+                stage = self.view.stage(event.stage)
+                word = "made" if stage.status == "done" else _word(stage)
+                self._stage_line(stage, f"{word}: {_outcome(stage)}")
 
     def _stage_line(self, stage: StageView, text: str) -> None:
         self._line(self._aligned(stage.name, text))

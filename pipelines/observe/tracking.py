@@ -23,16 +23,18 @@ import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cluster.commit import canonical_json
+from cluster.events import Curves, Point
 from pipelines.observe.lineage import as_html, as_mermaid, code_digest, trace_all
 from pipelines.observe.page import render
-from pipelines.observe.progress import RunView, StageView
-from pipelines.store.journal import Event
-from pipelines.store.store import Action, Store
+from pipelines.observe.view import RunView, StageView
+from pipelines.store.action import Action
+from pipelines.store.events import JournalEvent, Note, RunEnded, RunStarted, StageEnded, StagePoints, StageProgress, StageStarted
+from pipelines.store.runs import RunRecord
+from pipelines.store.store import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,9 +59,9 @@ ENVIRONMENT = {
 """What MLflow reads when it is imported; a person's own environment goes before it."""
 
 
-def resolve_uri(uri: str, store_root: Path) -> str:
-    """`sqlite` is the store's own database; anything else is taken as it is."""
-    return f"sqlite:///{store_root.resolve()}/mlflow.db" if uri == "sqlite" else uri
+def resolve_uri(uri: str, store: Store) -> str:
+    """`sqlite` is the store's own database; anything else is an address already."""
+    return f"sqlite:///{store.machine_file('mlflow.db').resolve()}" if uri == "sqlite" else uri
 
 
 def unreachable(uri: str) -> str | None:
@@ -92,39 +94,40 @@ class RunInMlflow:
     It takes up what MLflow has of the run already. What a person deleted there stays deleted.
     """
 
-    def __init__(self, door: Door, store: Store, view: RunView, pipeline: str, info: dict[str, Any]) -> None:
-        """`view` knows each event before it is shown; `info` is the run's `run.json`."""
+    def __init__(self, door: Door, store: Store, view: RunView, pipeline: str, record: RunRecord) -> None:
+        """`view` has seen each event before it is shown."""
         self._door = door
         self._store = store
         self._view = view
         self._pipeline = pipeline
-        self._info = info
+        self._record = record
         self._ids: dict[str, str | None] = {}
-        self._makers: dict[str, Action] = {}
+        self._makers: dict[str, Action | None] = {}
         self._refused: list[str] = []
 
-    def show(self, events: list[Event]) -> list[str]:
-        """Add what `events` tell: points wait for company, everything else goes in its order.
+    def show(self, events: list[JournalEvent]) -> list[str]:
+        """Add what `events` say: points are sent together, everything else in its order.
 
-        Returns what MLflow will never take, in its own words. Raises whatever MLflow does when it can't be spoken to.
+        Returns what MLflow rejects for good, in its own words. Raises what the client raises when MLflow can't be reached.
         """
         self._refused = []
-        told = any(event["type"] not in ("points", "progress", "note") for event in events)
-        if told or any(event.get("stage", "") not in self._ids for event in events):
+        changed = any(not isinstance(event, StagePoints | StageProgress | Note) for event in events)
+        if changed or any(getattr(event, "stage", "") not in self._ids for event in events):
             self._ids |= self._door.runs(self._pipeline, self._view.run)  # since the last call another sender may have created some
         parent = self._parent()
         if parent is None:
             return []
-        pending: dict[str, list[list[Any]]] = {}
+        pending: dict[str, Curves] = {}
         for event in events:
-            if event["type"] == "points":
-                pending.setdefault(event["stage"], []).extend(event["points"])
+            if isinstance(event, StagePoints):
+                for metric, points in event.curves.items():
+                    pending.setdefault(event.stage, {}).setdefault(metric, []).extend(points)
                 continue
-            if event["type"] in ("stage_ended", "run_ended"):
+            if isinstance(event, StageEnded | RunEnded):
                 self._log_points(pending)
             self._taken(self._add, parent, event)
         self._log_points(pending)
-        if told:
+        if changed:
             self._taken(self._door.log, parent, tags={"mlflow.note.content": self._note()})
         return self._refused
 
@@ -139,44 +142,45 @@ class RunInMlflow:
                 raise
             self._refused.append(str(error)[:500])
 
-    def _log_points(self, pending: dict[str, list[list[Any]]]) -> None:
-        for stage, points in pending.items():
+    def _log_points(self, pending: dict[str, Curves]) -> None:
+        for stage, curves in pending.items():
             run_id = self._child(stage)
             if run_id is not None:
-                self._taken(self._door.log, run_id, metrics=[_metric(name, value, time_ms, step) for name, step, value, time_ms in points])
+                metrics = [_metric(name, point) for name, points in curves.items() for point in points]
+                self._taken(self._door.log, run_id, metrics=metrics)
         pending.clear()
 
-    def _add(self, parent: str, event: Event) -> None:
-        match event["type"]:
-            case "run_started":
+    def _add(self, parent: str, event: JournalEvent) -> None:
+        match event:
+            case RunStarted():
                 self._start_run(parent)
-            case "stage_started":
-                run_id = self._child(event["stage"])
+            case StageStarted():
+                run_id = self._child(event.stage)
                 if run_id is not None:
-                    self._door.log(run_id, tags=self._stage_tags(event), params=self._stage_params(event["stage"]))
-            case "stage_ended" if event["status"] in STATUS:
+                    self._door.log(run_id, tags=self._stage_tags(event), params=self._stage_params(event.stage))
+            case StageEnded() if event.status in STATUS:
                 self._end_stage(event)
-            case "run_ended":
+            case RunEnded():
                 self._end_run(parent, event)
 
     def _parent(self) -> str | None:
         if "" not in self._ids:
-            info = self._info
-            git = info.get("git") or {}
+            record = self._record
+            git = record.git or {}
             tags = {
                 "gptline.run": self._view.run,
                 "gptline.pipeline": self._pipeline,
-                "gptline.command": info.get("command"),
-                "gptline.snapshot": info.get("snapshot"),
-                "gptline.host": info.get("host") or self._view.host,
-                "mlflow.user": info.get("user") or self._view.user,
-                "mlflow.source.name": info.get("command"),
+                "gptline.command": record.command,
+                "gptline.snapshot": record.snapshot,
+                "gptline.host": record.host or self._view.host,
+                "mlflow.user": record.user or self._view.user,
+                "mlflow.source.name": record.command,
                 "mlflow.source.type": "LOCAL",
                 "mlflow.source.git.commit": git.get("commit"),
                 "mlflow.source.git.branch": git.get("branch"),
                 "mlflow.source.git.dirty": None if git.get("dirty") is None else str(git["dirty"]).lower(),
             }
-            self._ids[""] = self._door.create_run(self._pipeline, self._view.run, self._view.started_ms or info.get("started_ms"), tags)
+            self._ids[""] = self._door.create_run(self._pipeline, self._view.run, self._view.started_ms or record.started_ms, tags)
         return self._ids[""]
 
     def _child(self, stage: str) -> str | None:
@@ -194,30 +198,30 @@ class RunInMlflow:
         return self._ids[stage]
 
     def _start_run(self, parent: str) -> None:
-        config = self._info.get("config") or {}
+        config = self._record.config
         self._artifact(parent, json.dumps(config, indent=1, ensure_ascii=False, sort_keys=True), "config.json")
         self._door.log(parent, params=_flat({name: value for name, value in config.items() if not isinstance(value, dict | list)}))
 
-    def _stage_tags(self, event: Event) -> dict[str, Any]:
+    def _stage_tags(self, event: StageStarted | StageEnded) -> dict[str, Any]:
         return {
-            "gptline.stage": event["stage"],
-            "gptline.decision": event.get("decision"),
-            "gptline.reason": event.get("reason"),
-            "gptline.key": event.get("key"),
+            "gptline.stage": event.stage,
+            "gptline.decision": event.decision,
+            "gptline.reason": event.reason,
+            "gptline.key": event.key,
         }
 
     def _stage_params(self, stage: str) -> dict[str, str]:
-        settings = ((self._info.get("config") or {}).get("stages") or {}).get(stage) or {}
+        settings = (self._record.config.get("stages") or {}).get(stage) or {}
         return _flat({name: value for name, value in settings.items() if name != "inputs"})
 
-    def _end_stage(self, event: Event) -> None:
-        stage = event["stage"]
+    def _end_stage(self, event: StageEnded) -> None:
+        stage = event.stage
         run_id = self._child(stage)
         if run_id is None:
             return
         tags = self._stage_tags(event)
-        tags["gptline.error"] = event.get("error")
-        tags["gptline.status"] = event["status"]
+        tags["gptline.error"] = event.error
+        tags["gptline.status"] = event.status
         action = self._action(event)
         if action is not None:
             tags |= self._action_tags(action)
@@ -226,15 +230,15 @@ class RunInMlflow:
         if action is not None:
             self._log_measures(run_id, stage, action, self._log_artifacts(run_id, action))
         self._door.log(run_id, params=self._stage_params(stage))
-        self._door.client.set_terminated(run_id, STATUS[event["status"]], event["time_ms"])
+        self._door.client.set_terminated(run_id, STATUS[event.status], event.time_ms)
 
-    def _action(self, ended: dict[str, Any]) -> Action | None:
-        """The action behind an ended stage, given as its event or its view."""
-        if ended.get("key") and ended.get("number") is not None:
+    def _action(self, ended: StageEnded | StageView) -> Action | None:
+        """The action behind an ended stage."""
+        if ended.key and ended.number is not None:
             with suppress(KeyError):
-                return self._store.action(ended["key"], ended["number"])
-        if ended["status"] == "reused" and ended.get("output"):  # an artifact that the command line named
-            return self._maker(ended["output"])
+                return self._store.action(ended.key, ended.number)
+        if ended.status == "reused" and ended.output:  # an artifact that the command line named
+            return self._maker(ended.output)
         return None
 
     def _action_tags(self, action: Action) -> dict[str, Any]:
@@ -281,23 +285,20 @@ class RunInMlflow:
         model = self._door.model(action.output, action, self._pipeline, run_id)
         outputs = client.get_run(run_id).outputs
         if model not in {each.model_id for each in (outputs.model_outputs if outputs else [])}:  # a second time would raise
-            last = max((step for points in action.curves.values() for step, _, _ in points), default=0)
+            last = max((point.step for points in action.curves.values() for point in points), default=0)
             client.log_outputs(run_id, [LoggedModelOutput(model, last)])
         return model
 
     def _log_measures(self, run_id: str, stage: str, action: Action, model: str | None) -> None:
         """Figures, and of the curves what the journal doesn't have: nothing of a stage that ran here, all of a reused one."""
-        seen = {name: {step for step, _, _ in points} for name, points in self._view.stage(stage).curves.items()}
+        seen = {name: {point.step for point in points} for name, points in self._view.stage(stage).curves.items()}
         curves = [
-            _metric(name, value, time_ms, step)
-            for name, points in action.curves.items()
-            for step, value, time_ms in points
-            if step not in seen.get(name, ())
+            _metric(name, point) for name, points in action.curves.items() for point in points if point.step not in seen.get(name, ())
         ]
         ended_ms = action.started_ms + round(1000 * action.seconds)
         figures = {"time/stage_s": action.seconds, **action.figures}
         singles = [
-            _metric(name, value, ended_ms, 0, model if name in action.figures else None)
+            _metric(name, Point(0, value, ended_ms), model if name in action.figures else None)
             for name, value in figures.items()
             if name not in action.curves and name not in seen
         ]
@@ -305,13 +306,9 @@ class RunInMlflow:
 
     def _maker(self, digest: str) -> Action | None:
         """The newest action that made an artifact."""
-        if digest not in self._makers:
-            self._makers = {}
-            for action in self._store.all_actions():
-                known = self._makers.get(action.output)
-                if known is None or action.started_ms >= known.started_ms:
-                    self._makers[action.output] = action
-        return self._makers.get(digest)
+        if self._makers.get(digest) is None:
+            self._makers[digest] = next(iter(self._store.index.makers(digest)), None)
+        return self._makers[digest]
 
     def _dataset(self, run_id: str, digest: str, context: str, parameter: str) -> None:
         manifest = self._store.manifest(digest) or {"kind": "artifact", "metadata": {}}
@@ -322,41 +319,41 @@ class RunInMlflow:
             digest=digest,
             context=context,
             parameter=parameter,
-            source=str(self._store.root.resolve() / "artifacts" / digest),
+            source=str(self._store.artifact_folder(digest).resolve()),
             metadata=manifest["metadata"],
         )
 
     def _sources(self, run_id: str, action: Action) -> None:
-        sources = {name.removeprefix("source."): str(value) for name, value in action.leaves.items() if name.startswith("source.")}
+        sources = action.sources()
         if len(sources) > MOST_SOURCES:
             digest = hashlib.sha256(canonical_json(sources)).hexdigest()
             sources = {f"{len(sources)} files": digest}
         for name, digest in sources.items():
             self._door.dataset(run_id, name=f"source:{name}", digest=digest, context="source", parameter="source", source=name, metadata={})
 
-    def _end_run(self, parent: str, event: Event) -> None:
+    def _end_run(self, parent: str, event: RunEnded) -> None:
         for stage in self._view.stages.values():
             if stage.status == "killed" and (child := self._child(stage.name)) is not None:
-                self._door.client.set_terminated(child, "KILLED", event["time_ms"])
+                self._door.client.set_terminated(child, "KILLED", event.time_ms)
         figures: dict[str, list[float]] = {}
         digests = []
         for stage in self._view.stages.values():
             if stage.output:
                 digests.append(stage.output)
-            action = self._action(vars(stage))
+            action = self._action(stage)
             if action is not None:
                 for name, value in action.figures.items():
                     if name.startswith("eval/"):
                         figures.setdefault(name, []).append(value)
-        only = [_metric(name, values[0], event["time_ms"], 0) for name, values in figures.items() if len(values) == 1]
-        self._door.log(parent, metrics=only, tags={"gptline.text": event.get("text"), "gptline.exit_code": event.get("exit_code")})
+        only = [_metric(name, Point(0, values[0], event.time_ms)) for name, values in figures.items() if len(values) == 1]
+        self._door.log(parent, metrics=only, tags={"gptline.text": event.text, "gptline.exit_code": event.exit_code})
         self._artifact(parent, render(self._store, self._view.run), "page.html")
         lineage = trace_all(self._store, digests, downstream=False)
         self._artifact(parent, as_mermaid(lineage), "lineage.mmd")
         self._artifact(parent, as_html(lineage), "lineage.html")
-        if event["status"] != "KILLED":
+        if event.status != "KILLED":
             self._taken(self._register, parent)
-        self._door.client.set_terminated(parent, event["status"], event["time_ms"])
+        self._door.client.set_terminated(parent, event.status, event.time_ms)
 
     def _register(self, parent: str) -> None:
         """The last policy of the line becomes a version, if it is an assistant; `newest` goes where the store says, if to a version."""
@@ -410,7 +407,7 @@ class Door:
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
-        self.uri = resolve_uri(uri, store.root)
+        self.uri = resolve_uri(uri, store)
         self._store = store
         self._experiments: dict[str, tuple[str, str]] = {}
         self._models: dict[str, str] = {}
@@ -421,7 +418,7 @@ class Door:
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """One process at a time in this store; the lock ends with its holder, however that ends."""
-        path = self._store.root / f"{name}.lock"
+        path = self._store.machine_file(f"{name}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -434,7 +431,9 @@ class Door:
         if pipeline not in self._experiments:
             found = self.client.get_experiment_by_name(pipeline)
             if found is None:
-                place = (self._store.root / "mlflow-artifacts" / pipeline).resolve().as_uri() if self.uri.startswith("sqlite:") else None
+                place = (
+                    self._store.machine_file(f"mlflow-artifacts/{pipeline}").resolve().as_uri() if self.uri.startswith("sqlite:") else None
+                )
                 with suppress(MlflowException):  # another driver was faster
                     self.client.create_experiment(pipeline, artifact_location=place)
                 found = self.client.get_experiment_by_name(pipeline)
@@ -525,7 +524,7 @@ class Door:
             else:
                 manifest = self._store.manifest(digest) or {"metadata": {}}
                 name = re.sub(r"[/:.%\"']", "-", maker.stage if maker is not None else "model")
-                params = {"digest": digest, "path": str(self._store.root.resolve() / "artifacts" / digest), **_flat(manifest["metadata"])}
+                params = {"digest": digest, "path": str(self._store.artifact_folder(digest).resolve()), **_flat(manifest["metadata"])}
                 model = self.client.create_logged_model(
                     home,
                     name=name,
@@ -572,7 +571,7 @@ class Door:
     def name_newest(self, name: str) -> None:
         """Put the alias `newest` on the version that the store's pointer of that name means, whichever run is being sent."""
         with self.lock("mlflow-models"):
-            digest = self._store.pointed(name, "newest")
+            digest = self._store.alias(name, "newest")
             version = None if digest is None else self._version(name, digest)
             if version is not None:
                 self.client.set_registered_model_alias(name, "newest", str(version.version))
@@ -583,10 +582,10 @@ class Door:
         return min(found, key=lambda version: int(version.version), default=None)
 
 
-def _metric(name: str, value: float | None, time_ms: int, step: int, model_id: str | None = None) -> Metric:
+def _metric(name: str, point: Point, model_id: str | None = None) -> Metric:
     from mlflow.entities import Metric
 
-    return Metric(posixpath.normpath(_name(name)), float("nan") if value is None else float(value), int(time_ms), int(step), model_id)
+    return Metric(posixpath.normpath(_name(name)), float(point.value), int(point.time_ms), int(point.step), model_id)
 
 
 def _name(name: str) -> str:

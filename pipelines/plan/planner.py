@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import importlib.metadata
 import json
-import platform
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from cluster.checkpoint import attempts, newest_checkpoint
 from gpt.hf_folder import checkpoint_files
 from gpt.settings import TrainSettings
 from pipelines.plan.code import Code, differences, flat, key_of
 from pipelines.plan.config import ConfigError, Fault
+from pipelines.plan.environment import versions
 from pipelines.plan.graph import ARTIFACTS, BARE_DIGEST, DIGEST, HF_FOLDER, IMPORTS, MODEL_ALIAS, RUN_STAGE, Graph, Stage
+from pipelines.store.action import Action
+from pipelines.store.events import DecisionName, StageEnded
 from pipelines.store.journal import read_journal
-from pipelines.store.lease import Watch, describe
-from pipelines.store.store import Action, Store
-
-Word = Literal["reuse", "run", "resume", "wait", "blocked"]
-
-TRACKED = ("torch", "deepspeed", "ray", "mlflow", "tokenizers", "safetensors", "numpy", "datasets")
+from pipelines.store.lease import Watch
+from pipelines.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class Decision:
     """What will be done about one stage."""
 
     stage: str
-    word: Word
+    word: DecisionName
     reason: str
     key: str | None = None
     """None where an input is not made yet, so that the key can't be known."""
@@ -135,7 +131,7 @@ class Planner:
         rerun_interrupted = 0 < last < newest_series
         damage = None
         for action in reversed(actions if not rerun_interrupted else []):
-            damage = self.store.intact(action.output)
+            damage = self.store.damage(action.output)
             if damage is None:
                 common["expected_s"] = 0.0
                 closed = closed_gate(stage, action)
@@ -143,9 +139,9 @@ class Planner:
                 reason = f"made by run {action.run}"
                 return Decision(stage.name, "reuse", reason, action=action, output=action.output, notes=notes, closed=closed, **common)
         common |= {"series": max(newest_series, last + 1), "forced": rerun_interrupted}
-        holder = Watch(self.store, key).taken_by()
+        holder = Watch(self.store, key).holder()
         if holder is not None and not held:
-            return Decision(stage.name, "wait", f"{describe(holder)} is making it", **common)
+            return Decision(stage.name, "wait", f"{holder} is building it", **common)
         if isinstance(stage.config, TrainSettings):
             checkpoint, _ = newest_checkpoint(attempts(self.store.work(key), common["series"]), verify=False)
             if checkpoint is not None:
@@ -191,7 +187,7 @@ class Planner:
     def _not_yet(self, stage: Stage, above: Decision) -> Decision:
         if above.word == "run" and self.store.latest(self.graph.loaded.file.pipeline, stage.name) is None:
             return Decision(stage.name, "run", "never made here")
-        word: Word = "blocked" if above.word == "blocked" else "run"
+        word: DecisionName = "blocked" if above.word == "blocked" else "run"
         verb = {"run": "is made anew", "resume": "is not finished", "wait": "is being made", "blocked": "can't be made"}[above.word]
         return Decision(stage.name, word, f"its input {above.stage} {verb}", expected_s=self._seconds(stage))
 
@@ -250,27 +246,27 @@ class Planner:
 def resolve(store: Store, reference: str) -> str:
     """The digest that a reference names; ValueError says what there is instead."""
     if match := DIGEST.fullmatch(reference) or BARE_DIGEST.fullmatch(reference):
-        found = [digest for digest in store.digests() if digest.startswith(match[1])]
+        found = store.digests(match[1])
         if len(found) == 1:
             return found[0]
         if found:
-            raise ValueError(f"{reference!r} fits {len(found)} artifacts: {', '.join(each[:16] for each in found)}; give more of it")
-        raise ValueError(f"{reference!r} is not in the store {store.root}; `gptline plan` and the run's page show digests")
+            raise ValueError(f"{reference!r} fits {len(found)} artifacts: {', '.join(each[:16] for each in found)}; give more digits")
+        raise ValueError(f"{reference!r} is not in the store {store}; `gptline plan` and the run's page show digests")
     if match := RUN_STAGE.fullmatch(reference):
         run, stage = match.groups()
-        ended = [each for each in read_journal(store, run) if each["type"] == "stage_ended" and each.get("output")]
+        ended = [each for each in read_journal(store, run) if isinstance(each, StageEnded) and each.output]
         for event in reversed(ended):
-            if event["stage"] == stage:
-                return str(event["output"])
+            if event.stage == stage:
+                return event.output
         if run not in store.runs():
             raise ValueError(f"{reference!r}: there is no run {run!r}; the newest are {', '.join(store.runs()[-3:]) or 'none'}")
-        raise ValueError(f"{reference!r}: that run made no {stage!r}; it has {', '.join(each['stage'] for each in ended) or 'nothing'}")
+        raise ValueError(f"{reference!r}: that run made no {stage!r}; it has {', '.join(each.stage for each in ended) or 'nothing'}")
     if match := MODEL_ALIAS.fullmatch(reference):
         name, alias = match.groups()
-        if digest := store.pointed(name, alias):
+        if digest := store.alias(name, alias):
             return digest
-        known = sorted(each.removeprefix("aliases/").removesuffix(".json").replace("/", "@") for each in store.backend.list("aliases"))
-        raise ValueError(f"{reference!r}: no model is called so; there are {', '.join(f'model:{each}' for each in known) or 'none yet'}")
+        known = ", ".join(f"model:{name}@{alias}" for name, alias in store.aliases())
+        raise ValueError(f"{reference!r}: no model has this name; there are {known or 'none yet'}")
     if match := HF_FOLDER.fullmatch(reference):
         return _imported(store, Path(match[1]).expanduser())
     raise ValueError(f"{reference!r} names no artifact; wanted {ARTIFACTS}")
@@ -280,12 +276,12 @@ def _imported(store: Store, folder: Path) -> str:
     """The model that was made of a folder's files as they are now."""
     names = checkpoint_files(folder)
     now = dict(zip(names, store.content_sha256([(folder / name).absolute() for name in names]), strict=True))
-    for action in sorted(store.all_actions(), key=lambda action: action.started_ms, reverse=True):
-        read = {Path(name).name: digest for name, digest in action.leaves.items() if name.startswith("source.")}
+    for action in store.index.readers(now.values()):
+        read = {Path(name).name: digest for name, digest in action.sources().items()}
         if action.kind == IMPORTS["model"] and read == now:
             return action.output
     raise ValueError(
-        f"{folder} was not imported into the store {store.root} as it is now; name it in a pipeline's inputs or with --use, and run that"
+        f"{folder} was not imported into the store {store} as it is now; name it in a pipeline's inputs or with --use, and run that"
     )
 
 
@@ -319,18 +315,6 @@ def identity(stage: Stage, *, inline: bool = False) -> dict[str, Any]:
         "precision": config.precision,
         "versions": versions(),  # for the record: they are not compared
     }
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Of the interpreter and of the libraries that decide results."""
-    found = {"python": platform.python_version()}
-    for name in TRACKED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
 
 
 def _notes(action: Action, stage: Stage) -> list[str]:

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import TextIO
 
 from cluster.jobs import Jobs, JobState
-from pipelines.observe.progress import Progress, RunView, StageView, run_view, share_done, tally
-from pipelines.run.runner import dead_runs
-from pipelines.run.submission import submitted
-from pipelines.store.journal import JournalReader, end_dead, last_event
+from pipelines.observe.progress import Progress, tally
+from pipelines.observe.view import RunView, StageView, run_view, share_done
+from pipelines.store.events import RunEnded
+from pipelines.store.journal import JournalReader, dead_runs, driver_lease, end_dead_run, last_event
 from pipelines.store.lease import Watch
+from pipelines.store.runs import RunFolder
 from pipelines.store.store import Store
 
 NEWEST = 10
@@ -39,39 +40,39 @@ def known(store: Store, run: str) -> str:
     if run in runs:
         return run
     near = difflib.get_close_matches(run, runs, n=3, cutoff=0.4) or runs[-3:]
-    raise ValueError(f"there is no run {run!r} in {store.root}; " + (f"the nearest are {', '.join(near)}" if near else "it has none yet"))
+    raise ValueError(f"there is no run {run!r} in {store}; " + (f"the nearest are {', '.join(near)}" if near else "it has none yet"))
 
 
 def newest(store: Store) -> str:
     """The newest run that has not ended, or else the newest; ValueError where there is none."""
     runs = store.runs()[::-1]
     if not runs:
-        raise ValueError(f"the store {store.root} has no runs yet")
+        raise ValueError(f"the store {store} has no runs yet")
     return next((run for run in runs if _open(store, run)), runs[0])
 
 
 def status(store: Store, run: str | None, door: Door) -> list[str]:
     """A line for each of the newest runs, or for this one; drivers that are gone get their last word first."""
     for each in dead_runs(store, wait=False):
-        end_dead(store, each)
+        end_dead_run(store, each)
     runs = store.runs()[-NEWEST:] if run is None else [run]
     doors = _Doors(door)
     lines = [(each, *_standing(store, each, doors)) for each in runs]
     width = max((len(each) for each, _, _ in lines), default=0)
-    return [f"{each:<{width}}  {word:<9}  {what}" for each, word, what in lines] or [f"the store {store.root} has no runs yet"]
+    return [f"{each:<{width}}  {word:<9}  {what}" for each, word, what in lines] or [f"the store {store} has no runs yet"]
 
 
 def show_log(store: Store, run: str, out: TextIO, door: Door, *, follow: bool = False) -> None:
     """What `gptline run` would have printed of this run; `follow`: until it ends. Where its driver never spoke, what its job printed."""
     now_s = 0.0
-    reader, watch = JournalReader(store, run), Watch(store, f"run-{run}")
+    reader, watch = JournalReader(store, run), Watch(store, driver_lease(run))
     said = ""
     with Progress(out, live=False, clock=lambda: now_s) as progress:
         while True:
             begun = reader.cursor > 0
-            driver_lives = watch.taken_by() is not None  # before reading: its last word is then read below
+            driver_lives = watch.holder() is not None  # before reading: its last word is then read below
             for event in reader.read():
-                now_s = event["time_ms"] / 1000
+                now_s = event.time_ms / 1000
                 progress.show(event)
             if progress.view.status != "RUNNING":
                 return
@@ -105,11 +106,11 @@ def stop(store: Store, run: str, say: Callable[[str], None], door: Door, deadlin
     if look() != "RUNNING":
         say(f"{run} has ended already: {view.status}")
         return True
-    begun, job = view.started_ms is not None, submitted(store, run) is not None
+    begun, job = view.started_ms is not None, RunFolder(store, run).job() is not None
     if not begun and not job:
         say(f"{run} never began: there is nothing to stop")
         return True
-    store.backend.put(f"runs/{run}/stop", b"")
+    RunFolder(store, run).request_stop()
     say(f"{run}: asked to stop; training stages finish their step and save a checkpoint")
     if not begun:
         state, sentence = _job(store, run, door)
@@ -118,15 +119,15 @@ def stop(store: Store, run: str, say: Callable[[str], None], door: Door, deadlin
             return state is not None
         if state.word == "PENDING":
             door(_address(store, run)).stop(run)
-    watch = Watch(store, f"run-{run}")
+    watch = Watch(store, driver_lease(run))
     until_s = time.monotonic() + deadline_s
     asked_at_s = time.monotonic()
     while time.monotonic() < until_s:
-        begun, driver_lives = view.started_ms is not None, watch.taken_by() is not None
+        begun, driver_lives = view.started_ms is not None, watch.holder() is not None
         if look() != "RUNNING":
             say(f"{run} ended: {view.status}, {tally(view)}; {view.text}".removesuffix("; "))
             return True
-        if begun and not driver_lives and end_dead(store, run):
+        if begun and not driver_lives and end_dead_run(store, run):
             say(f"{run}: its driver is gone, without a last word; what it has finished is kept")
             return True
         if view.started_ms is None and time.monotonic() - asked_at_s > ASK_EVERY_S:
@@ -168,25 +169,25 @@ def _standing(store: Store, run: str, door: Door) -> tuple[str, str]:
     view = run_view(store, run)
     if view.status != "RUNNING":
         return view.status, _sentence(tally(view), view.text.partition("; ")[0], _since("ended", view.ended_ms))
-    job = submitted(store, run)
+    job = RunFolder(store, run).job()
     if job is None and view.started_ms is None:
         return "NEVER", "its driver was killed before it began, or begins just now"
     state, sentence = (None, "") if job is None else _job(store, run, door)
     if view.started_ms is None:
         assert job is not None
         word = "SUBMITTED" if state is None else "STARTING" if state.word == "RUNNING" else state.word
-        return word, _sentence(sentence, _since("submitted", job["submitted_ms"]))
+        return word, _sentence(sentence, _since("submitted", job.submitted_ms))
     if state is not None and state.ended:
-        end_dead(store, run, f"its driver is gone: {sentence}")
+        end_dead_run(store, run, f"its driver is gone: {sentence}")
         return _standing(store, run, door)
-    stopping = store.backend.get(f"runs/{run}/stop") is not None
+    stopping = RunFolder(store, run).stop_requested()
     under_way = [_under_way(stage) for stage in view.stages.values() if stage.status == "running"]
     return "STOPPING" if stopping else "RUNNING", _sentence(", ".join(under_way) or "between stages", _since_newest(view), sentence)
 
 
 def _job(store: Store, run: str, door: Door) -> tuple[JobState | None, str]:
     """Ray's view of a submitted run, and a sentence about it; None when Ray has none, or can't be asked."""
-    if submitted(store, run) is None:
+    if RunFolder(store, run).job() is None:
         return None, "its driver was killed before it began, or begins just now"
     address = _address(store, run)
     try:
@@ -201,7 +202,7 @@ def _job(store: Store, run: str, door: Door) -> tuple[JobState | None, str]:
 
 
 def _job_log(store: Store, run: str, door: Door) -> str:
-    if submitted(store, run) is None:
+    if RunFolder(store, run).job() is None:
         return ""
     try:
         return door(_address(store, run)).log(run)
@@ -210,14 +211,14 @@ def _job_log(store: Store, run: str, door: Door) -> str:
 
 
 def _address(store: Store, run: str) -> str:
-    job = submitted(store, run)
+    job = RunFolder(store, run).job()
     assert job is not None
-    return str(job["address"])
+    return job.address
 
 
 def _open(store: Store, run: str) -> bool:
     last = last_event(store, run)
-    return submitted(store, run) is not None if last is None else last["type"] != "run_ended"
+    return RunFolder(store, run).job() is not None if last is None else not isinstance(last, RunEnded)
 
 
 def _under_way(stage: StageView) -> str:

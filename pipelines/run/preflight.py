@@ -88,6 +88,6 @@ def unshared(store: Store) -> list[Fault]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return [
-        Fault("store.root", f"{store.root}: node {node} {answer}; wanted a folder on storage that every node has at this same path")
+        Fault("store.root", f"{store}: node {node} {answer}; wanted a folder on storage that every node has at this same path")
         for node, answer in answers.items()
     ]

@@ -1,56 +1,51 @@
-"""Carries a plan out: each stage a Ray task, independent branches at once, every step of it in the run's journal.
+"""Carries a plan out: each stage a Ray task, independent branches at once, every step recorded in the run's journal.
 
     decide(stage) -> reuse: take the output            \\
                   -> wait:  look again in a second       >  one loop, which never blocks
                   -> run:   lease, task, record         /
 
-The driver alone writes action records and the journal. It waits for a task's events and is unblocked by them, by the task's end, by
-a lease that comes free, or by 0.1 s passing. A stage that fails leaves the others running; what reads it is blocked. So is what reads a
-stage whose gate is closed, though that stage itself is done.
+Only the driver writes action records and the journal. The loop waits for a task's events, for a task's end, for a lease to become free, or
+for 0.1 s. A stage that fails leaves the others running, and stages that read it are blocked; so are stages that read one whose gate is
+closed, although that stage itself is done.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import secrets
-import shlex
-import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
-from cluster.checkpoint import attempts, newest_checkpoint
 from gpt.settings import TrainSettings
-from pipelines.artifacts import Model
+from pipelines.observe.delivery import Tracker, start_tracking
 from pipelines.observe.progress import forecast
-from pipelines.plan.config import ConfigError, Fault
-from pipelines.plan.graph import IMPORTS, ROOT, Graph, Stage
-from pipelines.plan.planner import Decision, Planner, closed_gate, identity, versions
-from pipelines.plan.snapshot import freeze
-from pipelines.run.execute import Job, Outcome, StopFile, execute, stream
-from pipelines.run.preflight import lacks_here, lacks_in_cluster, room_of, unshared, waits_for
-from pipelines.store.journal import Event, JournalWriter, Superseded, end_dead, last_event
-from pipelines.store.lease import Lease, Watch, dead, describe, user_name
-from pipelines.store.store import Action, Store
+from pipelines.plan.config import ConfigError
+from pipelines.plan.environment import git_state, versions
+from pipelines.plan.graph import ROOT, Graph, Stage
+from pipelines.plan.planner import Decision, Planner
+from pipelines.plan.snapshot import Snapshot, freeze
+from pipelines.run.ending import Ending
+from pipelines.run.job import Outcome, make_job
+from pipelines.run.preflight import waits_for
+from pipelines.run.recorder import RECODED, Recorder, RunningStage, RunState, resolved_config
+from pipelines.run.session import Interrupts, Session, faults_here
+from pipelines.run.task import InlineTask, StageTask, start_ray_task
+from pipelines.store.events import Announcement, JournalEvent, RunStarted, StagePlanned, now_ms
+from pipelines.store.journal import JournalWriter, Superseded, dead_runs, driver_lease, end_dead_run
+from pipelines.store.lease import Lease, Watch
+from pipelines.store.processes import user_name
+from pipelines.store.runs import RunFolder, RunRecord, StopMark, new_run_id
+from pipelines.store.store import Store
 
 LOOK_EVERY_S = 0.1
 LEASE_EVERY_S = 1.0
-TRACKING_DEADLINE_S = 20.0
-WAITING_TOLD_S = 10.0
-RECODED = "its code was changed since this run was planned, so what ran may be either; run again"
-LEASE_LOST = (
-    "its lease is another run's by now, or was deleted, so its result was not recorded; run again: what that run makes of it is reused"
-)
+WAIT_REPORTED_AFTER_S = 10.0
 
 
 @dataclass
@@ -59,607 +54,303 @@ class Options:
 
     command: str
     """As the person typed it."""
-    go_on: str
-    """What goes on after an interruption: the same without what asks for a stage afresh. For those that were not begun it is added."""
+    continue_command: str
+    """The command that resumes this run: without --fresh, except for stages that had not started."""
     fresh: Collection[str] = ()
     use: Mapping[str, str] = field(default_factory=dict)
     until: str | None = None
     inline: bool = False
     run: str = ""
-    """The run's id, where it was told before the run began; else it gets one of its own."""
-    git: dict[str, Any] | None = field(default_factory=lambda: git_state())
-    """Of the clone that the command was given in, as `git_state` tells it: a snapshot is none."""
+    """The run's id, if it was assigned before the run begins."""
+    git: dict[str, Any] | None = field(default_factory=git_state)
+    """State of the clone that the command was given in; a snapshot is not a clone."""
 
 
-@dataclass
-class _Running:
-    """A stage whose task is under way."""
+@dataclass(frozen=True)
+class _Begun:
+    """What exists once a run has begun: its record is written and its journal is open."""
 
-    stage: Stage
-    decision: Decision
-    lease: Lease
-    task: Any
-    started_ms: int
-    started_s: float
-    told: bool = False
-    """That it waits for room."""
+    planner: Planner
+    """Reads the code that the stages will run: the snapshot's, or inline the working tree's."""
+    snapshot: Snapshot
+    journal: JournalWriter
+    recorder: Recorder
+    tracker: Tracker
+    stop_mark: StopMark
 
 
 class Run:
     """One execution of a pipeline."""
 
-    def __init__(self, graph: Graph, store: Store, options: Options, say: Callable[[Event], None]) -> None:
+    def __init__(self, graph: Graph, store: Store, options: Options, show: Callable[[JournalEvent | Announcement], None]) -> None:
         self.graph = graph
         self.store = store
         self.options = options
-        self.run = options.run or new_run(graph.loaded.file.pipeline)
-        self._say = say
-        self._outputs: dict[str, str] = {}
-        self._waiting: dict[str, Stage] = {}
-        self._running: dict[str, _Running] = {}
+        self.run = options.run or new_run_id(graph.loaded.file.pipeline)
+        self.folder = RunFolder(store, self.run)
+        self._show = show
+        self._state = RunState(waiting={})
+        self._interrupts = Interrupts(at_once=self._has_no_step_to_finish)
+        self._ending = Ending(graph, store, self.run, options.continue_command, self._state, show)
         self._watches: dict[str, Watch] = {}
-        self._told: dict[str, str] = {}
         self._looked_at_s: dict[str, float] = {}
-        self._failed: dict[str, str] = {}
-        self._closed: dict[str, str] = {}
-        self._signal: int | None = None
-        self._made = False
-        self._joined = False
-        self._begun: set[str] = set()
-        self._broken = ""
-        """Why the run itself failed, whatever its stages came to."""
-        self._tracking_said: str | None = None
+        self._reported_holders: dict[str, str] = {}
 
     def execute(self) -> int:
-        """Run to the end; the exit code: 0 done, 1 a stage failed, 130 or 143 interrupted.
+        """Run to the end. The exit code: 0 done, 1 a stage failed, 130 or 143 interrupted.
 
-        ConfigError: what was asked for is wrong, and nothing is written; or the machines can't do it, and the code's snapshot alone is.
+        ConfigError: the request is wrong, and nothing was written; or the machines can't do it, and only the code's snapshot was.
         """
         planner = self._planner(ROOT)
         plan = planner.plan()
-        to_make = [self.graph.stages[each.stage] for each in plan if each.word != "reuse"]
-        if to_make and not self.options.inline and not self._remote() and (faults := lacks_here(to_make)):
+        to_build = [self.graph.stages[each.stage] for each in plan if each.word != "reuse"]
+        if faults := faults_here(to_build, self.graph, inline=self.options.inline):
             raise ConfigError(self.graph.loaded.path, faults)
-        self.store.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.store.create()
         self.store.sweep()
-        self._snapshot = freeze(self.graph, self.store)
-        self._planner_of_run = planner if self.options.inline else self._planner(self._snapshot.path, self._snapshot.user_folders())
-        self._stop_asked = StopFile(self.store, self.run)
-        if to_make:
-            self._forecast(plan)
-        with contextlib.ExitStack() as self._open:
-            if self.options.inline:
-                self._open.enter_context(_importable(self._snapshot.path))
-            if to_make and not self.options.inline:
-                self._join(to_make)
-            else:
-                self._open.enter_context(self._signals())
-            lease = Watch(self.store, f"run-{self.run}").take(run=self.run)
-            assert lease is not None
-            self._open.callback(self._try_to, "give the run's lease back", lease.release)
-            self._begin(plan)
-            self._waiting = {name: stage for name, stage in self.graph.stages.items() if name in planner.chosen}
-            try:
-                self._loop()
-            except KeyboardInterrupt:
-                self._signal = self._signal or signal.SIGINT
-                self._abandon()
-            except Superseded:
-                self._let_go()  # without a last word: the journal is another's
-                raise
-            except Exception as error:
-                if os.environ.get("GPTLINE_DEBUG"):
-                    traceback.print_exc()
-                what = str(error) if isinstance(error, (OSError, ConfigError)) else f"{type(error).__name__}: {error}"
-                self._say({"type": "said", "text": f"can't go on: {what}"})
-                self._broken = f"the {f'store {self.store.root}' if isinstance(error, OSError) else 'driver'} failed ({what})"
-                self._abandon()
-            return self._end()
+        snapshot = freeze(self.graph, self.store)
+        if not self.options.inline:
+            planner = self._planner(snapshot.path, snapshot.user_folders())
+        if to_build:
+            for line in forecast(plan, self.graph.loaded.file.about_itself()):
+                self._announce(line)
+        with Session(self.graph, self.store, snapshot.path, self._interrupts, self._announce, inline=self.options.inline) as session:
+            session.open_for(to_build)
+            lease = Watch(self.store, driver_lease(self.run)).take(run=self.run)
+            assert lease is not None, "a run's id is its own"
+            session.on_exit(lambda: self._ending.attempt("release the run's lease", lease.release))
+            begun = self._begin(plan, planner, snapshot)
+            self._state.waiting.update({name: stage for name, stage in self.graph.stages.items() if name in planner.chosen})
+            self._supervise(begun, session)
+            return self._ending.end(self.options, planner.given, begun.recorder, begun.tracker, self._interrupts.number)
 
-    # ---- before ----
-
-    def _forecast(self, plan: list[Decision]) -> None:
-        for text in forecast(plan, self.graph.loaded.file.about_itself()):
-            self._say({"type": "said", "text": text})
+    # ---- before the loop ----
 
     def _planner(self, code_root: Path, user_folders: Mapping[str, Path] = MappingProxyType({})) -> Planner:
-        asked = self.options
+        options = self.options
         return Planner(
             self.graph,
             self.store,
             code_root,
             user_folders=user_folders,
-            fresh=asked.fresh,
-            given=asked.use,
-            until=asked.until,
-            inline=asked.inline,
+            fresh=options.fresh,
+            given=options.use,
+            until=options.until,
+            inline=options.inline,
         )
 
-    def _remote(self) -> bool:
-        return self.graph.loaded.file.cluster.address != "local"
-
-    def _join(self, to_make: list[Stage]) -> None:
-        """Open the session, until the run ends. ConfigError says what it can never hold: who asked for that would wait for ever."""
-        self._open.enter_context(self._session())
-        self._joined = True
-        if faults := [*lacks_in_cluster(to_make), *(unshared(self.store) if self._remote() else [])]:
-            raise ConfigError(self.graph.loaded.path, faults)
-        self._open.enter_context(self._signals())  # after the session: Ray puts a SIGTERM handler of its own in place
-
-    @contextlib.contextmanager
-    def _session(self) -> Iterator[None]:
-        from cluster import ray_session
-
-        address = self.graph.loaded.file.cluster.address
-        self._say({"type": "said", "text": "starting Ray on this machine" if address == "local" else f"joining the Ray cluster {address}"})
-        environment = {"PYTHONDONTWRITEBYTECODE": "1"}  # the snapshot is an artifact: nobody writes into it
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(ray_session.start(address, code_path=self._snapshot.path, environment=environment))
-            except (OSError, RuntimeError, ValueError) as error:
-                what = f"{address!r} can't be joined: {error}" if address != "local" else f"Ray does not start here: {error}"
-                raise ConfigError(self.graph.loaded.path, [Fault("cluster.address", what)]) from error
-            yield
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """First signal: finish the step and checkpoint. Second: stop now."""
-
-        def heard(number: int, frame: FrameType | None) -> None:
-            if self._signal is not None:
-                raise KeyboardInterrupt
-            self._signal = number
-            if self.options.inline and not any(each.stage.kind.trains() for each in self._running.values()):
-                raise KeyboardInterrupt
-
-        before = {number: signal.signal(number, heard) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _begin(self, plan: list[Decision]) -> None:
+    def _begin(self, plan: list[Decision], planner: Planner, snapshot: Snapshot) -> _Begun:
         for run in dead_runs(self.store, wait=False):
-            end_dead(self.store, run)
+            end_dead_run(self.store, run)
         file = self.graph.loaded.file
-        record = {
-            "run": self.run,
-            "pipeline": file.pipeline,
-            "config": self._resolved(),
-            "config_path": str(self.graph.loaded.path),
-            "command": self.options.command,
-            "tracking": file.tracking.model_dump(),
-            "started_ms": _now_ms(),
-            "user": user_name(),
-            "host": socket.gethostname(),
-            "snapshot": self._snapshot.artifact.digest,
-            "git": self.options.git,
-        }
-        self.store.backend.put_if_absent(f"runs/{self.run}/run.json", json.dumps(record, ensure_ascii=False).encode())
-        self._journal = JournalWriter(self.store, self.run)
+        record = RunRecord(
+            run=self.run,
+            pipeline=file.pipeline,
+            config=resolved_config(self.graph),
+            config_path=str(self.graph.loaded.path),
+            command=self.options.command,
+            tracking=file.tracking.model_dump(),
+            started_ms=now_ms(),
+            user=user_name(),
+            host=socket.gethostname(),
+            snapshot=snapshot.artifact.digest,
+            git=self.options.git,
+        )
+        self.folder.write_record(record)
+        journal = JournalWriter(self.store, self.run)
+        recorder = Recorder(self.graph, self.store, self.run, journal, self._show, self._state)
         expected = [each.expected_s for each in plan if each.word != "blocked"]
-        forecast_s = None if any(each is None for each in expected) else sum(each for each in expected if each)
-        begun = {name: record[name] for name in ("run", "pipeline", "command", "snapshot", "user", "host")}
-        self._write("run_started", config=record["config_path"], versions=versions(), forecast_s=forecast_s, **begun)
+        recorder.write(
+            RunStarted(
+                run=self.run,
+                pipeline=record.pipeline,
+                config=record.config_path,
+                command=record.command,
+                snapshot=record.snapshot,
+                user=record.user,
+                host=record.host,
+                versions=versions(),
+                forecast_s=None if any(each is None for each in expected) else sum(each for each in expected if each),
+            )
+        )
         for decision in plan:
-            self._write("stage_planned", stage=decision.stage, decision=decision.word, reason=decision.reason)
-        self._tracker = self._start_tracking()
-
-    def _start_tracking(self) -> Any:
-        from pipelines.observe.delivery import start_tracking
-
-        return start_tracking(self.store, self.run, self.graph.loaded.file.tracking.uri)
-
-    def _resolved(self) -> dict[str, Any]:
-        """The whole config with every default filled in."""
-        file = self.graph.loaded.file.model_dump(mode="json")
-        file["stages"] = {
-            name: {
-                "uses": stage.kind.uses,
-                "inputs": stage.inputs,
-                **stage.config.model_dump(mode="json"),
-                "resources": stage.resources.model_dump(mode="json"),
-                **({"gate": [gate.model_dump(mode="json") for gate in stage.gates]} if stage.gates else {}),
-            }
-            for name, stage in self.graph.stages.items()
-        }
-        return file
+            recorder.write(StagePlanned(stage=decision.stage, decision=decision.word, reason=decision.reason))
+        tracker = start_tracking(self.store, self.run, file.tracking.uri)
+        return _Begun(planner, snapshot, journal, recorder, tracker, StopMark(self.store, self.run))
 
     # ---- the loop ----
 
-    def _loop(self) -> None:
-        stopping = False
-        while self._waiting or self._running:
-            if self._signal is None and self._stop_asked():
-                self._signal = signal.SIGTERM  # from elsewhere, through the store: as if it had been sent here
-            if self._signal is not None and not stopping:
+    def _supervise(self, begun: _Begun, session: Session) -> None:
+        """Run the loop, and leave nothing running however it ends."""
+        try:
+            self._loop(begun, session)
+        except KeyboardInterrupt:
+            self._interrupts.request(signal.SIGINT)
+            self._abandon(begun.recorder)
+        except Superseded:
+            self._let_go()  # nothing more is written: the journal belongs to another driver
+            raise
+        except Exception as error:
+            if os.environ.get("GPTLINE_DEBUG"):
+                traceback.print_exc()
+            what = str(error) if isinstance(error, (OSError, ConfigError)) else f"{type(error).__name__}: {error}"
+            self._announce(f"can't go on: {what}")
+            self._ending.broken = f"the {f'store {self.store}' if isinstance(error, OSError) else 'driver'} failed ({what})"
+            self._abandon(begun.recorder)
+
+    def _loop(self, begun: _Begun, session: Session) -> None:
+        state, stopping = self._state, False
+        while state.waiting or state.running:
+            if self._interrupts.number is None and begun.stop_mark():
+                self._interrupts.request(signal.SIGTERM)  # requested elsewhere, through the store
+            if self._interrupts.number is not None and not stopping:
                 stopping = True
-                self.store.backend.put(f"runs/{self.run}/stop", b"")
-                self._say(
-                    {"type": "said", "text": "stopping: training stages finish their step and save a checkpoint (again: stop at once)"}
-                )
-                self._waiting.clear()
-                self._cancel_plain_stages()
-            for stage in list(self._waiting.values()):
-                self._consider(stage)
-            for running in list(self._running.values()):
-                self._attend(running)
-            self._journal.keep_up()
-            self._say_of_tracking(self._tracker.news())
-            if self._waiting or self._running:
+                self.folder.request_stop()
+                self._announce("stopping: training stages finish their step and save a checkpoint (again: stop at once)")
+                state.waiting.clear()
+                self._cancel_plain_stages(begun.recorder)
+            for stage in list(state.waiting.values()):
+                self._consider(stage, begun, session)
+            for running in list(state.running.values()):
+                self._attend(running, begun)
+            begun.journal.flush_due()
+            if (sentence := begun.tracker.news()) is not None:
+                self._announce(sentence)
+            if state.waiting or state.running:
                 time.sleep(LOOK_EVERY_S)
 
-    def _consider(self, stage: Stage) -> None:
-        """Start a stage whose inputs are there, take its output, or leave it for later."""
-        upstream = self._planner_of_run.upstream(stage)
-        closed = [self._closed[name] for name in upstream if name in self._closed]
-        broken = [name for name in upstream if name in self._failed]
-        if closed:
-            self._finish(stage, "blocked", Decision(stage.name, "blocked", closed[0]))
+    def _consider(self, stage: Stage, begun: _Begun, session: Session) -> None:
+        """Start a stage whose inputs exist, reuse its output, block it, or leave it for later."""
+        state, planner = self._state, begun.planner
+        upstream = planner.upstream(stage)
+        closed = [state.closed[name] for name in upstream if name in state.closed]
+        broken = [f"its input {name} {state.fates[name]}" for name in upstream if name in state.fates]
+        if closed or broken:
+            begun.recorder.ended(stage, "blocked", Decision(stage.name, "blocked", (closed or broken)[0]))
             return
-        if broken:
-            reason = f"its input {broken[0]} {self._failed[broken[0]]}"
-            self._finish(stage, "blocked", Decision(stage.name, "blocked", reason))
+        if any(name not in state.outputs for name in upstream) or not self._is_due(stage):
             return
-        if any(name not in self._outputs for name in upstream):
+        decision = planner.decide(stage, state.outputs)
+        if self._settle(stage, decision, begun.recorder):
             return
-        if time.monotonic() - self._looked_at_s.get(stage.name, -LEASE_EVERY_S) < LEASE_EVERY_S:
-            return
-        self._looked_at_s[stage.name] = time.monotonic()
-        decision = self._planner_of_run.decide(stage, self._outputs)
-        if self._settled(stage, decision):
-            return
-        if not self.options.inline and not self._joined:
-            self._join([stage])  # the plan had nothing to make, and things changed since
-        assert decision.key is not None
-        watch = self._watches.setdefault(decision.key, Watch(self.store, decision.key))
-        holder = watch.taken_by()
-        lease = watch.take(run=self.run, stage=stage.name) if holder is None else None
+        session.open_for([stage])  # for a plan that had nothing to build, and changed since
+        lease = self._lease(stage, decision, begun.recorder)
         if lease is None:
-            if holder is not None and self._told.get(stage.name) != holder.get("run"):
-                self._told[stage.name] = holder.get("run", "")
-                self._write("note", stage=stage.name, text=f"waits for {describe(holder)}, who is making it")
             return
         # while the lease was being taken another run may have finished the work
-        decision = self._planner_of_run.decide(stage, self._outputs, held=True)
-        if self._settled(stage, decision):
+        decision = planner.decide(stage, state.outputs, held=True)
+        if self._settle(stage, decision, begun.recorder):
             lease.release()
-        elif self._recoded(stage):
+        elif self._is_recoded(stage, planner):
             lease.release()
-            self._finish(stage, "failed", decision, error=RECODED)
+            begun.recorder.ended(stage, "failed", decision, error=RECODED)
         else:
-            self._start(stage, decision, lease)
+            self._start(stage, decision, lease, begun)
 
-    def _settled(self, stage: Stage, decision: Decision) -> bool:
-        """What needs no making, or can't be made."""
+    def _is_due(self, stage: Stage) -> bool:
+        """Whether to look at a stage again: each look reads the store."""
+        now_s = time.monotonic()
+        if now_s - self._looked_at_s.get(stage.name, -LEASE_EVERY_S) < LEASE_EVERY_S:
+            return False
+        self._looked_at_s[stage.name] = now_s
+        return True
+
+    def _settle(self, stage: Stage, decision: Decision, recorder: Recorder) -> bool:
+        """Deal with a stage that needs no run, or can't have one. Whether it was such a stage."""
         if decision.word == "reuse":
-            self._reuse(stage, decision)
+            recorder.reused(stage, decision)
         elif decision.word == "blocked":
-            self._finish(stage, "failed", decision, error=decision.reason)
+            recorder.ended(stage, "failed", decision, error=decision.reason)
         return decision.word in ("reuse", "blocked")
 
-    def _recoded(self, stage: Stage) -> bool:
-        """Whether what runs in this process may be other code than the key has: modules are imported when a stage first needs them."""
-        return self.options.inline and self._planner_of_run.recoded(stage)
-
-    def _start(self, stage: Stage, decision: Decision, lease: Lease) -> None:
-        del self._waiting[stage.name]
-        self._made = True
-        steps = stage.config.steps if isinstance(stage.config, TrainSettings) else None
-        self._write("stage_started", stage=stage.name, key=decision.key, decision=decision.word, reason=decision.reason, steps=steps)
-        job = self._job(stage, decision)
-        self._running[stage.name] = running = _Running(stage, decision, lease, None, _now_ms(), time.monotonic())
-        self._begun.add(stage.name)
-        if decision.forced:  # seen by later plans: until the series is recorded, it is a rerun that did not come to its end
-            (self.store.work(job.key) / f"{decision.series}.0").mkdir(parents=True, exist_ok=True)
-        if self.options.inline:
-            running.task = _Inline(job, lambda event: self._heard(stage, event), lambda: self._signal is not None or self._stop_asked())
-            return
-        from cluster.ray_session import submit
-
-        # a stage that trains holds nothing itself: a task that held what its gang waits for would never end
-        room = {} if stage.kind.trains() else room_of(stage)
-        running.task = submit(
-            stream,
-            job,
-            name=f"{self.graph.loaded.file.pipeline}:{stage.name}",
-            cpus=room.get("cpus_per_rank", 0),
-            gpus=room.get("gpus_per_rank", 0),
-            memory_gib=room.get("memory_gib"),
-            labels=room.get("labels"),
-            accelerator=room.get("accelerator"),
-            environment={"OMP_NUM_THREADS": str(room.get("cpus_per_rank", 1))},
-        )
-
-    def _job(self, stage: Stage, decision: Decision) -> Job:
-        planned = {name.removeprefix("source."): digest for name, digest in decision.leaves.items() if name.startswith("source.")}
+    def _lease(self, stage: Stage, decision: Decision, recorder: Recorder) -> Lease | None:
+        """The lease on the stage's key, or None while another run holds it, which is reported once."""
         assert decision.key is not None
-        inline = self.options.inline
-        places = {} if inline else self._snapshot.references
-        return Job(
-            run=self.run,
-            stage=stage.name,
-            uses=places.get(stage.kind.uses, stage.kind.uses),
-            user_folder=self.graph.user_folder() if inline else self._snapshot.user,
-            functions={each.reference: places.get(each.reference, each.reference) for each in stage.user_code},
-            config=stage.config.model_dump(mode="json"),
-            inputs=decision.inputs,
-            sources=[replace(source, sha256=planned[source.name]) for source in stage.sources],
-            seed=self.graph.loaded.file.seed,
-            store=self.store.root,
-            key=decision.key,
-            series=decision.series,
-            resources=stage.resources,
-            identity=identity(stage, inline=inline) if stage.kind.trains() else {},
-            inline=inline,
-        )
+        watch = self._watches.setdefault(decision.key, Watch(self.store, decision.key))
+        holder = watch.holder()
+        if holder is None:
+            return watch.take(run=self.run, stage=stage.name)
+        if self._reported_holders.get(stage.name) != holder.run:
+            self._reported_holders[stage.name] = holder.run
+            recorder.note(stage, f"waiting for {holder}, which is building it")
+        return None
 
-    def _attend(self, running: _Running) -> None:
+    def _is_recoded(self, stage: Stage, planner: Planner) -> bool:
+        """Whether an inline stage may run other code than its key holds: modules are imported when a stage first needs them."""
+        return self.options.inline and planner.recoded(stage)
+
+    def _start(self, stage: Stage, decision: Decision, lease: Lease, begun: _Begun) -> None:
+        state = self._state
+        del state.waiting[stage.name]
+        begun.recorder.started(stage, decision, stage.config.steps if isinstance(stage.config, TrainSettings) else None)
+        snapshot = None if self.options.inline else begun.snapshot
+        job = make_job(self.run, self.graph, stage, decision, self.store.root, snapshot)
+        if decision.forced:  # later plans see from it that a rerun was asked for and is unfinished, until its action is recorded
+            (self.store.work(job.key) / f"{decision.series}.0").mkdir(parents=True, exist_ok=True)
+        task: StageTask
+        if self.options.inline:
+            task = InlineTask(job, lambda event: begun.recorder.forward(stage, event), lambda: self._should_stop(begun))
+        else:
+            task = start_ray_task(job, stage, self.graph.loaded.file.pipeline)
+        state.running[stage.name] = RunningStage(stage, decision, lease, task)
+        state.started.add(stage.name)
+
+    def _attend(self, running: RunningStage, begun: _Begun) -> None:
         """Pass on a task's events, and deal with its end."""
-        for event in running.task.poll():
-            self._heard(running.stage, event)
-        if not running.task.done:
-            late = not running.task.started and time.monotonic() - running.started_s > WAITING_TOLD_S
-            if late and not running.told and not running.stage.kind.trains():  # a gang tells of itself
-                running.told = True
-                self._write("note", stage=running.stage.name, text=waits_for(running.stage))
+        stage, task = running.stage, running.task
+        for event in task.poll():
+            begun.recorder.forward(stage, event)
+        if not task.done:
+            if not task.started and not running.wait_reported and running.elapsed_s() > WAIT_REPORTED_AFTER_S and not stage.kind.trains():
+                running.wait_reported = True  # a gang reports by itself that it waits
+                begun.recorder.note(stage, waits_for(stage))
             return
         try:
-            outcome = running.task.result()
+            outcome = task.result()
         except Exception as error:
             outcome = Outcome(error=str(error))
-        del self._running[running.stage.name]
+        del self._state.running[stage.name]
         try:
-            self._record(running, outcome)
+            if outcome.stopped:
+                self._interrupts.request(signal.SIGTERM)  # the store's stop mark may reach a stage before it reaches this loop
+                begun.recorder.stopped(running, seconds=running.elapsed_s())
+            else:
+                recoded = outcome.output is not None and self._is_recoded(stage, begun.planner)
+                begun.recorder.finished(running, outcome, inline=self.options.inline, recoded=recoded)
         except OSError as error:
-            said = outcome.error or f"what came of it can't be recorded: {error}"
-            self._finish(running.stage, "failed", running.decision, error=said)
+            message = outcome.error or f"its result can't be recorded: {error}"
+            begun.recorder.ended(stage, "failed", running.decision, error=message)
         finally:
             running.lease.release()
 
-    def _heard(self, stage: Stage, event: Event) -> None:
-        if event["type"] in ("points", "progress"):
-            self._write(**{**event, "stage": stage.name})
-        elif "text" in event:
-            self._write("note", stage=stage.name, text=event["text"].removeprefix(f"{stage.name}: "))
+    # ---- stopping ----
 
-    def _record(self, running: _Running, outcome: Outcome) -> None:
-        stage, decision = running.stage, running.decision
-        seconds = time.monotonic() - running.started_s
-        if outcome.stopped:
-            self._signal = self._signal or signal.SIGTERM  # the store's mark may reach a stage before it reaches this loop
-            self._stopped(running, seconds=seconds)
-            return
-        damage = self.store.intact(outcome.output) if outcome.output else None
-        recoded = outcome.output is not None and self._recoded(stage)
-        if outcome.output is None or damage or recoded or running.lease.lost():
-            error = outcome.error or damage or (RECODED if recoded else LEASE_LOST)
-            if outcome.traceback:
-                self.store.backend.put(f"runs/{self.run}/{stage.name}.traceback.txt", outcome.traceback.encode(errors="backslashreplace"))
-            self._finish(stage, "failed", decision, seconds=seconds, error=error)
-            return
-        assert decision.key is not None
-        assert outcome.output_kind is not None
-        action = self.store.record(
-            Action(
-                key=decision.key,
-                pipeline=self.graph.loaded.file.pipeline,
-                stage=stage.name,
-                kind=stage.kind.uses,
-                run=self.run,
-                leaves=decision.leaves,
-                inputs=decision.inputs,
-                output=outcome.output,
-                output_kind=outcome.output_kind,
-                figures=outcome.figures,
-                curves=outcome.curves,
-                operational=stage.operational() | ({"engine": "torch", "ranks": 1} if self.options.inline and stage.kind.trains() else {}),
-                versions=outcome.versions or versions(),
-                restarts=outcome.restarts,
-                resumed_from_step=outcome.resumed_from_step,
-                forced=decision.forced,
-                started_ms=running.started_ms,
-                seconds=round(seconds, 3),
-                host=outcome.host or socket.gethostname(),
-                user=user_name(),
-                pid=outcome.pid or os.getpid(),
-            )
-        )
-        self.store.note_latest(action.pipeline, stage.name, action.key, action.number)
-        shutil.rmtree(self.store.work(action.key), ignore_errors=True)
-        self._outputs[stage.name] = action.output
-        if closed := closed_gate(stage, action):
-            self._closed[stage.name] = closed
-            self._write("note", stage=stage.name, text=closed)
-        self._finish(stage, "done", decision, number=action.number, output=action.output, seconds=seconds)
+    def _should_stop(self, begun: _Begun) -> bool:
+        return self._interrupts.number is not None or begun.stop_mark()
 
-    def _reuse(self, stage: Stage, decision: Decision) -> None:
-        assert decision.output is not None
-        self._outputs[stage.name] = decision.output
-        action = decision.action
-        if action is not None:
-            self.store.note_latest(self.graph.loaded.file.pipeline, stage.name, action.key, action.number)
-        if decision.closed:
-            self._closed[stage.name] = decision.closed
-        for note in decision.notes:
-            self._write("note", stage=stage.name, text=note)
-        self._finish(stage, "reused", decision, number=action.number if action else None, output=decision.output, seconds=0.0)
+    def _has_no_step_to_finish(self) -> bool:
+        return self.options.inline and not any(each.stage.kind.trains() for each in self._state.running.values())
 
-    def _finish(self, stage: Stage, status: str, decision: Decision, **more: Any) -> None:
-        self._waiting.pop(stage.name, None)
-        if status in ("failed", "blocked", "stopped"):
-            self._failed[stage.name] = {"failed": "failed", "blocked": "can't be made", "stopped": "was stopped"}[status]
-        told = {"decision": decision.word, "reason": decision.reason, "key": decision.key, **more}
-        self._write("stage_ended", stage=stage.name, status=status, **told)
-
-    # ---- after ----
-
-    def _cancel_plain_stages(self) -> None:
-        """Stages that have no checkpoint are simply begun again next time."""
-        for running in list(self._running.values()):
+    def _cancel_plain_stages(self, recorder: Recorder) -> None:
+        """End the stages that have no checkpoint; they start over next time."""
+        for running in list(self._state.running.values()):
             if not running.stage.kind.trains() and not self.options.inline:
                 running.task.cancel()
-                del self._running[running.stage.name]
+                del self._state.running[running.stage.name]
                 running.lease.release()
-                self._stopped(running)
+                recorder.stopped(running)
 
-    def _abandon(self) -> None:
-        """Stop at once: what is on disk is what is kept."""
+    def _abandon(self, recorder: Recorder) -> None:
+        """Stop at once: only what is on disk is kept."""
         self._let_go()
-        for running in self._running.values():
-            self._try_to(f"write down that {running.stage.name} was stopped", self._stopped, running)
-        self._running.clear()
+        for running in self._state.running.values():
+            self._ending.attempt(f"record that {running.stage.name} was stopped", recorder.stopped, running)
+        self._state.running.clear()
 
     def _let_go(self) -> None:
-        for running in self._running.values():
-            if running.task is not None and not self.options.inline:
-                self._try_to(f"end {running.stage.name}", running.task.cancel)
-            self._try_to(f"give back the lease of {running.stage.name}", running.lease.release)
+        for running in self._state.running.values():
+            self._ending.attempt(f"end {running.stage.name}", running.task.cancel)
+            self._ending.attempt(f"release the lease of {running.stage.name}", running.lease.release)
 
-    def _stopped(self, running: _Running, **more: Any) -> None:
-        """A stage's last word is where it goes on next time, and no longer why it was begun."""
-        assert running.decision.key is not None
-        made_so_far = attempts(self.store.work(running.decision.key), running.decision.series)
-        checkpoint, _ = newest_checkpoint(made_so_far, verify=False)
-        reason = "begins again next time" if checkpoint is None else f"saved at step {checkpoint.step}"
-        self._finish(running.stage, "stopped", replace(running.decision, reason=reason), **more)
-
-    def _end(self) -> int:
-        """The last words, each for itself: of a store that is full or gone, what can still be said is said."""
-        self._try_to("name the newest model", self._name_newest_model)
-        failed = [name for name, how in self._failed.items() if how == "failed"]
-        closed = "".join(f"{each}. " for each in self._closed.values())
-        fresh = "".join(f" --fresh {shlex.quote(name)}" for name in self.options.fresh if name not in self._begun)
-        go_on = f"go on with: {self.options.go_on}{fresh}"
-        if self._signal is not None:
-            status, code, text = "KILLED", 128 + self._signal, f"interrupted; {go_on}"
-        elif failed:
-            status, code = "FAILED", 1
-            text = f"{closed}{' and '.join(failed)} failed; the other results are kept. Mend it, then {go_on}"
-        elif self._broken:
-            status, code = "FAILED", 1
-            text = f"{self._broken}; what the store has is kept. Mend it, then {go_on}"
-        elif closed:
-            status, code, text = "FAILED", 1, f"{closed}Then {go_on}"
-        else:
-            status, code, text = "FINISHED", 0, ""
-        ended = {"status": status, "exit_code": code, "text": text}
-        if not self._try_to("write down how the run ended", self._write, "run_ended", **ended):
-            self._say({"type": "run_ended", "time_ms": _now_ms(), **ended})
-        self._try_to("make the run's page", self._render_page)
-        # a run that only reused ends at once: what delivers it is a process of its own
-        if self._made:
-            self._try_to("wait for MLflow", lambda: self._say_of_tracking(self._tracker.finish(TRACKING_DEADLINE_S)))
-        return code or int(bool(self._broken))
-
-    def _try_to(self, what: str, action: Callable[..., object], *arguments: Any, **named: Any) -> bool:
-        """Where it can't be done, a sentence says so, and the exit code: who comes next has something to do of its own."""
-        try:
-            action(*arguments, **named)
-        except Exception as error:
-            self._broken = self._broken or f"could not {what}"
-            self._say({"type": "said", "text": f"could not {what}: {type(error).__name__}: {error}"})
-            return False
-        return True
-
-    def _render_page(self) -> None:
-        from pipelines.observe.page import render
-
-        page = f"runs/{self.run}/page.html"
-        self.store.backend.put(page, render(self.store, self.run).encode(errors="backslashreplace"))
-        for name, figures in self._figures().items():
-            measured = ", ".join(f"{figure.removeprefix('eval/')} {value:.4g}" for figure, value in figures.items())
-            self._say({"type": "said", "text": f"{name}: {measured}"})
-        self._say({"type": "said", "text": f"the run's page: {self.graph.loaded.file.store.root}/{page}"})
-
-    def _say_of_tracking(self, sentence: str | None) -> None:
-        if sentence is not None and sentence != self._tracking_said:
-            self._tracking_said = sentence
-            self._say({"type": "said", "text": sentence})
-
-    def _figures(self) -> dict[str, dict[str, float]]:
-        """Stage to what it measured, in this run or in the one that made its output."""
-        found = {}
-        for name in self._outputs:
-            latest = self.store.latest(self.graph.loaded.file.pipeline, name)
-            if latest is not None and latest.output == self._outputs[name] and latest.figures:
-                found[name] = latest.figures
-        return found
-
-    def _name_newest_model(self) -> None:
-        """`model:<pipeline>@newest` is the line's last policy that this run made or reused: no import, and none whose gate is closed.
-
-        A run that came to less than the whole line names one only where there was none: it would take a finished assistant away.
-        """
-        pipeline = self.graph.loaded.file.pipeline
-        partial = self._signal is not None or self._broken or self._failed or self._closed or self.options.until
-        if partial and self.store.pointed(pipeline, "newest") not in {None, *(self._outputs[name] for name in self._closed)}:
-            return
-        for name, stage in self.graph.stages.items():
-            own = name not in self._planner_of_run.given and stage.kind.uses != IMPORTS["model"]
-            if own and name in self._outputs and name not in self._closed:
-                made = self.store.artifact(self._outputs[name])
-                if isinstance(made, Model) and made.metadata.get("role") == "policy":
-                    self.store.point(pipeline, "newest", made.digest)
-
-    def _write(self, type: str, **fields: Any) -> None:
-        self._say(self._journal.write(type, **fields))
-
-
-@contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Processes that a stage starts from here find the user's code where those of a Ray worker do."""
-    sys.path.append(str(folder))  # last: the rest of it is here already
-    try:
-        yield
-    finally:
-        sys.path[:] = [each for each in sys.path if each != str(folder)]  # whatever a stage did to it
-
-
-class _Inline:
-    """A stage in this process, with the interface of a Ray task: it runs when it is first polled."""
-
-    def __init__(self, job: Job, emit: Callable[[Event], None], should_stop: Callable[[], bool]) -> None:
-        self.done = False
-        self.started = True
-        self._run = lambda: execute(job, emit, should_stop)
-
-    def poll(self) -> list[Event]:
-        self._outcome = self._run()
-        self.done = True
-        return []
-
-    def result(self) -> Outcome:
-        return self._outcome
-
-
-def new_run(pipeline: str) -> str:
-    """The id of a run that begins now. Its last part begins with the 256th of the second, so that runs of one second have an order."""
-    now_s = time.time()
-    return f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now_s))}-{pipeline}-{int(now_s % 1 * 256):02x}{secrets.token_hex(2)}"
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit, branch and whether the tree was changed; None outside a clone."""
-    try:
-        answers = [
-            subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["rev-parse", "--abbrev-ref", "HEAD"], ["status", "--porcelain"])
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": answers[0], "branch": answers[1], "dirty": bool(answers[2])}
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
-def dead_runs(store: Store, *, wait: bool = True) -> list[str]:
-    """Runs without a last word whose driver is gone. `wait`: watch drivers of other machines until it is sure, half a minute at most."""
-    last_events = {run: last_event(store, run) for run in store.runs()}
-    open_runs = [run for run, last in last_events.items() if last is not None and last["type"] != "run_ended"]
-    if wait:
-        return [name.removeprefix("run-") for name in dead(store, [f"run-{run}" for run in open_runs])]
-    return [run for run in open_runs if Watch(store, f"run-{run}").taken_by() is None]
+    def _announce(self, text: str) -> None:
+        self._show(Announcement(text))

@@ -127,9 +127,8 @@ def choose(store: Store, reference: str | None) -> tuple[Model, str]:
 
 def _newest(store: Store, made: dict[str, Action]) -> str:
     speaking = []
-    for name in store.backend.list("aliases"):
-        _, pipeline, file = name.split("/")
-        digest = store.pointed(pipeline, file.removesuffix(".json"))
+    for name, alias in store.aliases():
+        digest = store.alias(name, alias)
         if digest is not None and _speaks(store, digest):
             speaking.append((made[digest].started_ms if digest in made else 0, digest))
     if speaking:
@@ -137,11 +136,11 @@ def _newest(store: Store, made: dict[str, Action]) -> str:
     for digest, action in reversed(made.items()):
         if _speaks(store, digest):
             raise StageFailure(
-                f"no pipeline's newest model in the store {store.root} speaks in turns; "
+                f"no pipeline's newest model in the store {store} speaks in turns; "
                 f"`gptline chat sha256:{digest[:12]}` talks to the last one made that does ({action.pipeline}, {action.stage})"
             )
     raise StageFailure(
-        f"no model in the store {store.root} speaks in turns: that is what sft and rl stages teach; run a pipeline that has one, "
+        f"no model in the store {store} speaks in turns: that is what sft and rl stages teach; run a pipeline that has one, "
         "name another store with --store, or see with `gptline sample` what a model writes"
     )
 
