@@ -18,8 +18,10 @@ from typing import Any
 
 import pytest
 
+from pipelines.store.action import Action
+from pipelines.store.events import JournalEvent, Note, StageEnded
 from pipelines.store.journal import read_journal
-from pipelines.store.store import Action, Store
+from pipelines.store.store import Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = Path(sys.executable).with_name("gptline")
@@ -65,30 +67,31 @@ class Program:
     def last_run(self) -> str:
         return self.store.runs()[-1]
 
-    def events(self, run: str | None = None) -> list[dict[str, Any]]:
+    def events(self, run: str | None = None) -> list[JournalEvent]:
         return read_journal(self.store, run or self.last_run())
 
-    def ended(self, run: str | None = None) -> dict[str, dict[str, Any]]:
-        """The last word about each stage of a run, the newest unless another is named."""
-        return {event["stage"]: event for event in self.events(run) if event["type"] == "stage_ended"}
+    def ended(self, run: str | None = None) -> dict[str, StageEnded]:
+        """How each stage of a run ended, of the newest run unless another is named."""
+        return {event.stage: event for event in self.events(run) if isinstance(event, StageEnded)}
 
     def status(self, run: str | None = None) -> dict[str, str]:
-        return {stage: event["status"] for stage, event in self.ended(run).items()}
+        return {stage: event.status for stage, event in self.ended(run).items()}
 
     def notes(self, run: str | None = None) -> list[str]:
-        return [event["text"] for event in self.events(run) if event["type"] == "note"]
+        return [event.text for event in self.events(run) if isinstance(event, Note)]
 
     def waits_for(self, run: str) -> bool:
         """True as soon as the newest run has said that it waits for this one."""
-        return any(note.startswith("waits for") and run in note for note in self.notes())
+        return any(note.startswith("waiting for") and run in note for note in self.notes())
 
     def outputs(self, run: str | None = None) -> dict[str, str]:
-        return {stage: event["output"] for stage, event in self.ended(run).items() if event.get("output")}
+        return {stage: event.output for stage, event in self.ended(run).items() if event.output}
 
     def action(self, stage: str, run: str | None = None) -> Action:
         """How what a stage of a run ended with was made."""
         event = self.ended(run)[stage]
-        return self.store.action(event["key"], event["number"])
+        assert event.number is not None
+        return self.store.action(event.key, event.number)
 
     def plan(self, *words: str) -> dict[str, tuple[str, str]]:
         """Stage to decision and reason; notes are added to the reason."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from pipelines.store.events import RunEnded
+
 pytestmark = pytest.mark.slow
 
 BRANCH = """
@@ -45,7 +47,7 @@ def command(fault: str, marks: Path, *more: str) -> tuple[str, ...]:
 
 
 def goes_on_with(said: str) -> list[str]:
-    (printed,) = re.findall(r"go on with: gptline (.*)", said)
+    (printed,) = re.findall(r"resume with: gptline (.*)", said)
     return shlex.split(printed)
 
 
@@ -73,13 +75,13 @@ def test_a_rank_that_raises_fails_its_stage_once_and_leaves_the_other_branch_who
         "count": "done",
         "export": "blocked",
     }
-    error = program.ended()["pretrain"]["error"]
+    error = program.ended()["pretrain"].error
     assert re.fullmatch(
         r"pretrain: rank 1 \(pid \d+, node \S+\) raised at step [0123]: ZeroDivisionError: the data has no end.*", error, re.DOTALL
     )
     assert "start 2" not in said  # it would only come again
     assert "Traceback" not in said
-    assert "pretrain failed; the other results are kept. Mend it, then go on with: gptline run small.toml" in said
+    assert "pretrain failed; the other results are kept. Fix the cause, then resume with: gptline run small.toml" in said
     assert 'raise ZeroDivisionError("the data has no end")' in (
         program.store.root / "runs" / program.last_run() / "pretrain.traceback.txt"
     ).read_text(encoding="utf-8")
@@ -123,7 +125,7 @@ def test_of_two_runs_at_once_one_works_and_an_edit_to_the_loss_meanwhile_changes
 
     assert program.status(first_run)["pretrain"] == "done"
     assert program.status()["pretrain"] == "reused"
-    assert re.search(rf"waits for \S+ on \S+, process {first.pid}, run {first_run}, who is making it", said)
+    assert re.search(rf"waiting for \S+ on \S+, process {first.pid}, run {first_run}, which is building it", said)
     assert program.outputs(first_run)["pretrain"] == one_rank_undisturbed.outputs()["pretrain"]
     name = "code.gpt.losses:lm_loss"
     assert program.action("pretrain", first_run).leaves[name] == one_rank_undisturbed.action("pretrain").leaves[name]
@@ -144,7 +146,9 @@ def test_who_waits_takes_over_when_the_one_it_waits_for_is_killed_and_sync_ends_
     assert "resume: goes on at step 5 of 30" in said
     assert program.outputs()["pretrain"] == inline_undisturbed.outputs()["pretrain"]
     assert f"{first_run}  ended as KILLED: its driver is gone" in program.run("sync")
-    assert program.events(first_run)[-1]["status"] == "KILLED"
+    last = program.events(first_run)[-1]
+    assert isinstance(last, RunEnded)
+    assert last.status == "KILLED"
 
 
 def test_sigterm_saves_a_checkpoint_and_ends_with_143_and_the_command_that_goes_on(program, inline_undisturbed, wait_for, marks):
@@ -172,7 +176,7 @@ def test_stop_reaches_a_training_of_one_process_and_takes_no_finished_model_away
     toml.write_text(head + pretrain + settings + "\n[stages.further]" + settings.replace("dropout = 0.1", "dropout = 0.2"))
     program.run("run", "small.toml", "--inline")
     finished = program.outputs()["further"]
-    assert program.store.pointed("small", "newest") == finished
+    assert program.store.alias("small", "newest") == finished
     faults = [f"stages.{stage}.{setting}" for stage in ("pretrain", "further") for setting in ("lr=2e-3", f"marks={marks}")]
     sets = [word for each in [*faults, "stages.further.fault=rank 0: pause at 7"] for word in ("--set", each)]
     process = program.start("run", "small.toml", "--inline", *sets)
@@ -182,7 +186,7 @@ def test_stop_reaches_a_training_of_one_process_and_takes_no_finished_model_away
     said = program.finish(process, code=143)
     assert (program.status()["pretrain"], program.status()["further"]) == ("done", "stopped")
     assert "saved at step 8" in said
-    assert program.store.pointed("small", "newest") == finished
+    assert program.store.alias("small", "newest") == finished
 
 
 def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(program, wait_for, marks):

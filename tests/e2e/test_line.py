@@ -156,7 +156,7 @@ def test_sample_continues_a_prompt_the_same_way_for_the_same_seed(line):
 
 @pytest.mark.parametrize("line", ["quickstart"], indirect=True)  # the one recipe of these with an assistant
 def test_the_assistant_is_the_pipelines_newest_model_and_answers_in_a_pipe(line):
-    assert line.program.store.pointed(line.recipe, "newest") == line.program.outputs(line.run)["rl"]
+    assert line.program.store.alias(line.recipe, "newest") == line.program.outputs(line.run)["rl"]
     answer = line.program.run("chat", "--tokens", "8", typed="What does len do?\n")
     assert answer.strip()
     traced = line.program.run("lineage", f"run:{line.run}/rl")
@@ -206,7 +206,7 @@ def test_mlflow_has_the_run_and_a_child_per_stage_with_what_went_in_and_came_out
     outputs = line.program.outputs(line.run)
     for stage, child in children.items():
         assert child.data.tags["gptline.output"] == outputs[stage]
-        assert child.data.tags["gptline.key"] == line.program.ended(line.run)[stage]["key"]
+        assert child.data.tags["gptline.key"] == line.program.ended(line.run)[stage].key
         assert child.data.tags["gptline.decision"] == "run"
         assert f"| [{stage}](" in parent.data.tags["mlflow.note.content"]
     pretrain, evaluate = children["pretrain"], children["evaluate"]

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from pipelines.store.events import StageStarted
+
 pytestmark = pytest.mark.slow
 
 STEPS = 30
@@ -64,7 +66,7 @@ def story(request, small, new_program, wait_for, gone, tmp_path_factory) -> Stor
         """The command that goes on."""
         told.said.append(program.finish(process, code))
         wait_for(lambda: all(gone(pid) for pid in workers), f"the end of the workers of run {len(told.runs)}")
-        printed = re.findall(r"go on with: gptline (.*)", told.said[-1])
+        printed = re.findall(r"resume with: gptline (.*)", told.said[-1])
         return tuple(shlex.split(printed[0])) if printed else asked
 
     process = reaches("pause-0-3", program.start(*asked))
@@ -107,19 +109,20 @@ def test_who_is_asked_to_stop_says_how_to_go_on_and_shows_no_traceback(story, en
     number = list(GOES_ON_AT).index(end)
     assert story.program.status(story.runs[number])["pretrain"] == "stopped"
     assert "Traceback" not in story.said[number]
-    assert "interrupted; go on with: gptline run small.toml --set" in story.said[number]
+    assert "interrupted; resume with: gptline run small.toml --set" in story.said[number]
 
 
 @pytest.mark.parametrize("end", GOES_ON_AT)
 def test_no_end_loses_more_than_the_steps_since_the_last_checkpoint_and_a_stop_loses_none(story, end):
     following = story.runs[list(GOES_ON_AT).index(end) + 1]
-    (event,) = [event for event in story.program.events(following) if (event["type"], event.get("stage")) == ("stage_started", "pretrain")]
-    assert (event["decision"], event["reason"]) == ("resume", f"goes on at step {GOES_ON_AT[end]} of 30")
+    started = [event for event in story.program.events(following) if isinstance(event, StageStarted)]
+    (event,) = [event for event in started if event.stage == "pretrain"]
+    assert (event.decision, event.reason) == ("resume", f"goes on at step {GOES_ON_AT[end]} of 30")
 
 
 def test_a_second_run_waits_for_the_first_and_takes_over_when_its_driver_is_killed(story):
     first, second = (list(GOES_ON_AT).index("driver killed") + more for more in (0, 1))
-    waits = rf"waits for \S+ on \S+, process {story.pids[first]}, run {story.runs[first]}, who is making it"
+    waits = rf"waiting for \S+ on \S+, process {story.pids[first]}, run {story.runs[first]}, which is building it"
     assert [note for note in story.program.notes(story.runs[second]) if re.fullmatch(waits, note)]
 
 

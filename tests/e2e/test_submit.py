@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.store.events import RunEnded, StagePoints
 from pipelines.store.lease import Watch
 
 pytestmark = pytest.mark.slow
@@ -75,7 +76,7 @@ def story(small: Any, new_program: Any, wait_for: Any, gone: Any, cluster: str, 
         (program.folder / name).write_text("an edit while the job waits for its turn\n")
     wait_for((marks / "pause-0-7").exists, "step 7")
     # what a rank says goes through its stage's process to the driver, and reaches the journal after the rank's own mark
-    wait_for(lambda: any(event["type"] == "points" for event in program.events()), "word of a step")
+    wait_for(lambda: any(isinstance(event, StagePoints) for event in program.events()), "word of a step")
     told.said["status"] = program.run("status")
     told.said["stop"] = program.run("stop")
     for name, text in kept.items():
@@ -83,7 +84,7 @@ def story(small: Any, new_program: Any, wait_for: Any, gone: Any, cluster: str, 
 
     submit("--set", "stages.pretrain.fault=rank 0: wait at 12")
     wait_for((marks / "wait-0-12").exists, "step 12")
-    driver = Watch(program.store, f"run-{told.runs[1]}").taken_by()
+    driver = Watch(program.store, f"run-{told.runs[1]}").holder()
     assert driver is not None
     os.kill(driver["pid"], signal.SIGKILL)
     wait_for(lambda: gone(driver["pid"]), "the driver's end")
@@ -115,9 +116,10 @@ def test_stop_in_the_middle_of_training_saves_the_step(story: Story) -> None:
     assert asked == f"run {story.runs[0]}"
     assert stopping == f"{story.runs[0]}: asked to stop; training stages finish their step and save a checkpoint"
     assert ended.startswith(f"{story.runs[0]} ended: KILLED, 3 reused, 1 stopped in ")
-    assert "go on with: gptline submit small.toml " in ended
+    assert "resume with: gptline submit small.toml " in ended
     last = story.program.events(story.runs[0])[-1]
-    assert (last["type"], last["exit_code"]) == ("run_ended", 143)
+    assert isinstance(last, RunEnded)
+    assert last.exit_code == 143
     assert story.program.ended(story.runs[0])["pretrain"]["reason"] == "saved at step 8"
 
 

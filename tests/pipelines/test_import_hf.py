@@ -15,7 +15,9 @@ from pipelines.plan.config import ConfigError, load
 from pipelines.plan.graph import ROOT, Graph, build
 from pipelines.plan.planner import Planner, resolve
 from pipelines.run.runner import Options, Run
+from pipelines.store.events import Announcement, JournalEvent, StageEnded
 from pipelines.store.store import Store
+from tests.pipelines.run.small import NoTracker
 
 INGEST = """
 pipeline = "further"
@@ -76,24 +78,18 @@ class Line:
 
     def run(self, graph: Graph) -> tuple[int, dict[str, str], dict[str, str]]:
         """Exit code, each stage's end, each stage's artifact or error."""
-        said: list[dict[str, Any]] = []
-        code = Run(graph, self.store, Options("test", "test", use=graph.use, inline=True), said.append).execute()
-        ended = [each for each in said if each["type"] == "stage_ended"]
-        made = {each["stage"]: each.get("output") or each.get("error") for each in ended}
-        return code, {each["stage"]: each["status"] for each in ended}, made
+        shown: list[JournalEvent | Announcement] = []
+        code = Run(graph, self.store, Options("test", "test", use=graph.use, inline=True), shown.append).execute()
+        ended = [each for each in shown if isinstance(each, StageEnded)]
+        made = {each.stage: each.output or each.error for each in ended}
+        return code, {each.stage: each.status for each in ended}, made
 
 
 @pytest.fixture
 def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_foreign: Callable[..., Any]) -> Line:
-    monkeypatch.setattr(Run, "_start_tracking", lambda self: _NoTracker())
+    monkeypatch.setattr("pipelines.run.runner.start_tracking", lambda *_: NoTracker())
     save_foreign(tmp_path / "gpt2")
     return Line(tmp_path)
-
-
-class _NoTracker:
-    def news(self) -> None: ...
-
-    def finish(self, deadline_s: float) -> None: ...
 
 
 def faults(line: Line, *arguments: Any, **use: Any) -> str:

@@ -18,7 +18,9 @@ from pipelines.plan.planner import Planner
 from pipelines.run.runner import Options, Run
 from pipelines.stage import StageFailure
 from pipelines.stages.rl import RlConfig, rl
+from pipelines.store.events import StageEnded
 from pipelines.store.store import Store
+from tests.pipelines.run.small import NoTracker
 
 POLICY = Model(Path("policy"), "a" * 64, {"role": "policy", "tokenizer": "t" * 64})
 SCORED = {"role": "reward", "tokenizer": "t" * 64, "score_mean": 0.5, "score_std": 2.0}
@@ -239,20 +241,14 @@ log_every = 1
         (stage,) = Planner(self.graph(*overrides), self.store, ROOT).plan()
         return stage.leaves
 
-    def run(self, *overrides: str) -> tuple[int, list[dict[str, Any]]]:
-        events: list[dict[str, Any]] = []
+    def run(self, *overrides: str) -> tuple[int, list[Any]]:
+        events: list[Any] = []
         return Run(self.graph(*overrides), self.store, Options("test", "test", inline=True), events.append).execute(), events
-
-
-class _NoTracker:
-    def news(self) -> None: ...
-
-    def finish(self, deadline_s: float) -> None: ...
 
 
 @pytest.fixture
 def line(tmp_path: Path, make_prompts: Callable[..., Prompts], monkeypatch: pytest.MonkeyPatch) -> Line:
-    monkeypatch.setattr(Run, "_start_tracking", lambda self: _NoTracker())
+    monkeypatch.setattr("pipelines.run.runner.start_tracking", lambda *_: NoTracker())
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two edits within a second would be one to Python
     made = Line(tmp_path)
     made.write(make_prompts("4", "4").path)
@@ -281,7 +277,7 @@ def test_a_reward_function_that_fails_too_often_ends_the_stage_with_its_own_word
     (line.folder / "reward.py").write_text("def score(prompt, response, record):\n    return 1 / 0\n")
     code, events = line.run("stages.rl.max_failed_share=0", "stages.rl.max_response_tokens=20")
     assert code == 1
-    (error,) = [event["error"] for event in events if event.get("error")]
+    (error,) = [event.error for event in events if isinstance(event, StageEnded) and event.error]
     assert "responses could not be scored, which is more than max_failed_share = 0" in error
     assert "score() of reward.py on " in error
     assert "ZeroDivisionError: division by zero (reward.py, line 2)" in error

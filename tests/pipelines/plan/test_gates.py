@@ -17,6 +17,7 @@ from pipelines.plan.planner import Planner
 from pipelines.run.runner import Options, Run
 from pipelines.store.journal import read_journal
 from pipelines.store.store import Store
+from tests.pipelines.run.small import NoTracker
 
 KINDS = '''
 from gpt.settings import TrainSettings
@@ -81,12 +82,6 @@ CLOSED = "measure's gate is closed: eval/pair_accuracy is 0.61, wanted at least 
 TRAIN = '\n[stages.{}]\nuses = "./kinds.py:train"\nsteps = 2\nglobal_batch_size = 1\nlr = {}\n'
 
 
-class _NoTracker:
-    def news(self) -> None: ...
-
-    def finish(self, deadline_s: float) -> None: ...
-
-
 class Gated:
     """A pipeline whose first stage has a gate, run in this process."""
 
@@ -132,7 +127,7 @@ class Gated:
 
 @pytest.fixture
 def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gated:
-    monkeypatch.setattr(Run, "_start_tracking", lambda self: _NoTracker())
+    monkeypatch.setattr("pipelines.run.runner.start_tracking", lambda *_: NoTracker())
     return Gated(tmp_path)
 
 

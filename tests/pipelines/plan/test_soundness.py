@@ -24,6 +24,7 @@ from pipelines.run import execute as executing
 from pipelines.run.execute import Job
 from pipelines.run.runner import Options, Run
 from pipelines.store.store import Store
+from tests.pipelines.run.small import NoTracker
 
 BEHIND_THE_SEAM = (
     "pipelines/run/execute.py",  # StageContext
@@ -266,16 +267,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory, save_foreign: Callable[..., An
         return outcome
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.run.runner.execute", profiled)
-        patch.setattr(Run, "_start_tracking", lambda self: _NoTracker())
+        patch.setattr("pipelines.run.task.execute", profiled)
+        patch.setattr("pipelines.run.runner.start_tracking", lambda *_: NoTracker())
         assert Run(graph, store, Options("test", "test", inline=True), lambda event: None).execute() == 0
     return found
-
-
-class _NoTracker:
-    def news(self) -> None: ...
-
-    def finish(self, deadline_s: float) -> None: ...
 
 
 STAGES = [

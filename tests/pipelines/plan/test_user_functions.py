@@ -13,6 +13,7 @@ from pipelines.plan.graph import ROOT, build
 from pipelines.plan.planner import Planner
 from pipelines.run.runner import Options, Run
 from pipelines.store.store import Store
+from tests.pipelines.run.small import NoTracker
 
 KINDS = '''
 import multiprocessing
@@ -112,12 +113,6 @@ uses = "./kinds.py:mark"
 """
 
 
-class _NoTracker:
-    def news(self) -> None: ...
-
-    def finish(self, deadline_s: float) -> None: ...
-
-
 class Marks:
     """A pipeline in a folder of its own, two of whose stages name functions of the user's own."""
 
@@ -161,7 +156,7 @@ class Marks:
 
 @pytest.fixture
 def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Marks:
-    monkeypatch.setattr(Run, "_start_tracking", lambda self: _NoTracker())
+    monkeypatch.setattr("pipelines.run.runner.start_tracking", lambda *_: NoTracker())
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two edits within a second would be one to Python
     return Marks(tmp_path)
 

@@ -9,13 +9,14 @@ import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
+from cluster.events import Points, Progress, StageEvent
 from pipelines.plan.config import Resources
-from pipelines.plan.planner import versions
-from pipelines.run.execute import Job, Outcome, execute
+from pipelines.plan.environment import versions
+from pipelines.run.execute import execute
+from pipelines.run.job import Job, Outcome
 from pipelines.stage import Source
 from pipelines.store.store import Store
 
@@ -63,7 +64,7 @@ class Bench:
             identity={},
             inline=True,
         )
-        self.events: list[dict[str, Any]] = []
+        self.events: list[StageEvent] = []
         return execute(job, self.events.append, lambda: False)
 
     def source(self, text: str) -> Source:
@@ -111,13 +112,13 @@ TOKENS = FILES.format(("train.bin", "held_out.bin", "tokenizer.json"))
         (
             "Documents",
             DOCUMENTS + "return stage.publish(Documents)",
-            "documents without metadata train; wanted, for example, "
+            "documents without metadata train; expected, for example, "
             "stage.publish(Documents, train={'documents': 3, 'bytes': 120}, held_out=...)",
         ),
         (
             "Documents",
             DOCUMENTS + "return stage.publish(Documents, train=COUNTS, held_out={'documents': 1})",
-            "documents with metadata held_out = {'documents': 1}; wanted, for example, "
+            "documents with metadata held_out = {'documents': 1}; expected, for example, "
             "stage.publish(Documents, held_out={'documents': 1, 'bytes': 40}, train=...)",
         ),
         (
@@ -128,12 +129,12 @@ TOKENS = FILES.format(("train.bin", "held_out.bin", "tokenizer.json"))
         (
             "Tokens",
             TOKENS + "return stage.publish(Tokens, dtype='uint16', tokenizer='6b1f')",
-            "tokens without metadata vocab_size; wanted, for example, stage.publish(Tokens, vocab_size=4096, dtype=..., tokenizer=...)",
+            "tokens without metadata vocab_size; expected, for example, stage.publish(Tokens, vocab_size=4096, dtype=..., tokenizer=...)",
         ),
         (
             "Tokenizer",
             FILES.format(("tokenizer.json",)) + "return stage.publish(Tokenizer, vocab_size='many')",
-            "tokenizer with metadata vocab_size = 'many'; wanted, for example, stage.publish(Tokenizer, vocab_size=4096)",
+            "tokenizer with metadata vocab_size = 'many'; expected, for example, stage.publish(Tokenizer, vocab_size=4096)",
         ),
         (
             "Model",
@@ -201,6 +202,8 @@ def test_numbers_of_numpy_are_plain_ones_in_what_a_stage_tells(bench: Bench):
     body = "import numpy as np\nstage.progress(np.int64(3), np.float32(4.5), 'rows')\nstage.log(np.int64(2), {'eval/x': np.float32(0.5)})\n"
     outcome = bench.run(body + "stage.figure('eval/y', np.int64(7))\nreturn report(stage)")
     progress, points = bench.events
-    assert json.dumps(progress) == '{"type": "progress", "done": 3, "total": 4.5, "unit": "rows"}'
-    assert json.loads(json.dumps(points))["points"][0][:3] == ["eval/x", 2, 0.5]
+    assert isinstance(progress, Progress)
+    assert json.dumps([progress.done, progress.total, progress.unit]) == '[3, 4.5, "rows"]'
+    assert isinstance(points, Points)
+    assert json.dumps(points.curves["eval/x"][0][:2]) == "[2, 0.5]"
     assert json.dumps(outcome.figures) == '{"eval/y": 7.0}'

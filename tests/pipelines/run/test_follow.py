@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from cluster.events import Point
 from cluster.jobs import Jobs, JobState
 from pipelines.run import follow
 from pipelines.run.follow import known, newest, show_log, status, stop
+from pipelines.store.events import RunEnded, RunStarted, StageEnded, StagePlanned, StagePoints, StageProgress, StageStarted
 from pipelines.store.journal import JournalWriter, read_journal
 from pipelines.store.lease import Lease, Watch
 from pipelines.store.store import Store
@@ -57,7 +59,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOOK_EVERY_S", "ASK_EVERY_S"):
         monkeypatch.setattr(follow, name, 0.01)
     still = SimpleNamespace(monotonic=time.monotonic, time_ns=lambda: 1_790_000_000 * 10**9)  # a run takes 0:00, on any machine
-    monkeypatch.setattr("pipelines.store.journal.time", still)
+    monkeypatch.setattr("pipelines.store.events.time", still)
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def begun(store: Store) -> Callable[..., tuple[JournalWriter, Lease]]:
         assert lease is not None
         leases.append(lease)
         journal = JournalWriter(store, run)
-        journal.write("run_started", pipeline="small", run=run)
+        journal.write(RunStarted(pipeline="small", run=run))
         return journal, lease
 
     yield begin
@@ -83,16 +85,17 @@ def submitted(store: Store, run: str = FIRST) -> None:
 
 
 def train(journal: JournalWriter, steps_done: int) -> None:
-    journal.write("stage_planned", stage="tokenize", decision="reuse", reason="made by run before")
-    journal.write("stage_ended", stage="tokenize", status="reused", decision="reuse", output="ab" * 32)
-    journal.write("stage_started", stage="pretrain", key="k", decision="run", reason="never made here", steps=30)
-    journal.write("points", stage="pretrain", points=[["train/loss", step, 1.0, 0] for step in range(1, steps_done + 1)])
+    journal.write(StagePlanned(stage="tokenize", decision="reuse", reason="made by run before"))
+    journal.write(StageEnded(stage="tokenize", status="reused", decision="reuse", output="ab" * 32))
+    journal.write(StageStarted(stage="pretrain", key="k", decision="run", reason="never made here", steps=30))
+    points = [Point(step, 1.0, 0) for step in range(1, steps_done + 1)]
+    journal.write(StagePoints(stage="pretrain", curves={"train/loss": points}))
     journal.flush()
 
 
 def end(journal: JournalWriter, status: str = "FINISHED", text: str = "") -> None:
-    journal.write("stage_ended", stage="pretrain", status="done", decision="run", output="cd" * 32, seconds=2.0)
-    journal.write("run_ended", status=status, exit_code=0, text=text)
+    journal.write(StageEnded(stage="pretrain", status="done", decision="run", output="cd" * 32, seconds=2.0))
+    journal.write(RunEnded(status=status, exit_code=0, text=text))
 
 
 # ---- status ----
@@ -109,8 +112,8 @@ def test_a_run_under_way_is_told_by_its_stage_and_step(store: Store, begun: Any)
 
 def test_a_stage_that_counts_no_steps_is_told_by_its_share(store: Store, begun: Any) -> None:
     journal, _ = begun()
-    journal.write("stage_started", stage="documents", key="k", decision="run", reason="", steps=None)
-    journal.write("progress", stage="documents", done=43, total=100, unit="files")
+    journal.write(StageStarted(stage="documents", key="k", decision="run", reason="", steps=None))
+    journal.write(StageProgress(stage="documents", done=43, total=100, unit="files"))
     journal.flush()
     assert "documents 43%, since" in status(store, None, Ray())[0]
 
@@ -173,7 +176,9 @@ def test_a_driver_that_is_gone_gets_its_last_word_from_who_looks(store: Store, b
     (line,) = status(store, None, Ray())
     assert line.startswith(f"{FIRST}  KILLED     1 reused, 1 killed in ")
     assert "its driver is gone" in line
-    assert read_journal(store, FIRST)[-1]["status"] == "KILLED"
+    last = read_journal(store, FIRST)[-1]
+    assert isinstance(last, RunEnded)
+    assert last.status == "KILLED"
 
 
 def test_ray_knows_at_once_that_a_driver_elsewhere_is_gone(store: Store, begun: Any) -> None:
@@ -279,7 +284,7 @@ def test_following_ends_where_the_driver_was_killed(store: Store, begun: Any) ->
 @pytest.fixture
 def begins_when_looked_for(store: Store, begun: Any, monkeypatch: pytest.MonkeyPatch) -> list[JournalWriter]:
     """Whoever looks for the driver first finds none, and it begins right after that look."""
-    look, journals = Watch.taken_by, []
+    look, journals = Watch.holder, []
 
     def late(watch: Watch) -> Any:
         if journals:
@@ -289,7 +294,7 @@ def begins_when_looked_for(store: Store, begun: Any, monkeypatch: pytest.MonkeyP
         train(journals[0], 3)
         return None
 
-    monkeypatch.setattr(Watch, "taken_by", late)
+    monkeypatch.setattr(Watch, "holder", late)
     return journals
 
 
@@ -298,7 +303,7 @@ def test_a_driver_that_begins_as_it_is_looked_for_is_followed(store: Store, begi
     out = io.StringIO()
     follower = threading.Thread(target=show_log, args=(store, FIRST, out, Ray(JobState("PENDING"))), kwargs={"follow": True})
     follower.start()
-    while not store.backend.list(f"runs/{FIRST}/journal"):
+    while not store.backend.list(f"runs/{FIRST}/journal/"):
         time.sleep(0.01)
     time.sleep(0.1)  # several more looks
     end(begins_when_looked_for[0])
@@ -309,7 +314,7 @@ def test_a_driver_that_begins_as_it_is_looked_for_is_followed(store: Store, begi
 def test_a_driver_that_begins_as_it_is_stopped_is_not_taken_for_dead(store: Store, begins_when_looked_for: Any) -> None:
     submitted(store)
     stop(store, FIRST, lambda sentence: None, Ray(JobState("RUNNING")), deadline_s=0.3)
-    assert "run_ended" not in [event["type"] for event in read_journal(store, FIRST)]
+    assert not any(isinstance(event, RunEnded) for event in read_journal(store, FIRST))
 
 
 def test_a_job_that_failed_before_its_driver_spoke_shows_its_own_log(store: Store) -> None:
@@ -329,8 +334,8 @@ def test_stop_sets_the_mark_waits_and_says_what_became_of_the_run(store: Store, 
     def heed() -> None:
         while store.backend.get(f"runs/{FIRST}/stop") is None:
             time.sleep(0.01)
-        journal.write("stage_ended", stage="pretrain", status="stopped", decision="run", reason="saved at step 4")
-        journal.write("run_ended", status="KILLED", exit_code=143, text="interrupted; go on with: gptline run small.toml")
+        journal.write(StageEnded(stage="pretrain", status="stopped", decision="run", reason="saved at step 4"))
+        journal.write(RunEnded(status="KILLED", exit_code=143, text="interrupted; go on with: gptline run small.toml"))
 
     driver = threading.Thread(target=heed)
     driver.start()
@@ -373,13 +378,13 @@ def test_stop_tells_the_last_word_of_a_driver_that_ended_while_it_was_taken_for_
     journal, lease = begun()
     train(journal, 3)
     lease.release()
-    real = follow.end_dead
+    real = follow.end_dead_run
 
     def ended_meanwhile(store: Store, run: str) -> bool:
         end(journal)
         return real(store, run)
 
-    monkeypatch.setattr(follow, "end_dead", ended_meanwhile)
+    monkeypatch.setattr(follow, "end_dead_run", ended_meanwhile)
     said: list[str] = []
     assert stop(store, FIRST, said.append, Ray())
     assert said[1:] == [f"{FIRST} ended: FINISHED, 1 reused, 1 made in 0:00"]
@@ -392,7 +397,7 @@ def test_stop_of_a_run_whose_driver_is_gone_ends_it(store: Store, begun: Any) ->
     said: list[str] = []
     assert stop(store, FIRST, said.append, Ray())
     assert said[-1] == f"{FIRST}: its driver is gone, without a last word; what it has finished is kept"
-    assert read_journal(store, FIRST)[-1]["type"] == "run_ended"
+    assert isinstance(read_journal(store, FIRST)[-1], RunEnded)
 
 
 def test_stop_of_a_job_that_waits_to_be_started_asks_ray(store: Store) -> None:

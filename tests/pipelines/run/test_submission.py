@@ -19,8 +19,10 @@ from pipelines.plan.config import ConfigError, load
 from pipelines.plan.graph import ROOT, Graph, build
 from pipelines.plan.planner import Planner
 from pipelines.plan.snapshot import freeze
+from pipelines.run.frozen_config import as_toml, freeze_config
 from pipelines.run.runner import Options
-from pipelines.run.submission import as_toml, entrypoint, freeze_config, main, submit, submitted
+from pipelines.run.submission import entrypoint, main, submit
+from pipelines.store.runs import RunFolder
 from pipelines.store.store import Store
 
 WORDS = """
@@ -158,7 +160,7 @@ def test_a_config_near_the_root_puts_nothing_outside_its_folder(project: Path, s
 def test_a_file_that_is_named_absolutely_can_not_be_frozen(project: Path, store: Store) -> None:
     file = project / "line" / "small.toml"
     file.write_text(TOML.replace("../shared", f"{project}/shared"))
-    with pytest.raises(ConfigError, match=r"stages.cut.by: '/.*' is an absolute path, .*; name it relative to the folder of small.toml"):
+    with pytest.raises(ConfigError, match=r"stages.cut.by: the absolute path '/.*expected a path relative to the folder of small.toml"):
         submit(graph_of(file), store, Options("", ""), {}, Sent())  # type: ignore[arg-type]
     assert store.runs() == []
 
@@ -167,14 +169,14 @@ def test_one_job_is_sent_which_is_called_as_the_run_is(project: Path, store: Sto
     sent = Sent()
     asked = Options("gptline submit small.toml", "gptline submit small.toml", fresh=["cut"], until="cut")
     run = submit(graph_of(project / "line" / "small.toml"), store, asked, {}, sent)  # type: ignore[arg-type]
-    record = submitted(store, run)
+    record = RunFolder(store, run).job()
     assert record is not None
-    assert record["address"] == "http://127.0.0.1:8265"
-    code = store.root / "artifacts" / record["snapshot"]
+    assert record.address == "http://127.0.0.1:8265"
+    code = store.root / "artifacts" / record.snapshot
     assert sent.jobs == [(run, entrypoint(code, store, run), {})]
-    told = Options(**record["options"])
+    told = Options(**record.options)
     assert (told.run, told.fresh, told.until, told.inline) == (run, ["cut"], "cut", False)
-    assert record["config"] == "submitted/line/small.toml"
+    assert record.config == "submitted/line/small.toml"
 
 
 def test_a_job_that_can_not_be_sent_leaves_no_run(project: Path, store: Store) -> None:
@@ -216,7 +218,7 @@ def test_a_jobs_line_survives_the_shell_and_starts_the_code_that_it_names(tmp_pa
 def test_a_node_that_does_not_see_the_store_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nowhere"), "run-1"]) == 2
     assert capsys.readouterr().err == (
-        f"this node does not see {tmp_path}/nowhere/runs/run-1: wanted a store on storage that every node has at this same path\n"
+        f"this node does not see {tmp_path}/nowhere/runs/run-1; expected the store on storage that every node has at this same path\n"
     )
 
 

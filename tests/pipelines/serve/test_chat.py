@@ -25,7 +25,8 @@ from pipelines.artifacts import Model
 from pipelines.cli import app
 from pipelines.serve.chat import Chat, choose, talk
 from pipelines.stage import StageFailure
-from pipelines.store.store import Action, Store
+from pipelines.store.action import Action
+from pipelines.store.store import Store
 
 TOKENIZER = byte_tokenizer()
 ASSISTANT, END = TOKENIZER.special["assistant"], TOKENIZER.special["end"]
@@ -336,7 +337,7 @@ def test_without_a_reference_it_is_the_newest_named_model_that_speaks_in_turns(s
     record(store, newest_of_all, "third", "sft", 4_000)  # nothing points to it
     record(store, base, "fourth", "pretrain", 3_000)
     for pipeline, model in (("first", older), ("second", newer), ("fourth", base)):
-        store.point(pipeline, "newest", model.digest)
+        store.set_alias(pipeline, "newest", model.digest)
     chosen, name = choose(store, None)
     assert chosen == newer
     assert name == f"second, sft: model {newer.digest[:12]}, 300 steps"
@@ -344,7 +345,7 @@ def test_without_a_reference_it_is_the_newest_named_model_that_speaks_in_turns(s
 
 
 def test_where_no_model_speaks_in_turns_it_says_which_stages_teach_that(store: Store):
-    store.point("line", "newest", publish(store, random_model(), chat_format=None).digest)
+    store.set_alias("line", "newest", publish(store, random_model(), chat_format=None).digest)
     with pytest.raises(StageFailure, match=r"no model in the store .* speaks in turns: that is what sft and rl stages teach"):
         choose(store, None)
 
@@ -356,7 +357,7 @@ def test_where_no_pipelines_newest_speaks_in_turns_it_names_the_last_model_that_
         record(store, last, "line", "sft", started_ms)
     record(store, base, "line", "pretrain", 3_000)
     record(store, publish(store, random_model(), role="reward"), "line", "reward_model", 4_000)
-    store.point("line", "newest", base.digest)
+    store.set_alias("line", "newest", base.digest)
     named = rf"no pipeline's newest model .* speaks in turns; `gptline chat sha256:{last.digest[:12]}` talks to .* \(line, sft\)"
     with pytest.raises(StageFailure, match=named):
         choose(store, None)

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from pipelines.stage import StageFailure
-from pipelines.store.store import Action, FolderBackend, Store, boot_id, pid_space
+from pipelines.store.action import Action
+from pipelines.store.backend import FolderBackend
+from pipelines.store.processes import boot_id, pid_namespace
+from pipelines.store.store import Store
 
 
 def folder(store: Store, **files: str) -> Path:
@@ -37,7 +40,7 @@ def test_the_same_bytes_are_one_artifact_wherever_they_were_written(store: Store
     assert (one.path / "a").read_text() == "x"
 
 
-def test_other_bytes_metadata_names_or_kinds_are_other_artifacts(store: Store):
+def test_different_bytes_metadata_names_or_types_are_different_artifacts(store: Store):
     made = [
         store.publish(folder(store, a="x"), "documents", {}),
         store.publish(folder(store, a="z"), "documents", {}),
@@ -48,19 +51,19 @@ def test_other_bytes_metadata_names_or_kinds_are_other_artifacts(store: Store):
     assert len({each.digest for each in made}) == 5
 
 
-def test_what_is_missing_or_cut_short_is_not_reused_and_a_changed_byte_is_found_by_verify(store: Store):
+def test_a_missing_or_shortened_file_prevents_reuse_and_verify_finds_a_changed_byte(store: Store):
     made = store.publish(folder(store, a="abc"), "documents", {})
-    assert store.intact(made.digest) is None
+    assert store.damage(made.digest) is None
     (made.path / "a").write_text("abd")
-    assert store.intact(made.digest) is None  # sizes only
+    assert store.damage(made.digest) is None  # sizes only
     assert "sha256" in store.verify(made.digest)[0]
     (made.path / "a").write_text("ab")
-    assert store.intact(made.digest) == f"its artifact {made.digest[:12]} is damaged: a has 2 bytes instead of 3"
+    assert store.damage(made.digest) == f"its artifact {made.digest[:12]} is damaged: a has 2 bytes, expected 3"
     (made.path / "a").unlink()
-    assert "a is gone" in str(store.intact(made.digest))
+    assert "a is gone" in str(store.damage(made.digest))
 
 
-def test_publishing_the_same_again_makes_a_damaged_artifact_whole(store: Store):
+def test_publishing_the_same_files_again_repairs_a_damaged_artifact(store: Store):
     made = store.publish(folder(store, a="abc", b="d"), "documents", {})
     (made.path / "a").write_text("ab")
     (made.path / "b").unlink()
@@ -69,25 +72,25 @@ def test_publishing_the_same_again_makes_a_damaged_artifact_whole(store: Store):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "train.jsonl.tmp-1"])
-def test_a_file_whose_name_would_make_it_vanish_is_refused(store: Store, name: str):
+def test_a_file_name_that_readers_skip_is_refused(store: Store, name: str):
     with pytest.raises(StageFailure, match=rf"{name}.* give .* another name"):
         store.publish(folder(store, a="abc", **{name: "{}"}), "documents", {})
     assert store.digests() == []
 
 
-def test_an_unknown_artifact_is_said_to_be_in_no_store(store: Store):
+def test_an_unknown_artifact_is_reported_as_not_in_the_store(store: Store):
     with pytest.raises(StageFailure, match="is not in the store"):
         store.artifact("f" * 64)
 
 
-def test_of_many_writers_of_one_name_exactly_one_wins(store: Store):
+def test_exactly_one_of_64_writers_of_one_name_wins(store: Store):
     with ThreadPoolExecutor(16) as pool:
         won = list(pool.map(lambda n: store.backend.put_if_absent("a/b", str(n).encode()), range(64)))
     assert won.count(True) == 1
     assert store.backend.get("a/b") == str(won.index(True)).encode()
 
 
-def test_actions_of_a_key_are_numbered_from_1_and_none_is_lost(store: Store):
+def test_actions_under_a_key_are_numbered_from_1_without_gaps(store: Store):
     with ThreadPoolExecutor(8) as pool:
         numbers = [each.number for each in pool.map(lambda n: store.record(action(pid=n)), range(20))]
     assert sorted(numbers) == list(range(1, 21))
@@ -101,16 +104,16 @@ def test_a_record_of_another_version_is_read(store: Store):
     assert json.loads(store.record(action()).model_dump_json())["schema"] == 1
 
 
-def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(store: Store, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_cannot_be_read_is_not_listed_as_empty(store: Store, monkeypatch: pytest.MonkeyPatch):
     def scandir(path: object) -> None:
         raise PermissionError(13, "no", str(path))
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(PermissionError):
-        store.backend.list("leases")
+        store.backend.list("leases/")
 
 
-def test_names_of_half_written_objects_are_never_listed(tmp_path: Path):
+def test_half_written_objects_are_never_listed(tmp_path: Path):
     backend = FolderBackend(tmp_path)
     backend.put("a/one", b"1")
     (tmp_path / "a" / "two.tmp-4711-aa").write_bytes(b"half")
@@ -144,7 +147,7 @@ print(store.publish(folder, "documents", {"n": 3}).digest)
 """
 
 
-def test_killed_at_any_write_of_a_publish_an_artifact_is_absent_or_whole(tmp_path: Path):
+def test_a_publish_killed_at_any_write_leaves_the_artifact_absent_or_whole(tmp_path: Path):
     script = tmp_path / "publish.py"
     script.write_text(KILLED)
     outcomes = []
@@ -164,11 +167,11 @@ def test_killed_at_any_write_of_a_publish_an_artifact_is_absent_or_whole(tmp_pat
         store.sweep()
         assert not list((root / "tmp").iterdir())
     assert child.returncode == 0
-    assert len(outcomes) > 6  # it was killed at that many places
+    assert len(outcomes) > 6  # places at which it was killed
     assert outcomes[0] == 0
 
 
-def test_what_a_dead_process_left_is_swept_even_before_its_parent_has_asked_after_it(store: Store):
+def test_leftovers_of_a_dead_process_are_swept_even_while_it_is_a_zombie(store: Store):
     child = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, and a zombie until it is waited for
     ours = store.new_folder()
@@ -180,8 +183,8 @@ def test_what_a_dead_process_left_is_swept_even_before_its_parent_has_asked_afte
 
 
 @pytest.mark.parametrize("machine", ["{host}-2-{boot}-{space}", "{host}-{boot}0-{space}", "{host}-{boot}-{space}0", "{host}-{space}"])
-def test_what_another_machine_or_container_writes_is_swept_a_week_after_its_last_write(store: Store, machine: str):
-    names = {"host": socket.gethostname(), "boot": boot_id(), "space": pid_space()}
+def test_leftovers_of_another_machine_or_container_are_swept_a_week_after_their_last_write(store: Store, machine: str):
+    names = {"host": socket.gethostname(), "boot": boot_id(), "space": pid_namespace()}
     theirs = store.root / "tmp" / f"{machine}-{2**22 - 1}-0123".format(**names)
     theirs.mkdir(parents=True)
     (theirs / "train.bin").write_bytes(b"half")
@@ -214,7 +217,7 @@ def test_a_source_is_read_again_only_when_its_stat_changed(store: Store, tmp_pat
     assert store.content_sha256([source]) != first
 
 
-def test_runs_of_one_second_stand_in_the_order_in_which_they_began(store: Store):
+def test_runs_of_the_same_second_are_listed_in_the_order_in_which_they_began(store: Store):
     names = ["20261122-192002-zebra-05aaaa", "20261122-192002-apple-f0aaaa", "20261122-192003-apple-00aaaa"]
     for name in reversed(names):
         (store.root / "runs" / name).mkdir(parents=True)

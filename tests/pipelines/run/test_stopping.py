@@ -1,0 +1,86 @@
+"""A training stage that is stopped, and what a plan says about it afterwards."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from tests.pipelines.run.small import KINDS, TOML, Small
+
+DRILL = """
+
+from gpt.settings import PretrainSettings
+
+
+class DrillConfig(StageConfig, PretrainSettings):
+    pass
+
+
+def practise(rank, config):
+    import os, signal, torch
+
+    model = torch.nn.Linear(1, 1)
+    rank.engine("policy", model, [{"params": list(model.parameters())}], config)
+    if rank.restore() == 0:
+        rank.save(3)
+        os.kill(os.getpid(), signal.SIGINT)
+    return None if rank.should_stop() else {"steps": 10}
+
+
+def drill(config: DrillConfig, documents: Documents, stage: StageContext) -> Report:
+    (stage.output / "report.json").write_text(str(stage.gang(practise, config)))
+    return stage.publish(Report)
+"""
+DRILL_TOML = """
+[stages.drill]
+uses = "./kinds.py:drill"
+inputs = { documents = "words" }
+preset = "gpt2-nano"
+steps = 10
+global_batch_size = 4
+lr = 1e-3
+"""
+
+
+@pytest.fixture
+def drilled(small: Small) -> Small:
+    """A line whose training was stopped by Ctrl-C, in a run of one process, when it had saved step 3 of 10."""
+    small.write("kinds.py", KINDS + DRILL)
+    small.write("small.toml", TOML + DRILL_TOML)
+    code, status = small.run(until="drill")
+    assert (code, status) == (130, {"words": "done", "drill": "stopped"})
+    return small
+
+
+def test_a_training_that_was_stopped_says_at_which_step_it_was_saved(drilled: Small):
+    last = drilled.ended_stage("drill")
+    assert (last.reason, last.error) == ("saved at step 3", "")
+    assert drilled.run(until="drill") == (0, {"words": "reused", "drill": "done"})
+
+
+def test_a_stop_through_the_store_reaches_a_training_of_one_process_and_is_the_runs_end_though_nothing_else_was_to_do(small: Small):
+    runs = str(small.store.root / "runs")
+    stop = f"import pathlib, time; [(run / 'stop').touch() for run in pathlib.Path({runs!r}).iterdir()]; time.sleep(0.4)"
+    small.write("kinds.py", KINDS + DRILL.replace("os.kill(os.getpid(), signal.SIGINT)", stop))
+    small.write("small.toml", TOML + DRILL_TOML)
+    assert small.run(until="drill") == (143, {"words": "done", "drill": "stopped"})
+    last = small.ended_stage("drill")
+    assert last.reason == "saved at step 3"
+    assert small.ending().status == "KILLED"
+
+
+def test_a_plan_is_made_for_the_run_that_is_asked_for(drilled: Small):
+    def plan(*words: str) -> str:
+        drilled.graph()  # as in a process of its own
+        asked = ["plan", str(drilled.folder / "small.toml"), "--set", f"store.root={drilled.store.root}", *words]
+        return CliRunner().invoke(app, asked, catch_exceptions=False).output
+
+    assert "drill   resume  goes on at step 3 of 10" in plan("--inline")
+    assert (
+        "drill   blocked  the checkpoint at step 3 was made with engine = torch and this run asks for engine = deepspeed, zero_stage = 1: "
+        "its state can't be loaded so; ask for engine = torch to go on, or make the stage afresh to begin at step 0 (--fresh drill). "
+        "Or go on with --inline\n"
+    ) in plan()
+    assert "drill   run    asked for afresh" in plan("--fresh", "drill")
+    assert "drill" not in plan("--inline", "--until", "report")
