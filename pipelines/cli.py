@@ -112,11 +112,11 @@ def submit(
 @app.command()
 def status(run: RunId = None, store: Root = Path(".gptline")) -> None:
     """Where a run stands, one here or one that was submitted; without RUN, the newest ten."""
-    from pipelines.run.follow import door, known
+    from pipelines.run.follow import connect, known
     from pipelines.run.follow import status as lines
 
     opened = _store(store)
-    _print(*lines(opened, run and known(opened, run), door))
+    _print(*lines(opened, run and known(opened, run), connect))
 
 
 @app.command()
@@ -126,12 +126,12 @@ def logs(
     store: Root = Path(".gptline"),
 ) -> None:
     """What a run said so far. Without RUN, the newest that has not ended, or else the newest."""
-    from pipelines.run.follow import door, show_log
+    from pipelines.run.follow import connect, show_log
 
     opened = _store(store)
     chosen = _chosen(opened, run)
     try:
-        show_log(opened, chosen, sys.stdout, door, follow=follow)
+        show_log(opened, chosen, sys.stdout, connect, follow=follow)
     except KeyboardInterrupt:
         sys.stderr.write(f"the run goes on; `gptline stop {chosen}` would end it\n")
         raise typer.Exit(130) from None
@@ -140,13 +140,13 @@ def logs(
 @app.command()
 def stop(run: RunId = None, store: Root = Path(".gptline")) -> None:
     """Have a run finish its step, save and end. Without RUN, the newest that has not ended."""
-    from pipelines.run.follow import door
+    from pipelines.run.follow import connect
     from pipelines.run.follow import stop as end
 
     opened = _store(store)
     chosen = _chosen(opened, run)
     try:
-        raise typer.Exit(not end(opened, chosen, _print, door))
+        raise typer.Exit(not end(opened, chosen, _print, connect))
     except KeyboardInterrupt:
         sys.stderr.write(f"{chosen} goes on stopping; `gptline status {chosen}` tells when it has ended\n")
         raise typer.Exit(130) from None

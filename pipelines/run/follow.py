@@ -1,7 +1,7 @@
-"""A run as it is seen from another process: where it stands, what it said, and how it is stopped.
+"""A run seen from another process: where it is, what it reported, how it is stopped.
 
-The store tells: the run's journal is the truth, for a run on this machine as for a submitted one. Ray's word on a job counts where there
-is no journal yet, and where a driver ended without a last word.
+The run's journal in the store is the truth, for a run on this machine as for a submitted one. Ray's view of a job is used while there is no
+journal yet, and when a driver ended without writing its last event.
 """
 
 from __future__ import annotations
@@ -24,138 +24,143 @@ NEWEST = 10
 LOOK_EVERY_S = 0.5
 ASK_EVERY_S = 2.0
 STOP_DEADLINE_S = 90.0
+NO_DRIVER = "its driver ended without a last event; what it finished is kept"
+NOT_BEGUN = "its driver was killed before it began, or is just beginning"
 
-Door = Callable[[str], Jobs]
-"""From a cluster's address to its jobs; raises what `Jobs` raises."""
+Connect = Callable[[str], Jobs]
+"""Opens the job server at a cluster's address; raises what `Jobs` raises."""
 
 
-def door(address: str) -> Jobs:
-    """The address is one that `submit` took, so what it refuses without --insecure was allowed then."""
+def connect(address: str) -> Jobs:
+    """`submit` accepted this address, so an insecure one was allowed then."""
     return Jobs(address, insecure=True)
 
 
 def known(store: Store, run: str) -> str:
-    """A run's id as it was given; ValueError names the nearest where there is none."""
+    """The run's id. ValueError names the nearest ids if there is no such run."""
     runs = store.runs()
     if run in runs:
         return run
     near = difflib.get_close_matches(run, runs, n=3, cutoff=0.4) or runs[-3:]
-    raise ValueError(f"there is no run {run!r} in {store}; " + (f"the nearest are {', '.join(near)}" if near else "it has none yet"))
+    raise ValueError(f"there is no run {run!r} in {store}; " + (f"the nearest are {', '.join(near)}" if near else "it has no runs yet"))
 
 
 def newest(store: Store) -> str:
-    """The newest run that has not ended, or else the newest; ValueError where there is none."""
+    """The newest run that has not ended, or else the newest. ValueError if there are no runs."""
     runs = store.runs()[::-1]
     if not runs:
         raise ValueError(f"the store {store} has no runs yet")
-    return next((run for run in runs if _open(store, run)), runs[0])
+    return next((run for run in runs if _is_open(store, run)), runs[0])
 
 
-def status(store: Store, run: str | None, door: Door) -> list[str]:
-    """A line for each of the newest runs, or for this one; drivers that are gone get their last word first."""
+def status(store: Store, run: str | None, connect: Connect) -> list[str]:
+    """One line for each of the newest runs, or for this one. Runs whose driver is gone are ended first."""
     for each in dead_runs(store, wait=False):
         end_dead_run(store, each)
     runs = store.runs()[-NEWEST:] if run is None else [run]
-    doors = _Doors(door)
-    lines = [(each, *_standing(store, each, doors)) for each in runs]
+    clusters = _Clusters(connect)
+    lines = [(each, *_standing(store, each, clusters)) for each in runs]
     width = max((len(each) for each, _, _ in lines), default=0)
-    return [f"{each:<{width}}  {word:<9}  {what}" for each, word, what in lines] or [f"the store {store} has no runs yet"]
+    return [f"{each:<{width}}  {state:<9}  {what}" for each, state, what in lines] or [f"the store {store} has no runs yet"]
 
 
-def show_log(store: Store, run: str, out: TextIO, door: Door, *, follow: bool = False) -> None:
-    """What `gptline run` would have printed of this run; `follow`: until it ends. Where its driver never spoke, what its job printed."""
+def show_log(store: Store, run: str, out: TextIO, connect: Connect, *, follow: bool = False) -> None:
+    """Print what `gptline run` would have printed; with `follow`, until the run ends.
+
+    If its driver wrote no event, what its job printed is shown instead.
+    """
     now_s = 0.0
     reader, watch = JournalReader(store, run), Watch(store, driver_lease(run))
-    said = ""
+    reported = ""
     with Progress(out, live=False, clock=lambda: now_s) as progress:
         while True:
-            begun = reader.cursor > 0
-            driver_lives = watch.holder() is not None  # before reading: its last word is then read below
+            had_begun = reader.cursor > 0
+            driver_lives = watch.holder() is not None  # before reading, so that its last event is read below
             for event in reader.read():
                 now_s = event.time_ms / 1000
                 progress.show(event)
             if progress.view.status != "RUNNING":
                 return
             if reader.cursor:
-                if begun and not driver_lives:  # one that has only begun since was not there to be seen
-                    progress.say("its driver is gone, without a last word; what it has finished is kept")
+                if had_begun and not driver_lives:  # a driver that began only after the look could not be seen
+                    progress.say(NO_DRIVER)
                     return
                 if not follow:
                     return
                 time.sleep(LOOK_EVERY_S)
                 continue
-            state, sentence = _job(store, run, door)
+            state, sentence = _job_state(store, run, connect)
             if not follow or state is None or state.ended:
                 progress.say(sentence)
-                out.write(_job_log(store, run, door))
+                out.write(_job_log(store, run, connect))
                 return
-            if sentence != said:
-                progress.say(said := sentence)
+            if sentence != reported:
+                progress.say(reported := sentence)
             time.sleep(ASK_EVERY_S)
 
 
-def stop(store: Store, run: str, say: Callable[[str], None], door: Door, deadline_s: float = STOP_DEADLINE_S) -> bool:
-    """Ask a run to finish its step, save and end; True when it has ended by the deadline, or had before."""
+def stop(store: Store, run: str, say: Callable[[str], None], connect: Connect, deadline_s: float = STOP_DEADLINE_S) -> bool:
+    """Ask a run to finish its step, save and end. Whether it has ended by the deadline."""
     reader, view = JournalReader(store, run), RunView(run)
 
-    def look() -> str:
+    def has_ended() -> bool:
         for event in reader.read():
             view.add(event)
-        return view.status
+        return view.status != "RUNNING"
 
-    if look() != "RUNNING":
+    if has_ended():
         say(f"{run} has ended already: {view.status}")
         return True
-    begun, job = view.started_ms is not None, RunFolder(store, run).job() is not None
-    if not begun and not job:
+    folder = RunFolder(store, run)
+    if view.started_ms is None and folder.job() is None:
         say(f"{run} never began: there is nothing to stop")
         return True
-    RunFolder(store, run).request_stop()
+    folder.request_stop()
     say(f"{run}: asked to stop; training stages finish their step and save a checkpoint")
-    if not begun:
-        state, sentence = _job(store, run, door)
+    if view.started_ms is None:
+        state, sentence = _job_state(store, run, connect)
         say(sentence)
         if state is None or state.ended:
             return state is not None
         if state.word == "PENDING":
-            door(_address(store, run)).stop(run)
+            connect(_address(store, run)).stop(run)
     watch = Watch(store, driver_lease(run))
     until_s = time.monotonic() + deadline_s
     asked_at_s = time.monotonic()
     while time.monotonic() < until_s:
-        begun, driver_lives = view.started_ms is not None, watch.holder() is not None
-        if look() != "RUNNING":
+        had_begun, driver_lives = view.started_ms is not None, watch.holder() is not None
+        if has_ended():
             say(f"{run} ended: {view.status}, {tally(view)}; {view.text}".removesuffix("; "))
             return True
-        if begun and not driver_lives and end_dead_run(store, run):
-            say(f"{run}: its driver is gone, without a last word; what it has finished is kept")
+        if had_begun and not driver_lives and end_dead_run(store, run):
+            say(f"{run}: {NO_DRIVER}")
             return True
         if view.started_ms is None and time.monotonic() - asked_at_s > ASK_EVERY_S:
             asked_at_s = time.monotonic()
-            state, sentence = _job(store, run, door)
+            state, sentence = _job_state(store, run, connect)
             if state is not None and state.ended:
                 say(sentence)
                 return True
         time.sleep(LOOK_EVERY_S)
     if view.started_ms is None:
-        door(_address(store, run)).stop(run)
-        say(f"{run} did not begin within {deadline_s:.0f} s: its job was stopped; `gptline status {run}` tells what becomes of it")
+        connect(_address(store, run)).stop(run)
+        say(f"{run} did not begin within {deadline_s:.0f} s, so its job was stopped; `gptline status {run}` shows how it ends")
     else:
-        say(f"{run} is still stopping after {deadline_s:.0f} s; `gptline status {run}` tells when it has ended")
+        say(f"{run} is still stopping after {deadline_s:.0f} s; `gptline status {run}` shows when it has ended")
     return False
 
 
-class _Doors:
-    """Each cluster is knocked at once, however many runs were sent to it."""
+class _Clusters:
+    """Connects to each cluster once, however many runs were sent to it."""
 
-    def __init__(self, door: Door) -> None:
-        self._door = door
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
         self._known: dict[str, Jobs | Exception] = {}
 
     def __call__(self, address: str) -> Jobs:
         if address not in self._known:
             try:
-                self._known[address] = self._door(address)
+                self._known[address] = self._connect(address)
             except (OSError, ValueError) as error:
                 self._known[address] = error
         found = self._known[address]
@@ -164,50 +169,51 @@ class _Doors:
         return found
 
 
-def _standing(store: Store, run: str, door: Door) -> tuple[str, str]:
-    """A word and a sentence."""
+def _standing(store: Store, run: str, connect: Connect) -> tuple[str, str]:
+    """A run's state in one word, and a sentence about it."""
     view = run_view(store, run)
     if view.status != "RUNNING":
-        return view.status, _sentence(tally(view), view.text.partition("; ")[0], _since("ended", view.ended_ms))
-    job = RunFolder(store, run).job()
+        return view.status, _sentence(tally(view), view.text.partition("; ")[0], _at("ended", view.ended_ms))
+    folder = RunFolder(store, run)
+    job = folder.job()
     if job is None and view.started_ms is None:
-        return "NEVER", "its driver was killed before it began, or begins just now"
-    state, sentence = (None, "") if job is None else _job(store, run, door)
+        return "NEVER", NOT_BEGUN
+    state, sentence = (None, "") if job is None else _job_state(store, run, connect)
     if view.started_ms is None:
         assert job is not None
         word = "SUBMITTED" if state is None else "STARTING" if state.word == "RUNNING" else state.word
-        return word, _sentence(sentence, _since("submitted", job.submitted_ms))
+        return word, _sentence(sentence, _at("submitted", job.submitted_ms))
     if state is not None and state.ended:
         end_dead_run(store, run, f"its driver is gone: {sentence}")
-        return _standing(store, run, door)
-    stopping = RunFolder(store, run).stop_requested()
-    under_way = [_under_way(stage) for stage in view.stages.values() if stage.status == "running"]
-    return "STOPPING" if stopping else "RUNNING", _sentence(", ".join(under_way) or "between stages", _since_newest(view), sentence)
+        return _standing(store, run, connect)
+    running = [_where(stage) for stage in view.stages.values() if stage.status == "running"]
+    word = "STOPPING" if folder.stop_requested() else "RUNNING"
+    return word, _sentence(", ".join(running) or "between stages", _since_newest(view), sentence)
 
 
-def _job(store: Store, run: str, door: Door) -> tuple[JobState | None, str]:
-    """Ray's view of a submitted run, and a sentence about it; None when Ray has none, or can't be asked."""
+def _job_state(store: Store, run: str, connect: Connect) -> tuple[JobState | None, str]:
+    """Ray's view of a submitted run and a sentence about it; None if Ray has no such job or can't be asked."""
     if RunFolder(store, run).job() is None:
-        return None, "its driver was killed before it began, or begins just now"
+        return None, NOT_BEGUN
     address = _address(store, run)
     try:
-        state = door(address).state(run)
+        state = connect(address).state(run)
     except (OSError, ValueError) as error:
         return None, str(error)
     if state is None:
-        return None, f"the cluster at {address} has no such job: it was started anew since"
+        return None, f"the cluster at {address} has no such job: it was restarted since"
     code = "" if state.exit_code is None else f", exit code {state.exit_code}"
     why = state.message.partition("\n")[0] if state.word == "FAILED" and state.exit_code is None else ""
     return state, f"its job at {address} is {state.word}{code}" + (f": {why}" if why else "")
 
 
-def _job_log(store: Store, run: str, door: Door) -> str:
+def _job_log(store: Store, run: str, connect: Connect) -> str:
     if RunFolder(store, run).job() is None:
         return ""
     try:
-        return door(_address(store, run)).log(run)
+        return connect(_address(store, run)).log(run)
     except (OSError, ValueError):
-        return ""  # why it can't be asked was said with its state
+        return ""  # the reason was reported with the job's state
 
 
 def _address(store: Store, run: str) -> str:
@@ -216,12 +222,12 @@ def _address(store: Store, run: str) -> str:
     return job.address
 
 
-def _open(store: Store, run: str) -> bool:
+def _is_open(store: Store, run: str) -> bool:
     last = last_event(store, run)
     return RunFolder(store, run).job() is not None if last is None else not isinstance(last, RunEnded)
 
 
-def _under_way(stage: StageView) -> str:
+def _where(stage: StageView) -> str:
     if stage.step is not None and stage.steps:
         return f"{stage.name} at step {stage.step:,} of {stage.steps:,}"
     share = share_done(stage)
@@ -230,10 +236,10 @@ def _under_way(stage: StageView) -> str:
 
 def _since_newest(view: RunView) -> str:
     started = [stage.started_ms for stage in view.stages.values() if stage.status == "running" and stage.started_ms is not None]
-    return _since("since", max(started, default=view.started_ms))
+    return _at("since", max(started, default=view.started_ms))
 
 
-def _since(word: str, time_ms: int | None) -> str:
+def _at(word: str, time_ms: int | None) -> str:
     return "" if time_ms is None else f"{word} {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(time_ms / 1000))}"
 
 

@@ -1,4 +1,4 @@
-"""Is there room for what will run? Asked before a stage starts: a shortage is said at once, and never waited for in silence."""
+"""Whether the machines can hold what will run. Asked before a stage starts, so that a shortage is reported at once."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ NODE_DEADLINE_S = 60.0
 
 
 def room_of(stage: Stage) -> dict[str, Any]:
-    """What a stage holds of the machines: a gang's ranks, or one process; the fields of `cluster.gang.Room`."""
-    given = stage.resources
-    where: dict[str, Any] = {"memory_gib": given.memory_gib, "labels": given.labels, "accelerator": given.accelerator}
+    """What a stage holds of the machines, a gang's ranks or one process, as the fields of `cluster.gang.Room`."""
+    resources = stage.resources
+    where: dict[str, Any] = {"memory_gib": resources.memory_gib, "labels": resources.labels, "accelerator": resources.accelerator}
     if stage.kind.trains():
-        shape = {"ranks": given.ranks, "cpus_per_rank": given.cpus_per_rank, "gpus_per_rank": given.gpus_per_rank}
+        shape = {"ranks": resources.ranks, "cpus_per_rank": resources.cpus_per_rank, "gpus_per_rank": resources.gpus_per_rank}
     else:
-        shape = {"ranks": 1, "cpus_per_rank": given.cpus, "gpus_per_rank": given.gpus}
+        shape = {"ranks": 1, "cpus_per_rank": resources.cpus, "gpus_per_rank": resources.gpus}
     return {"name": stage.name, **shape, **where}
 
 
 def lacks_here(stages: Iterable[Stage]) -> list[Fault]:
-    """What this machine can never hold; seen without starting anything."""
+    """What stages ask for that this machine does not have, found without starting anything."""
     has = {
         "CPUs": len(os.sched_getaffinity(0)),
         "GPUs": len(list(Path("/dev").glob("nvidia[0-9]*"))),
@@ -46,7 +46,7 @@ def lacks_here(stages: Iterable[Stage]) -> list[Fault]:
 
 
 def lacks_in_cluster(stages: Iterable[Stage]) -> list[Fault]:
-    """What the session that was opened, here or elsewhere, can never hold: Ray counts CPUs and memory in its own way, and knows labels."""
+    """What stages ask for that the open session does not have. Ray counts CPUs and memory in its own way, and knows labels."""
     from cluster.gang import Room, shortfall
 
     rooms = [Room(**room_of(stage)) for stage in stages]
@@ -54,16 +54,16 @@ def lacks_in_cluster(stages: Iterable[Stage]) -> list[Fault]:
 
 
 def waits_for(stage: Stage) -> str:
-    """What a stage that has not begun waits for, as a sentence."""
+    """What a stage that has not started is waiting for, as a sentence."""
     from cluster.gang import Room, waits_for
 
     return waits_for(Room(**room_of(stage)))
 
 
 def unshared(store: Store) -> list[Fault]:
-    """The nodes of the cluster that was joined which do not share the store: any of them may be given a stage, or a gang's rank.
+    """The nodes of the joined cluster that do not share the store; a stage or a rank may be placed on any node.
 
-    A file is written here and looked for on each; it is gone afterwards.
+    A file is written here, looked for on each node, and removed again.
     """
     from cluster.ray_session import ask_nodes
 
@@ -88,6 +88,6 @@ def unshared(store: Store) -> list[Fault]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return [
-        Fault("store.root", f"{store}: node {node} {answer}; wanted a folder on storage that every node has at this same path")
+        Fault("store.root", f"{store}: node {node} {answer}; expected a folder on storage that every node has at this same path")
         for node, answer in answers.items()
     ]

@@ -148,7 +148,7 @@ def test_a_store_without_runs_says_so(store: Store) -> None:
             f"FAILED     its job at {ADDRESS} is FAILED: runtime_env setup failed",
         ),
         (JobState("FAILED", "a log", 2), f"FAILED     its job at {ADDRESS} is FAILED, exit code 2, submitted"),
-        (None, f"SUBMITTED  the cluster at {ADDRESS} has no such job: it was started anew since, submitted"),
+        (None, f"SUBMITTED  the cluster at {ADDRESS} has no such job: it was restarted since, submitted"),
     ],
 )
 def test_a_job_whose_driver_has_not_spoken_is_told_by_ray(store: Store, state: JobState | None, told: str) -> None:
@@ -278,7 +278,7 @@ def test_following_ends_where_the_driver_was_killed(store: Store, begun: Any) ->
     lease.release()
     out = io.StringIO()
     show_log(store, FIRST, out, Ray(), follow=True)
-    assert out.getvalue().splitlines() == [*LINES[:2], "its driver is gone, without a last word; what it has finished is kept"]
+    assert out.getvalue().splitlines() == [*LINES[:2], "its driver ended without a last event; what it finished is kept"]
 
 
 @pytest.fixture
@@ -353,7 +353,7 @@ def test_stop_waits_no_longer_than_its_deadline(store: Store, begun: Any) -> Non
     train(journal, 3)
     said: list[str] = []
     assert not stop(store, FIRST, said.append, Ray(), deadline_s=0.05)
-    assert said[-1] == f"{FIRST} is still stopping after 0 s; `gptline status {FIRST}` tells when it has ended"
+    assert said[-1] == f"{FIRST} is still stopping after 0 s; `gptline status {FIRST}` shows when it has ended"
 
 
 def test_stop_reads_each_segment_once_however_long_it_waits(store: Store, begun: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +396,7 @@ def test_stop_of_a_run_whose_driver_is_gone_ends_it(store: Store, begun: Any) ->
     lease.release()
     said: list[str] = []
     assert stop(store, FIRST, said.append, Ray())
-    assert said[-1] == f"{FIRST}: its driver is gone, without a last word; what it has finished is kept"
+    assert said[-1] == f"{FIRST}: its driver ended without a last event; what it finished is kept"
     assert isinstance(read_journal(store, FIRST)[-1], RunEnded)
 
 
@@ -415,7 +415,7 @@ def test_stop_of_a_driver_that_does_not_come_to_its_journal_asks_ray_in_the_end(
     said: list[str] = []
     assert not stop(store, FIRST, said.append, ray, deadline_s=0.05)
     assert ray.stopped == [FIRST]
-    assert "did not begin within 0 s: its job was stopped" in said[-1]
+    assert "did not begin within 0 s, so its job was stopped" in said[-1]
 
 
 def test_stop_of_a_run_that_never_began_has_nothing_to_do(store: Store) -> None:

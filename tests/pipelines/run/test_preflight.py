@@ -36,7 +36,7 @@ def test_a_node_with_another_disk_at_the_same_path_is_named(store: Store, monkey
     (fault,) = unshared(store)
     assert str(fault) == (
         f"store.root: {store.root}: node node7 (10.0.0.7) does not see what is written there; "
-        "wanted a folder on storage that every node has at this same path"
+        "expected a folder on storage that every node has at this same path"
     )
 
 
@@ -46,11 +46,11 @@ def test_a_node_that_can_only_read_the_store_is_named(store: Store, monkeypatch:
 
     nodes(monkeypatch, lambda: monkeypatch.setattr(tempfile, "TemporaryFile", read_only))
     (fault,) = unshared(store)
-    assert "node node7 (10.0.0.7) can't write there ([Errno 30] Read-only file system); wanted" in str(fault)
+    assert "node node7 (10.0.0.7) can't write there ([Errno 30] Read-only file system); expected" in str(fault)
 
 
 def test_a_node_that_stays_silent_is_named_and_the_probe_is_gone(store: Store, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cluster.ray_session.ask_nodes", lambda question, deadline_s: {"node7": f"did not answer within {deadline_s:g} s"})
     (fault,) = unshared(store)
-    assert "node node7 did not answer within 60 s; wanted" in str(fault)
+    assert "node node7 did not answer within 60 s; expected" in str(fault)
     assert list((store.root / "tmp").iterdir()) == []
