@@ -35,8 +35,7 @@ from typing import Any
 
 from cluster import checkpoint as checkpoints
 from cluster import commit
-
-Event = dict[str, Any]
+from cluster.events import Curves, GangStarted, Notice, Restart, Stacks, StageEvent, Waiting
 
 _POLL_S = 0.2
 _BLAME_S = 10.0
@@ -94,8 +93,8 @@ class GangSpec(Room):
 class GangResult:
     value: Any
     """What rank 0's function returned."""
-    history: list[list[Any]]
-    """Every point of the curves, resumed ones included: [name, step, value, time_ms]."""
+    history: Curves
+    """Every point of the curves, those before a resume included."""
     restarts: int
     resumed_from_step: int
     """Where the last start went on from; 0: from the beginning."""
@@ -122,7 +121,7 @@ class GangFailure(Exception):
 @dataclass(frozen=True)
 class _Done:
     value: Any
-    history: list[list[Any]]
+    history: Curves
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def run_inline(
     arguments: Sequence[Any],
     *,
     spec: GangSpec,
-    on_event: Callable[[Event], None],
+    on_event: Callable[[StageEvent], None],
     should_stop: Callable[[], bool],
 ) -> GangResult:
     """One rank in this process: exceptions come through as they are, so that a debugger stops where they are raised."""
@@ -177,7 +176,7 @@ def run_gang(
     arguments: Sequence[Any],
     *,
     spec: GangSpec,
-    on_event: Callable[[Event], None],
+    on_event: Callable[[StageEvent], None],
     should_stop: Callable[[], bool],
 ) -> GangResult:
     """`function(rank, *arguments)` on every rank; what rank 0 returned. `function` is module-level and shipped by reference.
@@ -194,7 +193,7 @@ def run_gang(
         resume_from, attempt = _next_start(spec, spec.ranks, on_event)
         if loss is not None:
             goes_on = f"resumes at step {resume_from.step}" if resume_from else "begins at step 0, there being no checkpoint"
-            on_event({"type": "restart", "start": number, "text": f"{spec.name}: {loss.sentence}; start {number} of {starts} {goes_on}"})
+            on_event(Restart(f"{spec.name}: {loss.sentence}; start {number} of {starts} {goes_on}", number))
         outcome = _Start(function, arguments, spec, attempt, resume_from, on_event, asked).run()
         if isinstance(outcome, _Done):
             return _result(spec.name, outcome, number - 1, resume_from, asked.seen)
@@ -245,14 +244,14 @@ class _Latch:
         return self.seen
 
 
-def _next_start(spec: GangSpec, world_size: int, on_event: Callable[[Event], None]) -> tuple[checkpoints.Checkpoint | None, Path]:
+def _next_start(spec: GangSpec, world_size: int, on_event: Callable[[StageEvent], None]) -> tuple[checkpoints.Checkpoint | None, Path]:
     """The checkpoint to go on from, and the folder of a new start. GangFailure where there are checkpoints and none can be used."""
     earlier = checkpoints.attempts(spec.work, spec.series)
     for leftover in itertools.chain.from_iterable(commit.leftovers(folder) for folder in earlier):
         commit.remove(leftover)
     start, skipped = checkpoints.newest_checkpoint(earlier)
     for text in skipped:
-        on_event({"type": "warning", "text": f"{spec.name}: {text}"})
+        on_event(Notice(f"{spec.name}: {text}"))
     problem = start.fits(spec.full_identity(world_size)) if start else None
     if start is None and skipped:
         problem = f"no checkpoint can be read ({'; '.join(skipped)}); make the stage afresh to begin at step 0"
@@ -322,7 +321,7 @@ class _Start:
         spec: GangSpec,
         attempt: Path,
         resume_from: checkpoints.Checkpoint | None,
-        on_event: Callable[[Event], None],
+        on_event: Callable[[StageEvent], None],
         asked: _Latch,
     ) -> None:
         self._function = function
@@ -345,7 +344,7 @@ class _Start:
 
         with self._room() as group:
             if group is None:
-                return _Done(None, [])
+                return _Done(None, {})
             try:
                 return self._watch(self._launch(group))
             except _LostAtStart as lost:
@@ -370,7 +369,7 @@ class _Start:
         group = placement_group([_bundle(spec)] * spec.ranks, strategy="PACK", name=name, bundle_label_selector=selectors)
         try:
             if not group.wait(1):
-                self._on_event({"type": "waiting", "text": f"{spec.name}: {waits_for(spec)}"})
+                self._on_event(Waiting(f"{spec.name}: {waits_for(spec)}"))
             due_s = time.monotonic() + spec.start_deadline_s
             while not group.wait(_POLL_S):
                 if self._asked():
@@ -414,7 +413,7 @@ class _Start:
         spec = self._spec
         self._hear([actor.where.remote() for actor in self._actors], self._where)
         ranks = ", ".join(self._called(index) for index in range(spec.ranks))
-        self._on_event({"type": "gang", "pids": [self._where[index].pid for index in range(spec.ranks)], "text": f"{spec.name}: {ranks}"})
+        self._on_event(GangStarted(f"{spec.name}: {ranks}", tuple(self._where[index].pid for index in range(spec.ranks))))
         one_node = len({where.node_id for where in self._where.values()}) == 1
         master = "127.0.0.1" if one_node else self._where[0].address
         ports = {0: 0}
@@ -508,7 +507,7 @@ class _Start:
                 ray.wait(pending, num_returns=len(pending), timeout=_DRAIN_S)
         self._collect(ranks)
 
-    def _take(self, index: int, events: list[Event], heartbeat: Any) -> None:
+    def _take(self, index: int, events: list[StageEvent], heartbeat: Any) -> None:
         for event in events:
             self._on_event(event)
         if heartbeat is None:
@@ -568,7 +567,7 @@ class _Start:
     def _hang(self, late: list[int], running: Iterable[int]) -> _Loss:
         stacks = self._stacks()
         for index, text in stacks.items():
-            self._on_event({"type": "stacks", "rank": index, "text": f"{self._called(index)}:\n{text}"})
+            self._on_event(Stacks(f"{self._called(index)}:\n{text}", index))
         stuck = held_up_by(late, {index: stacks[index] for index in running})
         section, deadline_s = self._sections[late[0]]
         who = " and ".join(self._called(index) for index in stuck)
@@ -606,7 +605,7 @@ class _RankProcess:
 
     def __init__(self, rank: int, attempt: str) -> None:
         self._attempt = Path(attempt)
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[StageEvent] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._rank: Any = None
         # Kept open for the life of the process: a crash has no time to open files.
@@ -654,7 +653,7 @@ class _RankProcess:
             value = function(self._rank, *arguments)
         except Exception as error:
             return _raised(error)
-        return _Done(value, self._rank.history) if place.rank == 0 else _Done(None, [])
+        return _Done(value, self._rank.history) if place.rank == 0 else _Done(None, {})
 
     def _join(self, spec: GangSpec, place: _Place, resume_from: checkpoints.Checkpoint | None) -> Any:
         import torch
@@ -687,7 +686,7 @@ class _RankProcess:
             identity=spec.full_identity(place.world_size),
         )
 
-    def poll(self) -> tuple[list[Event], Any]:
+    def poll(self) -> tuple[list[StageEvent], Any]:
         events = []
         with contextlib.suppress(queue.Empty):
             while True:

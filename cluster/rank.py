@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,9 +24,9 @@ from torch import distributed as dist
 
 from cluster import commit
 from cluster.checkpoint import SCHEMA, Checkpoint, prune, step_folder
+from cluster.events import CheckpointSaved, Curves, Notice, Point, Points, StageEvent
 from cluster.metric_names import check_metric_name
 
-Event = dict[str, Any]
 T = TypeVar("T")
 
 _ENGINE_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -64,7 +64,7 @@ class ProcessRank:
         make_engine: Callable[..., Any],
         checkpoints: Path,
         resume_from: Checkpoint | None = None,
-        on_event: Callable[[Event], None],
+        on_event: Callable[[StageEvent], None],
         stop_requested: Callable[[], bool],
         identity: Mapping[str, Any],
     ) -> None:
@@ -77,8 +77,6 @@ class ProcessRank:
         self.rank = rank
         self.world_size = world_size
         self.device = device
-        self.history: list[list[Any]] = []
-        """Every point logged so far, those before a resume included: [name, step, value, time_ms]. Rank 0 alone has it."""
         self._make_engine = make_engine
         self._checkpoints = checkpoints
         self._resume_from = resume_from
@@ -90,9 +88,16 @@ class ProcessRank:
         """Name, deadline and start of those that are open; where none is, of the time after the last one."""
         self._open = 0
         self._step = 0
+        self._logged: list[tuple[str, Point]] = []
+        """Every point in the order in which it was logged, those before a resume included. Only rank 0 has them."""
         self._saves = 0
         self._misses = 0
         self._last_saved: int | None = None
+
+    @property
+    def history(self) -> Curves:
+        """Every curve so far, the points before a resume included. Only rank 0 has them."""
+        return _curves(self._logged)
 
     def engine(self, name: str, model: nn.Module, parameter_groups: Sequence[Mapping[str, Any]], settings: Any) -> Any:
         if not _ENGINE_NAME.fullmatch(name) or name in self._engines:
@@ -110,11 +115,11 @@ class ProcessRank:
         totals = self._summed(dict(sums or {}))
         if self.rank == 0:
             now_ms = int(time.time() * 1000)
-            self._emit_points([[name, step, float(value), now_ms] for name, value in {**totals, **(values or {})}.items()])
+            self._keep([(name, Point(step, float(value), now_ms)) for name, value in {**totals, **(values or {})}.items()])
 
     def warn(self, text: str) -> None:
         if self.rank == 0:
-            self._on_event({"type": "warning", "text": text})
+            self._on_event(Notice(text))
 
     @contextlib.contextmanager
     def section(self, name: str, deadline_s: float) -> Iterator[None]:
@@ -168,7 +173,7 @@ class ProcessRank:
         self._last_saved = finished_steps
         seconds = time.monotonic() - started_at_s
         if self.rank == 0:
-            self._on_event({"type": "checkpoint", "step": finished_steps, "bytes": written, "seconds": seconds})
+            self._on_event(CheckpointSaved(finished_steps, written, seconds))
 
     def restore(self) -> int:
         checkpoint = self._resume_from
@@ -185,7 +190,7 @@ class ProcessRank:
         # After the engines: a load may draw random numbers.
         set_random_states(json.loads((checkpoint.folder / _random_file(self.rank)).read_bytes()))
         if self.rank == 0:
-            self._emit_points(json.loads((checkpoint.folder / _HISTORY).read_bytes()))
+            self._keep(_read_history(checkpoint.folder / _HISTORY))
         self._step = checkpoint.step
         self._last_saved = checkpoint.step
         return checkpoint.step
@@ -221,7 +226,7 @@ class ProcessRank:
         (temporary / _random_file(self.rank)).write_text(json.dumps(random_states()))
         if self.rank == 0:
             # json's own NaN is kept: a diverged loss must not keep its checkpoint from being written.
-            (temporary / _HISTORY).write_text(json.dumps(self.history))
+            (temporary / _HISTORY).write_text(json.dumps([[name, *point] for name, point in self._logged]))
 
     def _commit(self, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
         commit.commit_folder(temporary, final, manifest)
@@ -289,10 +294,22 @@ class ProcessRank:
     def _for_collective(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device) if dist.get_backend() == "nccl" else tensor.cpu()
 
-    def _emit_points(self, points: list[list[Any]]) -> None:
-        if points:
-            self.history += points
-            self._on_event({"type": "points", "points": points})
+    def _keep(self, logged: list[tuple[str, Point]]) -> None:
+        if logged:
+            self._logged += logged
+            self._on_event(Points(_curves(logged)))
+
+
+def _curves(logged: Iterable[tuple[str, Point]]) -> Curves:
+    curves: Curves = {}
+    for name, point in logged:
+        curves.setdefault(name, []).append(point)
+    return curves
+
+
+def _read_history(file: Path) -> list[tuple[str, Point]]:
+    """A checkpoint's `history.json`: [[name, step, value, time_ms], ...] in the order in which the points were logged."""
+    return [(name, Point(step, value, time_ms)) for name, step, value, time_ms in json.loads(file.read_bytes())]
 
 
 def random_states() -> dict[str, Any]:

@@ -17,14 +17,15 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-Event = dict[str, Any]
+from typing import Any, Generic, TypeVar, cast
 
 LOOPBACK = ("127.", "localhost", "[::1]")
 KNOCK_S = 5.0
 STARTS = 2
-T = TypeVar("T")
+E = TypeVar("E")
+"""What a task sends while it runs."""
+R = TypeVar("R")
+"""What it returns."""
 
 
 class TaskDied(Exception):
@@ -142,7 +143,7 @@ def _secret_for_this_process() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-class Task:
+class Task(Generic[E, R]):
     """A submitted function; `poll` never blocks, so one driver can watch many."""
 
     def __init__(self, name: str, stream: Any) -> None:
@@ -159,11 +160,11 @@ class Task:
         """False while it waits for room; as of the last poll."""
         return self._worker_id is not None
 
-    def poll(self) -> list[Event]:
+    def poll(self) -> list[E]:
         """The events that came in since the last poll."""
         import ray
 
-        events: list[Event] = []
+        events: list[E] = []
         while not self.done:
             try:
                 ready, _ = ray.wait([self._stream], timeout=0)
@@ -184,12 +185,12 @@ class Task:
                     events.append(item)
         return events
 
-    def result(self) -> Any:
+    def result(self) -> R:
         """What the function returned. Raises what it raised, or TaskDied; `done` is True first."""
         assert self.done, "poll() until done, then ask for the result"
         if self._error is not None:
             raise self._error
-        return self._value
+        return cast(R, self._value)
 
     def cancel(self) -> None:
         """End the task's process, and with it what the task started; `poll` until `done` follows."""
@@ -220,7 +221,7 @@ class _Finished:
 
 
 def submit(
-    function: Callable[[Any], Generator[Event, None, Any]],
+    function: Callable[[Any], Generator[E, None, R]],
     payload: Any,
     *,
     name: str,
@@ -230,7 +231,7 @@ def submit(
     labels: Mapping[str, str] | None = None,
     accelerator: str | None = None,
     environment: Mapping[str, str] | None = None,
-) -> Task:
+) -> Task[E, R]:
     """Run a module-level generator function as a task: what it yields are events, what it returns is the result.
 
     Never retried by Ray: who sees the failure decides. A stage that runs a gang asks for 0 CPUs.
@@ -250,10 +251,11 @@ def submit(
         "runtime_env": {"env_vars": dict(environment)} if environment else None,
     }
     chosen = {key: value for key, value in options.items() if value is not None}
-    return Task(name, ray.remote(_stream).options(**chosen).remote(function, payload))
+    body: Any = _stream  # Ray's annotations can't follow a generic function
+    return Task(name, ray.remote(body).options(**chosen).remote(function, payload))
 
 
-def _stream(function: Callable[[Any], Generator[Event, None, Any]], payload: Any) -> Iterator[Event | _Started | _Finished]:
+def _stream(function: Callable[[Any], Generator[E, None, Any]], payload: Any) -> Iterator[E | _Started | _Finished]:
     import ray
 
     yield _Started(ray.get_runtime_context().get_worker_id())
@@ -261,9 +263,9 @@ def _stream(function: Callable[[Any], Generator[Event, None, Any]], payload: Any
     yield _Finished(value)
 
 
-def streamed(work: Callable[[Callable[[Event], None]], T]) -> Generator[Event, None, T]:
+def streamed(work: Callable[[Callable[[E], None]], R]) -> Generator[E, None, R]:
     """Run `work(emit)` in a thread and yield what it emits, as it comes; its return value is the generator's."""
-    events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+    events: queue.SimpleQueue[E | None] = queue.SimpleQueue()
     outcome: list[Any] = []
 
     def run() -> None:
@@ -283,7 +285,7 @@ def streamed(work: Callable[[Callable[[Event], None]], T]) -> Generator[Event, N
     succeeded, value = outcome
     if not succeeded:
         raise value
-    return value
+    return cast(R, value)
 
 
 @contextlib.contextmanager

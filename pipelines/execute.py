@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
+from cluster.events import CheckpointSaved, Notice, Points, Progress, StageEvent
 from cluster.gang import GangFailure
 from cluster.metric_names import check_metric_name
 from pipelines.artifacts import Artifact
@@ -88,7 +89,11 @@ def stream(job: Job) -> Generator[Event, None, Outcome]:
     from cluster.ray_session import streamed
 
     asked = StopFile(Store(job.store), job.run)
-    return (yield from streamed(lambda emit: execute(job, emit, asked)))
+
+    def work(emit: Callable[[Event], None]) -> Outcome:
+        return execute(job, emit, asked)
+
+    return (yield from streamed(work))
 
 
 class StopFile:
@@ -240,8 +245,10 @@ class Context:
             start_deadline_s=config["start_deadline_s"],
         )
         run = run_inline if job.inline else run_gang
-        result = run(function, (*arguments,), spec=spec, on_event=self._emit, should_stop=self._should_stop)
-        self._keep(result.history)
+        result = run(
+            function, (*arguments,), spec=spec, on_event=lambda event: self._emit(_as_dictionary(event)), should_stop=self._should_stop
+        )
+        self._keep([[name, *point] for name, points in result.history.items() for point in points])
         self.outcome = replace(self.outcome, restarts=result.restarts, resumed_from_step=result.resumed_from_step)
         if result.stopped:
             raise Stopped
@@ -338,6 +345,18 @@ def _count(value: Any) -> float:
     """A plain number of what may be numpy's: events are written as JSON, by a process that knows none of those."""
     number = float(value)
     return int(number) if number.is_integer() else number
+
+
+def _as_dictionary(event: StageEvent) -> Event:
+    match event:
+        case Points(curves):
+            return {"type": "points", "points": [[name, *point] for name, points in curves.items() for point in points]}
+        case Progress(done, total, unit):
+            return {"type": "progress", "done": done, "total": total, "unit": unit}
+        case CheckpointSaved(step, bytes, seconds):
+            return {"type": "checkpoint", "step": step, "bytes": bytes, "seconds": seconds}
+        case Notice(text):
+            return {"type": "notice", "text": text}
 
 
 def _in_words(error: BaseException, job: Job) -> str:

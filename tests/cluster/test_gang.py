@@ -15,6 +15,7 @@ import torch
 
 from cluster import checkpoint
 from cluster.deepspeed_engine import DeepSpeedEngine
+from cluster.events import Curves, Notice, Points, Restart, Stacks, StageEvent, Waiting
 from cluster.gang import GangFailure, GangResult, GangSpec, Room, held_up_by, run_gang, run_inline, shortfall
 from gpt.torch_engine import TorchEngine
 
@@ -27,7 +28,7 @@ class Gang:
     def __init__(self, folder: Path, *, ranks: int = 2, engine: str = "torch", **spec: Any) -> None:
         folder.mkdir(exist_ok=True)
         self.folder = folder
-        self.events: list[dict[str, Any]] = []
+        self.events: list[StageEvent] = []
         self.spec = GangSpec(
             name="pretrain", ranks=ranks, make_engine=ENGINES[engine], work=folder / "work", identity={"engine": engine}, **spec
         )
@@ -45,8 +46,13 @@ class Gang:
     def weights(self) -> dict[str, torch.Tensor]:
         return torch.load(self.folder / "weights.pt", weights_only=True)
 
-    def texts(self, kind: str) -> list[str]:
-        return [event["text"] for event in self.events if event["type"] == kind]
+    def notices(self, kind: type[Notice]) -> list[str]:
+        return [event.text for event in self.events if type(event) is kind]
+
+
+def values(history: Curves) -> dict[str, list[tuple[int, float]]]:
+    """The curves without the times, which no two runs share."""
+    return {name: [(point.step, point.value) for point in points] for name, points in history.items()}
 
 
 def all_room_is_free() -> bool:
@@ -65,8 +71,8 @@ def test_two_ranks_see_each_other_with_the_threads_that_were_asked_for(tmp_path:
     result = gang.run(rank_functions.add_ranks)
     assert result.value["total"] == [3.0, 20.0]
     assert (result.value["threads"], result.value["omp"]) == (1, "1")
-    assert [(name, step, value) for name, step, value, _ in result.history] == [("eval/ranks", 1, 2.0), ("eval/first", 1, 7.0)]
-    assert [event["points"] for event in gang.events if event["type"] == "points"] == [result.history]
+    assert values(result.history) == {"eval/ranks": [(1, 2.0)], "eval/first": [(1, 7.0)]}
+    assert [event.curves for event in gang.events if isinstance(event, Points)] == [result.history]
     assert all_room_is_free()
 
 
@@ -95,8 +101,8 @@ def test_a_rank_killed_in_mid_step_costs_no_bit_of_the_result(tmp_path: Path, ra
     assert (result.restarts, result.resumed_from_step) == (1, 4)
     for name, weight in undisturbed.weights().items():
         assert torch.equal(weight, killed.weights()[name]), name
-    assert [point[:3] for point in result.history] == [point[:3] for point in whole.history]
-    (text,) = killed.texts("restart")
+    assert values(result.history) == values(whole.history)
+    (text,) = killed.notices(Restart)
     pattern = rf"pretrain: rank {ranks - 1} \(pid \d+, node \S+\) killed by SIGKILL at step [45]; start 2 of 3 resumes at step 4"
     assert re.fullmatch(pattern, text), text
     assert {path.name for path in (tmp_path / "killed" / "work").iterdir()} == {"1.1", "1.2"}
@@ -110,7 +116,7 @@ def test_an_exception_names_its_rank_and_is_not_tried_again(tmp_path: Path) -> N
     assert "raised at step 5: ValueError: the data of step 5 has no end ask for less" in str(failure.value)
     assert (failure.value.rank, failure.value.cause) == (1, "exception")
     assert "in _strike" in failure.value.traceback
-    assert gang.texts("restart") == []
+    assert gang.notices(Restart) == []
     assert all_room_is_free()
 
 
@@ -136,9 +142,9 @@ def test_a_hung_rank_is_found_by_its_deadline_and_its_stack_is_told(tmp_path: Pa
     gang = Gang(tmp_path)
     result = gang.train("sleep:1:5", step_deadline_s=5)
     assert (result.restarts, result.resumed_from_step) == (1, 4)
-    (text,) = gang.texts("restart")
+    (text,) = gang.notices(Restart)
     assert re.match(rf"pretrain: rank 1 \(pid .*\) {DID} section 'step' within its 5 s at step 5; start 2 of 3 resumes at step 4", text)
-    waiting, sleeping = gang.texts("stacks")
+    waiting, sleeping = gang.notices(Stacks)
     assert "in all_reduce" in waiting
     assert "in _strike" in sleeping
 
@@ -154,7 +160,7 @@ def test_a_rank_that_dies_as_the_gang_starts_is_started_again(tmp_path: Path, mo
     gang = Gang(tmp_path)
     result = gang.run(rank_functions.add_ranks)
     assert (result.value["total"], result.restarts) == ([3.0, 20.0], 1)
-    assert gang.texts("restart") == [
+    assert gang.notices(Restart) == [
         "pretrain: rank 1 killed by SIGKILL at step 0; start 2 of 3 begins at step 0, there being no checkpoint"
     ]
 
@@ -182,16 +188,16 @@ def test_a_function_that_the_ranks_can_not_import_is_an_exception_and_no_death(t
     with pytest.raises(GangFailure, match=r"raised at step 0: ModuleNotFoundError: No module named 'only_the_driver_knows'$") as failure:
         gang.run(module.function)
     assert failure.value.cause == "exception"
-    assert gang.texts("restart") == []
+    assert gang.notices(Restart) == []
 
 
 def test_asked_to_stop_it_saves_and_goes_on_later_with_as_many_ranks(tmp_path: Path) -> None:
     gang = Gang(tmp_path)
-    stopped = gang.train(should_stop=lambda: any(event["type"] == "points" for event in gang.events), steps=100_000)
+    stopped = gang.train(should_stop=lambda: any(isinstance(event, Points) for event in gang.events), steps=100_000)
     assert (stopped.stopped, stopped.value) == (True, None)
     found, _ = checkpoint.newest_checkpoint(checkpoint.attempts(gang.spec.work, 1))
     assert found is not None
-    assert found.step == stopped.history[-1][1]
+    assert found.step == stopped.history["train/loss"][-1].step
     alone = Gang(tmp_path, ranks=1)
     with pytest.raises(GangFailure, match="made with ranks = 2 and this run asks for ranks = 1"):
         alone.train()
@@ -215,5 +221,5 @@ def test_room_that_is_lost_while_it_is_waited_for_is_not_waited_for_without_end(
     ) as failure:
         gang.run(rank_functions.add_ranks)
     assert failure.value.cause == "resources"
-    assert gang.texts("waiting") == ["pretrain: waits for room for 4 ranks of 1 CPU; free now: 2 CPUs, 0 GPUs"]
+    assert gang.notices(Waiting) == ["pretrain: waits for room for 4 ranks of 1 CPU; free now: 2 CPUs, 0 GPUs"]
     assert all_room_is_free()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import rank_functions
 import torch
 
 from cluster import checkpoint
+from cluster.events import Curves, Notice, Points, StageEvent
 from cluster.gang import GangFailure, GangResult, GangSpec, run_inline
 from cluster.rank import ProcessRank
 from gpt.torch_engine import TorchEngine
@@ -25,7 +27,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         self.folder = folder
-        self.events: list[dict[str, Any]] = []
+        self.events: list[StageEvent] = []
         self.spec = GangSpec(name="pretrain", make_engine=TorchEngine, work=folder / "work", identity={"engine": "torch"})
 
     def start(self, should_stop: Callable[[], bool] = lambda: False, **changes: Any) -> GangResult:
@@ -35,8 +37,8 @@ class Run:
     def weights(self) -> Weights:
         return torch.load(self.folder / "weights.pt", weights_only=True)
 
-    def texts(self, kind: str) -> list[str]:
-        return [event["text"] for event in self.events if event["type"] == kind]
+    def notices(self) -> list[str]:
+        return [event.text for event in self.events if isinstance(event, Notice)]
 
 
 def equal(a: Weights, b: Weights) -> bool:
@@ -49,8 +51,9 @@ def stop_after(steps: int) -> Callable[[], bool]:
     return lambda: next(asked) >= steps
 
 
-def curve(result: GangResult) -> list[tuple[str, int, float]]:
-    return [(name, step, value) for name, step, value, _ in result.history]
+def values(history: Curves) -> dict[str, list[tuple[int, float]]]:
+    """The curves without the times, which no two runs share."""
+    return {name: [(point.step, point.value) for point in points] for name, points in history.items()}
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +74,16 @@ def test_stopped_after_any_step_it_goes_on_to_the_same_bits_and_curve(
     resumed = run.start()
     assert (resumed.resumed_from_step, resumed.stopped) == (steps, False)
     assert equal(run.weights(), undisturbed[0])
-    assert curve(resumed) == curve(undisturbed[1])
-    assert resumed.history[: len(stopped.history)] == stopped.history
+    assert values(resumed.history) == values(undisturbed[1].history)
+    assert {name: points[:steps] for name, points in resumed.history.items()} == stopped.history
+
+
+def test_a_checkpoint_keeps_its_points_as_a_list_in_the_order_logged(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.start(stop_after(2))
+    points = json.loads((run.spec.work / "1.1" / "step-00000002" / "history.json").read_text())
+    assert [(name, step) for name, step, _, _ in points] == [("train/loss", 1), ("train/lr", 1), ("train/loss", 2), ("train/lr", 2)]
+    assert [type(part) for part in points[0]] == [str, int, float, int]
 
 
 def test_without_the_generators_state_the_bits_would_differ(
@@ -95,7 +106,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_steps_but_not_the_result(
     data[1000] ^= 1
     newest.write_bytes(data)
     assert run.start().resumed_from_step == 6
-    assert "policy/torch_engine.pt has sha256" in run.texts("warning")[0]
+    assert "policy/torch_engine.pt has sha256" in run.notices()[0]
     assert equal(run.weights(), undisturbed[0])
 
 
@@ -141,7 +152,7 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_training(
     full_at(monkeypatch, {4})
     run = Run(tmp_path)
     run.start()
-    (text,) = run.texts("warning")
+    (text,) = run.notices()
     assert text.startswith("checkpoint at step 4 not written: rank 0: OSError: [Errno 28] No space left on device")
     assert "the last good one is of step 2; training goes on" in text
     assert sorted(path.name for path in (run.spec.work / "1.1").iterdir()) == ["step-00000008", "step-00000010"]
@@ -155,7 +166,7 @@ def test_the_third_checkpoint_missed_in_a_row_stops_the_training_and_the_last_go
     run = Run(tmp_path)
     with pytest.raises(OSError, match="No space left"):
         run.start()
-    assert "training stops after 3 misses in a row" in run.texts("warning")[-1]
+    assert "training stops after 3 misses in a row" in run.notices()[-1]
     assert [path.name for path in (run.spec.work / "1.1").iterdir()] == ["step-00000002"]
 
 
@@ -187,12 +198,12 @@ def lone_rank(tmp_path: Path, **changes: Any) -> ProcessRank:
 
 
 def test_a_warning_is_told_by_the_first_rank_alone(tmp_path: Path) -> None:
-    events: list[dict[str, Any]] = []
+    events: list[StageEvent] = []
     rank = lone_rank(tmp_path, on_event=events.append)
     rank.warn("nothing was learned")
     rank.rank = 1
     rank.warn("nothing was learned")
-    assert events == [{"type": "warning", "text": "nothing was learned"}]
+    assert events == [Notice("nothing was learned")]
 
 
 @pytest.mark.parametrize("name", ["loss", "train/Loss", "memory/peak_gib", "train/tokens(tps)", "eval/pass@k"])
@@ -202,9 +213,11 @@ def test_a_metric_has_an_area_and_a_plain_name(tmp_path: Path, name: str) -> Non
 
 
 def test_a_rank_logs_in_every_area_that_a_stage_may(tmp_path: Path) -> None:
-    events: list[dict[str, Any]] = []
+    events: list[StageEvent] = []
     lone_rank(tmp_path, on_event=events.append).log(1, values={"data/documents": 3.0})
-    assert [point[:3] for event in events for point in event["points"]] == [["data/documents", 1, 3.0]]
+    (event,) = events
+    assert isinstance(event, Points)
+    assert values(event.curves) == {"data/documents": [(1, 3.0)]}
 
 
 def test_the_heartbeat_tells_the_section_nearest_to_its_deadline(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import session_functions
 
 from cluster import ray_session
+from cluster.events import GangStarted
 from cluster.ray_session import Session, Task, TaskDied, submit
 from pipelines import preflight
 from pipelines.store import Store
@@ -142,13 +143,13 @@ def test_when_a_stages_task_ends_so_do_its_gang_and_its_room(session: Session, t
     import ray
 
     task = submit(session_functions.stage_with_a_gang, str(tmp_path / "work"), name="pretrain", cpus=0)
-    events: list[dict[str, Any]] = []
+    events: list[Any] = []
     until_s = time.monotonic() + 60
-    while not any(event.get("type") == "gang" for event in events):
+    while not any(isinstance(event, GangStarted) for event in events):
         assert time.monotonic() < until_s, "the gang did not start"
         events += task.poll()
         time.sleep(0.05)
-    pids = next(event["pids"] for event in events if event.get("type") == "gang")
+    pids = next(event.pids for event in events if isinstance(event, GangStarted))
     if end == "kill":
         os.kill(events[0]["pid"], signal.SIGKILL)
     else:

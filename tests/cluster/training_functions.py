@@ -94,7 +94,12 @@ def train_rl(
     return {
         "metadata": metadata,
         "weights": {f"{engine} {weight}": tensor for engine, weights in models.items() for weight, tensor in weights.items()},
-        "points": {(name, step): value for name, step, value, _ in of_gang.history if not name.startswith(("time/", "rollout/tokens"))},
+        "points": {
+            (name, point.step): point.value
+            for name, points in of_gang.history.items()
+            if not name.startswith(("time/", "rollout/tokens"))
+            for point in points
+        },
     }
 
 
