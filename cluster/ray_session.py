@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+from cluster.failures import describe_death
+from cluster.room import remove_groups_of
+
 LOOPBACK = ("127.", "localhost", "[::1]")
 KNOCK_S = 5.0
 STARTS = 2
@@ -310,33 +313,7 @@ def _translated(name: str, error: Exception) -> BaseException:
     if isinstance(error, rays.RayTaskError):
         cause = error.as_instanceof_cause().cause if hasattr(error, "as_instanceof_cause") else error.cause
         return cause if isinstance(cause, BaseException) else error
-    return TaskDied(f"{name}: {death_in_words(error)}")
-
-
-def death_in_words(error: Exception) -> str:
-    """Why Ray lost a process, as the end of a sentence."""
-    from ray import exceptions as rays
-
-    if isinstance(error, rays.OutOfMemoryError):
-        return (
-            f"ended by Ray's memory monitor, since its node ran out of memory; ask for fewer ranks or set memory_gib ({_first_line(error)})"
-        )
-    if isinstance(error, rays.NodeDiedError):
-        return f"its node was lost ({_first_line(error)})"
-    if isinstance(error, rays.RuntimeEnvSetupError):
-        return f"its environment could not be set up ({_first_line(error)})"
-    if isinstance(error, rays.TaskCancelledError):
-        return "cancelled"
-    if isinstance(error, (rays.WorkerCrashedError, rays.ActorDiedError)):
-        return (
-            "its process died without a word: it was killed (by SIGKILL, as the kernel does when memory runs out), "
-            "it crashed in native code, or its code called os._exit"
-        )
-    return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return TaskDied(f"{name}: its process {describe_death(error)}")
 
 
 def ask_nodes(question: Callable[[], str | None], deadline_s: float) -> dict[str, str]:
@@ -364,16 +341,3 @@ def ask_nodes(question: Callable[[], str | None], deadline_s: float) -> dict[str
         ray.cancel(ref, force=True)
         answers[asked[ref]] = f"did not answer within {deadline_s:g} s"
     return {node: answer for node, answer in answers.items() if answer is not None}
-
-
-GROUP_PREFIX = "gptline-gang"
-
-
-def remove_groups_of(worker_id: str) -> None:
-    """Free what a dead process's gang held: Ray removes a placement group with its job, not with the task that made it."""
-    import ray
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
-
-    for group_id, group in placement_group_table().items():
-        if group["name"].startswith(f"{GROUP_PREFIX}-{worker_id}-") and group["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))

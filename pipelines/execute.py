@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from cluster.events import CheckpointSaved, Notice, Points, Progress, StageEvent
-from cluster.gang import GangFailure
+from cluster.failures import GangFailure
 from cluster.metric_names import check_metric_name
 from pipelines.artifacts import Artifact
 from pipelines.config import Resources
@@ -225,7 +225,8 @@ class Context:
         self.outcome = replace(self.outcome, figures=self.outcome.figures | {name: _number(name, value)})
 
     def gang(self, function: Callable[..., dict[str, Any] | None], *arguments: Any) -> dict[str, Any]:
-        from cluster.gang import GangSpec, run_gang, run_inline
+        from cluster.gang import run_gang, run_inline
+        from cluster.gang_spec import GangSpec
 
         job, resources, config = self._job, self._job.resources, self._job.config
         module, name = ENGINES["torch" if job.inline else config["engine"]].split(":")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.gang import _RankProcess
+from cluster.rank_process import RankProcess
 from gpt.settings import TrainSettings
 
 
@@ -111,32 +111,32 @@ def hang_between_sections(rank: Any) -> dict[str, Any]:
     return {"stopped": rank.should_stop()}
 
 
-class KilledAtStart(_RankProcess):
+class KilledAtStart(RankProcess):
     """Rank 1 dies as it is introduced to the others, once."""
 
     def __init__(self, rank: int, attempt: str) -> None:
         super().__init__(rank, attempt)
         self._dies = rank == 1 and Path(attempt).name == "1.1"
 
-    def where(self) -> Any:
+    def location(self) -> Any:
         if self._dies:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().where()
+        return super().location()
 
 
-class SilentAtStart(_RankProcess):
-    """Rank 1 never says where it is."""
+class SilentAtStart(RankProcess):
+    """Rank 1 never reports where it is."""
 
     def __init__(self, rank: int, attempt: str) -> None:
         super().__init__(rank, attempt)
         self._silent = rank == 1
 
-    def where(self) -> Any:
+    def location(self) -> Any:
         if self._silent:
             time.sleep(600)
-        return super().where()
+        return super().location()
 
 
-class RefusesToStart(_RankProcess):
+class RefusesToStart(RankProcess):
     def __init__(self, rank: int, attempt: str) -> None:
         raise ImportError("libcuda.so is missing\non this node")

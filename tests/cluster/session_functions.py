@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster import ray_session
-from cluster.gang import GangSpec, run_gang
+from cluster.gang import run_gang
+from cluster.gang_spec import GangSpec
 
 
 def whereabouts(rank: Any) -> dict[str, Any]:

@@ -571,8 +571,8 @@ def test_a_plan_is_made_for_the_run_that_is_asked_for(drilled: Small):
 
     assert "drill   resume  goes on at step 3 of 10" in plan("--inline")
     assert (
-        "drill   blocked  the checkpoint at step 3 was made with engine = torch and this run asks for engine = deepspeed, zero_stage = 1: "
-        "its state can't be loaded so; ask for engine = torch to go on, or make the stage afresh to begin at step 0 (--fresh drill). "
+        "drill   blocked  the checkpoint at step 3 was made with engine = torch, but this run asks for engine = deepspeed, zero_stage = 1 "
+        "and can't load it; set engine = torch to resume, or rebuild the stage from step 0 (--fresh drill). "
         "Or go on with --inline\n"
     ) in plan()
     assert "drill   run    asked for afresh" in plan("--fresh", "drill")
@@ -647,8 +647,9 @@ class Cluster:
 
         self.joined = self.cancelled = 0
         monkeypatch.setattr(Run, "_session", self._session)
-        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, "memory": 2.0**31}}])
-        monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0, "memory": 2.0**30})
+        node = {"Alive": True, "NodeID": "4f", "NodeManagerHostname": "head", "Resources": {"CPU": 2.0, "memory": 2.0**31}}
+        monkeypatch.setattr(ray, "nodes", lambda: [node])
+        monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: {"4f": {"CPU": 1.0, "memory": 2.0**30}})
         monkeypatch.setattr("pipelines.runner.WAITING_TOLD_S", 0.0)
         monkeypatch.setattr("cluster.ray_session.submit", lambda function, job, **asked: LateTask(job, self))
 
@@ -686,7 +687,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 def test_a_stage_that_the_session_can_never_hold_is_refused_before_the_run_begins(small: Small, cluster: Cluster):
     small.write("small.toml", TOML + "\n[stages.words.resources]\nlabels = { tier = 'a100' }\n")
-    with pytest.raises(ConfigError, match=r"stages.words.resources: words asks for 1 rank of 1 CPU and labels .* room for 0 of them"):
+    with pytest.raises(ConfigError, match=r"words.resources: words asks for 1 CPU and labels .* but no node of the cluster has that"):
         small.run(inline=False)
     assert small.store.runs() == []
 
@@ -695,7 +696,7 @@ def test_a_stage_that_waits_for_room_says_once_for_what(small: Small, cluster: C
     small.write("small.toml", TOML + "\n[stages.words.resources]\ncpus = 2\nmemory_gib = 2\n")
     assert small.run(inline=False) == (0, {"words": "done", "cut": "done", "report": "done"})
     notes = [event["text"] for event in small.events if event["type"] == "note" and event["stage"] == "words"]
-    assert notes == ["waits for room for 1 rank of 2 CPUs and 2 GiB; free now: 1 CPUs, 0 GPUs and 1.0 GiB"]
+    assert notes == ["waiting for 2 CPUs and 2 GiB; free now: 1 of 2 CPUs and 1.0 of 2.0 GiB on head"]
 
 
 def test_a_session_is_opened_when_what_was_to_be_reused_is_gone(small: Small, cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
