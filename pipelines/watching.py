@@ -116,7 +116,7 @@ def stop(store: Store, run: str, say: Callable[[str], None], door: Door, deadlin
         say(sentence)
         if state is None or state.ended:
             return state is not None
-        if state.word == "PENDING":
+        if state.status == "PENDING":
             door(_address(store, run)).stop(run)
     watch = Watch(store, f"run-{run}")
     until_s = time.monotonic() + deadline_s
@@ -174,7 +174,7 @@ def _standing(store: Store, run: str, door: Door) -> tuple[str, str]:
     state, sentence = (None, "") if job is None else _job(store, run, door)
     if view.started_ms is None:
         assert job is not None
-        word = "SUBMITTED" if state is None else "STARTING" if state.word == "RUNNING" else state.word
+        word = "SUBMITTED" if state is None else "STARTING" if state.status == "RUNNING" else state.status
         return word, _sentence(sentence, _since("submitted", job["submitted_ms"]))
     if state is not None and state.ended:
         end_dead(store, run, f"its driver is gone: {sentence}")
@@ -196,8 +196,8 @@ def _job(store: Store, run: str, door: Door) -> tuple[JobState | None, str]:
     if state is None:
         return None, f"the cluster at {address} has no such job: it was started anew since"
     code = "" if state.exit_code is None else f", exit code {state.exit_code}"
-    why = state.message.partition("\n")[0] if state.word == "FAILED" and state.exit_code is None else ""
-    return state, f"its job at {address} is {state.word}{code}" + (f": {why}" if why else "")
+    why = state.message.partition("\n")[0] if state.status == "FAILED" and state.exit_code is None else ""
+    return state, f"its job at {address} is {state.status}{code}" + (f": {why}" if why else "")
 
 
 def _job_log(store: Store, run: str, door: Door) -> str:

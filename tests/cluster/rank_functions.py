@@ -1,4 +1,4 @@
-"""What the tests run on ranks: a small training loop, and ways to go wrong in it."""
+"""Functions that the tests run on ranks: a small training loop, and faults in it."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def micro_batch(config: TrainSettings, step: int, rank: int, world_size: int) ->
 
 
 def train(rank: Any, config: TrainSettings, output: str, fault: str = "") -> dict[str, Any] | None:
-    """Regression; dropout draws from torch's own generator, so that a resume must restore it.
+    """Regression. Dropout draws from torch's global generator, so a resume must restore it.
 
-    `fault` is "kind:rank:step" and strikes in mid-step, once: a marker file in `output` keeps it from coming again.
+    `fault` is "kind:rank:step" and strikes once, in the middle of a step: a marker file in `output` keeps it from recurring.
     """
     with rank.section("start", config.start_deadline_s):
         model = small_model()
@@ -112,7 +112,7 @@ def hang_between_sections(rank: Any) -> dict[str, Any]:
 
 
 class KilledAtStart(RankProcess):
-    """Rank 1 dies as it is introduced to the others, once."""
+    """Rank 1 of the first start dies when it is asked where it is."""
 
     def __init__(self, rank: int, attempt: str) -> None:
         super().__init__(rank, attempt)

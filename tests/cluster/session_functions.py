@@ -1,4 +1,4 @@
-"""What the tests run as tasks."""
+"""Functions that the tests run as tasks."""
 
 from __future__ import annotations
 
