@@ -109,14 +109,14 @@ def blocking_ranks(late: Sequence[int], stacks: Mapping[int, str]) -> list[int]:
     return [rank for rank in late if rank in elsewhere] or elsewhere or list(late)
 
 
-def crash_log(attempt: Path, rank: int) -> Path:
+def crash_log(folder: Path, rank: int) -> Path:
     """Where a rank's process leaves its stacks when a signal that Python can catch ends it."""
-    return attempt / f"rank-{rank:04d}.crash"
+    return folder / f"rank-{rank:04d}.crash"
 
 
-def stacks_log(attempt: Path, rank: int) -> Path:
+def stacks_log(folder: Path, rank: int) -> Path:
     """Where a rank's process writes its stacks on request."""
-    return attempt / f"rank-{rank:04d}.stacks"
+    return folder / f"rank-{rank:04d}.stacks"
 
 
 def describe_death(error: Exception) -> str:

@@ -23,7 +23,7 @@ from cluster import checkpoint as checkpoints
 from cluster import commit
 from cluster.events import Notice, Restart, StageEvent
 from cluster.failures import GangFailure, Loss
-from cluster.gang_spec import GangResult, GangSpec
+from cluster.gang_spec import GangResult, GangSpec, StartSpec
 from cluster.gang_start import GangStart
 from cluster.rank_process import Finished
 from cluster.room import shortfall
@@ -48,11 +48,12 @@ def run_gang(
     starts = spec.max_restarts + 1
     loss: Loss | None = None
     for number in range(1, starts + 1):
-        resume_from, attempt = _next_start(spec, spec.ranks, on_event)
+        resume_from, folder = _next_start(spec, spec.ranks, on_event)
         if loss is not None:
             resumes = f"resumes at step {resume_from.step}" if resume_from else "begins at step 0, since there is no checkpoint yet"
             on_event(Restart(f"{loss.sentence}; start {number} of {starts} {resumes}", number))
-        outcome = GangStart(function, arguments, spec, attempt, resume_from, on_event, stop_requested).run()
+        start = StartSpec(spec, function, tuple(arguments), folder, resume_from)
+        outcome = GangStart(start, on_event, stop_requested).run()
         if isinstance(outcome, Finished):
             return _result(spec.name, outcome, number - 1, resume_from, stop_requested.seen)
         loss = outcome
@@ -77,14 +78,14 @@ def run_inline(
 
     from cluster.rank import ProcessRank
 
-    resume_from, attempt = _next_start(spec, 1, on_event)
+    resume_from, folder = _next_start(spec, 1, on_event)
     stop_requested = _Latch(should_stop)
     rank = ProcessRank(
         rank=0,
         world_size=1,
         device=torch.device("cuda:0" if spec.gpus_per_rank else "cpu"),
         make_engine=spec.make_engine,
-        checkpoints=attempt,
+        checkpoints=folder,
         resume_from=resume_from,
         on_event=on_event,
         stop_requested=stop_requested,

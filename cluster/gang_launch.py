@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.events import GangStarted, StageEvent
 from cluster.failures import Loss, Raised, answer_of, crash_log, loss_of
-from cluster.gang_spec import GangSpec
+from cluster.gang_spec import StartSpec
 from cluster.rank_process import WATCH, Assignment, ProcessLocation, RankProcess
 
 
@@ -48,11 +47,12 @@ class LostAtStart(Exception):
         self.loss = loss
 
 
-def start_actors(group: Any, spec: GangSpec, attempt: Path) -> list[Member]:
+def start_actors(group: Any, start: StartSpec) -> list[Member]:
     """Start one actor per bundle of the placement group, without waiting for any."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+    spec = start.gang
     # Ray's annotations know this form of remote() only as a decorator without options.
     actors = ray.remote(concurrency_groups={WATCH: 2})(RankProcess)  # type: ignore[call-overload]
     due_at_s = time.monotonic() + spec.start_deadline_s
@@ -67,34 +67,25 @@ def start_actors(group: Any, spec: GangSpec, attempt: Path) -> list[Member]:
             max_task_retries=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
         )
-        members.append(Member(rank, actor.remote(rank, str(attempt)), "start", spec.start_deadline_s, due_at_s))
+        members.append(Member(rank, actor.remote(rank, str(start.folder)), "start", spec.start_deadline_s, due_at_s))
     return members
 
 
-def launch(
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    spec: GangSpec,
-    members: Sequence[Member],
-    attempt: Path,
-    resume_from: Any,
-    on_event: Callable[[StageEvent], None],
-) -> list[Any]:
+def launch(start: StartSpec, members: Sequence[Member], on_event: Callable[[StageEvent], None]) -> list[Any]:
     """Wait until all actors are up, then call the function on each; Ray's references to its outcomes, by rank."""
     import ray
 
-    step = resume_from.step if resume_from else 0
-    locations = _answers([member.actor.location.remote() for member in members], members, spec, attempt, step)
+    locations = _answers([member.actor.location.remote() for member in members], start, members)
     for member, location in zip(members, locations, strict=True):
         member.location = location
     on_event(GangStarted(", ".join(member.label for member in members), tuple(location.pid for location in locations)))
     # Rank 0 listens on the port.
-    ports = _answers([members[0].actor.free_port.remote()], members, spec, attempt, step) if spec.ranks > 1 else [0]
+    ports = _answers([members[0].actor.free_port.remote()], start, members) if len(members) > 1 else [0]
     assignments = assign(locations, ports[0])
-    task = ray.put((function, arguments, spec))
+    shared = ray.put(start)
     for member, assignment in zip(members, assignments, strict=True):
-        member.actor.prepare.remote(assignment, spec.cpus_per_rank)
-    return [member.actor.run.remote(task, assignment, resume_from) for member, assignment in zip(members, assignments, strict=True)]
+        member.actor.prepare.remote(assignment, start.gang.cpus_per_rank)
+    return [member.actor.run.remote(shared, assignment) for member, assignment in zip(members, assignments, strict=True)]
 
 
 def assign(locations: Sequence[ProcessLocation], port: int) -> list[Assignment]:
@@ -103,13 +94,13 @@ def assign(locations: Sequence[ProcessLocation], port: int) -> list[Assignment]:
     master = "127.0.0.1" if one_node else locations[0].address
     assignments = []
     for rank, location in enumerate(locations):
-        on_node = [other for other, its in enumerate(locations) if its.node_id == location.node_id]
+        on_node = [other for other in range(len(locations)) if locations[other].node_id == location.node_id]
         gpus = tuple(gpu for other in on_node for gpu in locations[other].gpus)
         assignments.append(Assignment(rank, len(locations), on_node.index(rank), len(on_node), gpus, master, port, one_node))
     return assignments
 
 
-def _answers(refs: Sequence[Any], members: Sequence[Member], spec: GangSpec, attempt: Path, step: int) -> list[Any]:
+def _answers(refs: Sequence[Any], start: StartSpec, members: Sequence[Member]) -> list[Any]:
     """The answers of ranks 0, 1, ... in this order; LostAtStart if one dies, raises, or doesn't answer before the start's deadline."""
     import ray
 
@@ -121,12 +112,13 @@ def _answers(refs: Sequence[Any], members: Sequence[Member], spec: GangSpec, att
         if not ready:
             late = sorted(waiting.values())
             who = " and ".join(members[rank].label for rank in late)
-            sentence = f"{who} did not start within start_deadline_s = {spec.start_deadline_s:g}"
+            sentence = f"{who} did not start within start_deadline_s = {start.gang.start_deadline_s:g}"
             raise LostAtStart(Loss(late[0], "deadline", sentence, True))
         for ref in ready:
             rank = waiting.pop(ref)
             answer = answer_of(ref)
             if isinstance(answer, (Raised, Exception)):
-                raise LostAtStart(loss_of(rank, members[rank].label, answer, step=step, crash_log=crash_log(attempt, rank)))
+                log = crash_log(start.folder, rank)
+                raise LostAtStart(loss_of(rank, members[rank].label, answer, step=start.first_step, crash_log=log))
             answers[rank] = answer
     return [answers[rank] for rank in range(len(refs))]

@@ -1,4 +1,4 @@
-"""A gang's settings and its result."""
+"""A gang's settings, what one of its starts runs, and its result."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.checkpoint import Checkpoint
 from cluster.events import Curves
 from cluster.room import Room
 
@@ -32,6 +33,23 @@ class GangSpec(Room):
 
     def full_identity(self, world_size: int) -> dict[str, Any]:
         return {**self.identity, "world_size": world_size}
+
+
+@dataclass(frozen=True)
+class StartSpec:
+    """What one start of a gang runs."""
+
+    gang: GangSpec
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    folder: Path
+    """The start's own folder, `work/<key>/<series>.<start>`, for its checkpoints, crash logs and stacks."""
+    resume_from: Checkpoint | None
+
+    @property
+    def first_step(self) -> int:
+        """The number of steps that were finished before this start."""
+        return self.resume_from.step if self.resume_from else 0
 
 
 @dataclass(frozen=True)

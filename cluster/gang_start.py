@@ -8,15 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from cluster.checkpoint import Checkpoint, newest_checkpoint
+from cluster.checkpoint import newest_checkpoint
 from cluster.events import Stacks, StageEvent
 from cluster.failures import Loss, Raised, answer_of, crash_log, hang_of, loss_of, stacks_log
 from cluster.gang_launch import LostAtStart, Member, call_while_running, launch, start_actors
-from cluster.gang_spec import GangSpec
+from cluster.gang_spec import StartSpec
 from cluster.rank_process import STACKS_SIGNAL, Finished
 from cluster.room import POLL_S, reserve
 
@@ -27,44 +26,25 @@ _STACKS_S = 5.0
 
 
 class GangStart:
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        arguments: Sequence[Any],
-        spec: GangSpec,
-        attempt: Path,
-        resume_from: Checkpoint | None,
-        on_event: Callable[[StageEvent], None],
-        stop_requested: Callable[[], bool],
-    ) -> None:
-        self._function = function
-        self._arguments = tuple(arguments)
-        self._spec = spec
-        self._attempt = attempt
-        self._resume_from = resume_from
+    def __init__(self, start: StartSpec, on_event: Callable[[StageEvent], None], stop_requested: Callable[[], bool]) -> None:
+        self._start = start
         self._on_event = on_event
         self._stop_requested = stop_requested
-        self._step = resume_from.step if resume_from else 0
+        self._step = start.first_step
         self._members: list[Member] = []
 
     def run(self) -> Finished | Loss:
         """Rank 0's value and history, or why there are none. No process of the gang is left when it returns."""
         import ray
 
-        spec = self._spec
-        with reserve(
-            spec,
-            attempt=self._attempt.name,
-            deadline_s=spec.start_deadline_s,
-            on_event=self._on_event,
-            should_stop=self._stop_requested,
-        ) as group:
+        start = self._start
+        deadline_s = start.gang.start_deadline_s
+        with reserve(start.gang, start.folder.name, deadline_s, on_event=self._on_event, should_stop=self._stop_requested) as group:
             if group is None:
                 return Finished(None, {})
-            self._members = start_actors(group, spec, self._attempt)
+            self._members = start_actors(group, start)
             try:
-                outcomes = launch(self._function, self._arguments, spec, self._members, self._attempt, self._resume_from, self._on_event)
-                return self._watch(outcomes)
+                return self._watch(launch(start, self._members, self._on_event))
             except LostAtStart as lost:
                 return lost.loss
             finally:
@@ -137,7 +117,7 @@ class GangStart:
 
     def _last_known_step(self) -> int:
         """The last step that was reported or committed; a killed rank may have done a few more."""
-        committed, _ = newest_checkpoint([self._attempt], verify=False)
+        committed, _ = newest_checkpoint([self._start.folder], verify=False)
         return max(self._step, committed.step if committed else 0)
 
     def _blame(self, member: Member, outcome: Raised | Exception, running: dict[Any, Member]) -> Loss:
@@ -156,7 +136,7 @@ class GangStart:
         return self._loss(member, outcome)
 
     def _loss(self, member: Member, outcome: Raised | Exception) -> Loss:
-        log = crash_log(self._attempt, member.rank)
+        log = crash_log(self._start.folder, member.rank)
         return loss_of(member.rank, member.label, outcome, step=self._last_known_step(), crash_log=log)
 
     def _hang(self, late: list[Member], running: Iterable[Member]) -> Loss:
@@ -185,5 +165,5 @@ class GangStart:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(member.location.pid, STACKS_SIGNAL)
                     time.sleep(POLL_S)
-        logs = {member.rank: stacks_log(self._attempt, member.rank) for member in self._members}
+        logs = {member.rank: stacks_log(self._start.folder, member.rank) for member in self._members}
         return {rank: log.read_text(errors="replace") if log.exists() else "did not answer" for rank, log in logs.items()}

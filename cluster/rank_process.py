@@ -14,16 +14,14 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.checkpoint import Checkpoint
 from cluster.events import Curves, StageEvent
 from cluster.failures import Raised, crash_log, raised, stacks_log
-from cluster.gang_spec import GangSpec
+from cluster.gang_spec import StartSpec
 
 if TYPE_CHECKING:
     from cluster.rank import Heartbeat, ProcessRank
@@ -70,14 +68,13 @@ class Finished:
 
 
 class RankProcess:
-    def __init__(self, rank: int, attempt: str) -> None:
-        self._attempt = Path(attempt)
+    def __init__(self, rank: int, folder: str) -> None:
         self._events: queue.SimpleQueue[StageEvent] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._rank: ProcessRank | None = None
         # Open for the life of the process: a crashing process can't open files any more.
-        self._crash_log = crash_log(self._attempt, rank).open("w")
-        self._stacks_log = stacks_log(self._attempt, rank).open("w")
+        self._crash_log = crash_log(Path(folder), rank).open("w")
+        self._stacks_log = stacks_log(Path(folder), rank).open("w")
         faulthandler.enable(self._crash_log)
         faulthandler.register(STACKS_SIGNAL, self._stacks_log, all_threads=True)
 
@@ -111,25 +108,22 @@ class RankProcess:
         if assignment.one_node:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
 
-    def run(
-        self, task: tuple[Callable[..., Any], tuple[Any, ...], GangSpec], assignment: Assignment, resume_from: Checkpoint | None
-    ) -> Finished | Raised:
-        function, arguments, spec = task
+    def run(self, start: StartSpec, assignment: Assignment) -> Finished | Raised:
         try:
-            self._rank = self._join(spec, assignment, resume_from)
-            value = function(self._rank, *arguments)
+            self._rank = self._join(start, assignment)
+            value = start.function(self._rank, *start.arguments)
         except Exception as error:
             return raised(error)
         return Finished(value, self._rank.history) if assignment.rank == 0 else Finished(None, {})
 
-    def _join(self, spec: GangSpec, assignment: Assignment, resume_from: Checkpoint | None) -> ProcessRank:
+    def _join(self, start: StartSpec, assignment: Assignment) -> ProcessRank:
         """Enter the process group."""
         import torch
         from torch import distributed as dist
 
         from cluster.rank import ProcessRank
 
-        torch.set_num_threads(spec.cpus_per_rank)
+        torch.set_num_threads(start.gang.cpus_per_rank)
         device = torch.device("cpu")
         if assignment.gpus:
             device = torch.device("cuda", assignment.local_rank)
@@ -146,12 +140,12 @@ class RankProcess:
             rank=assignment.rank,
             world_size=assignment.world_size,
             device=device,
-            make_engine=spec.make_engine,
-            checkpoints=self._attempt,
-            resume_from=resume_from,
+            make_engine=start.gang.make_engine,
+            checkpoints=start.folder,
+            resume_from=start.resume_from,
             on_event=self._events.put,
             stop_requested=self._stop.is_set,
-            identity=spec.full_identity(assignment.world_size),
+            identity=start.gang.full_identity(assignment.world_size),
         )
 
     def poll(self) -> tuple[list[StageEvent], Heartbeat | None]:

@@ -90,7 +90,7 @@ def describe_wait(room: Room) -> str:
 
 @contextlib.contextmanager
 def reserve(
-    room: Room, *, attempt: str, deadline_s: float, on_event: Callable[[StageEvent], None], should_stop: Callable[[], bool]
+    room: Room, label: str, deadline_s: float, *, on_event: Callable[[StageEvent], None], should_stop: Callable[[], bool]
 ) -> Iterator[Any]:
     """Hold a placement group for the `with` block; yields None if a stop is requested before it is free.
 
@@ -99,8 +99,8 @@ def reserve(
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    # Named after this process, so that whoever sees it die can free its group.
-    name = f"{_GROUP_PREFIX}-{ray.get_runtime_context().get_worker_id()}-{attempt}"
+    # Named after this process, so that its group can be freed when it dies.
+    name = f"{_GROUP_PREFIX}-{ray.get_runtime_context().get_worker_id()}-{label}"
     selectors = [dict(room.labels)] * room.ranks if room.labels else None
     group = placement_group([room.bundle()] * room.ranks, strategy="PACK", name=name, bundle_label_selector=selectors)
     started_at_s = time.monotonic()

@@ -114,9 +114,9 @@ def hang_between_sections(rank: Any) -> dict[str, Any]:
 class KilledAtStart(RankProcess):
     """Rank 1 of the first start dies when it is asked where it is."""
 
-    def __init__(self, rank: int, attempt: str) -> None:
-        super().__init__(rank, attempt)
-        self._dies = rank == 1 and Path(attempt).name == "1.1"
+    def __init__(self, rank: int, folder: str) -> None:
+        super().__init__(rank, folder)
+        self._dies = rank == 1 and Path(folder).name == "1.1"
 
     def location(self) -> Any:
         if self._dies:
@@ -127,8 +127,8 @@ class KilledAtStart(RankProcess):
 class SilentAtStart(RankProcess):
     """Rank 1 never reports where it is."""
 
-    def __init__(self, rank: int, attempt: str) -> None:
-        super().__init__(rank, attempt)
+    def __init__(self, rank: int, folder: str) -> None:
+        super().__init__(rank, folder)
         self._silent = rank == 1
 
     def location(self) -> Any:
@@ -138,5 +138,5 @@ class SilentAtStart(RankProcess):
 
 
 class RefusesToStart(RankProcess):
-    def __init__(self, rank: int, attempt: str) -> None:
+    def __init__(self, rank: int, folder: str) -> None:
         raise ImportError("libcuda.so is missing\non this node")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from cluster.room import Room, describe_wait, shortfall
+from cluster.events import StageEvent, Waiting
+from cluster.failures import GangFailure
+from cluster.room import Room, describe_wait, reserve, shortfall
 
 GIB = 2.0**30
 Node = tuple[dict[str, float], dict[str, float]]
@@ -72,3 +77,67 @@ def test_a_wait_lists_eight_nodes_and_counts_the_others(monkeypatch: pytest.Monk
     text = describe_wait(Room(name="words", cpus_per_rank=2))
     assert text.endswith("0 of 2 CPUs on n7, and 2 more nodes")
     assert "n8" not in text
+
+
+class PendingGroup:
+    """A placement group that Ray places at the n-th look; half a second passes between looks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, placed_at: int) -> None:
+        self.looks = 0
+        self.removed = False
+        self._placed_at = placed_at
+        clock = itertools.count()
+        monkeypatch.setattr("cluster.room.time", SimpleNamespace(monotonic=lambda: next(clock) / 2))
+        monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_worker_id=lambda: "ab12"))
+        groups = importlib.import_module("ray.util.placement_group")  # `ray.util` has a function of the same name
+        monkeypatch.setattr(groups, "placement_group", lambda bundles, **options: self)
+        monkeypatch.setattr(groups, "remove_placement_group", self._remove)
+
+    def wait(self, timeout_s: float) -> bool:
+        self.looks += 1
+        return self.looks == self._placed_at
+
+    def _remove(self, group: Any) -> None:
+        self.removed = True
+
+
+def wait_events(room: Room, *, deadline_s: float = 60, stop_at: int | None = None) -> list[StageEvent]:
+    events: list[StageEvent] = []
+    looks = itertools.count(1)
+    with reserve(room, "1.1", deadline_s, on_event=events.append, should_stop=lambda: next(looks) == stop_at) as group:
+        assert (group is None) is (stop_at is not None)
+    return events
+
+
+def test_a_wait_for_cpus_in_use_is_reported_once_after_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, ({"CPU": 2.0}, {"CPU": 1.0}))
+    short = PendingGroup(monkeypatch, placed_at=3)
+    assert wait_events(Room(name="pretrain", ranks=2)) == []
+    assert short.removed
+    PendingGroup(monkeypatch, placed_at=100)
+    assert wait_events(Room(name="pretrain", ranks=2)) == [Waiting("waiting for 2 ranks of 1 CPU; free now: 1 of 2 CPUs on n0")]
+
+
+def test_a_wait_while_enough_is_free_is_reported_only_after_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, ({"CPU": 2.0}, {"CPU": 2.0}))
+    PendingGroup(monkeypatch, placed_at=21)
+    assert wait_events(Room(name="pretrain", ranks=2)) == []
+    PendingGroup(monkeypatch, placed_at=22)
+    assert [type(event) for event in wait_events(Room(name="pretrain", ranks=2))] == [Waiting]
+
+
+def test_a_stop_ends_the_wait_and_frees_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, ({"CPU": 2.0}, {}))
+    group = PendingGroup(monkeypatch, placed_at=100)
+    assert wait_events(Room(name="pretrain"), stop_at=2) == []
+    assert (group.looks, group.removed) == (2, True)
+
+
+def test_resources_in_use_are_waited_for_beyond_the_deadline_and_lost_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, ({"CPU": 2.0}, {}))
+    PendingGroup(monkeypatch, placed_at=100)
+    assert len(wait_events(Room(name="pretrain", ranks=2), deadline_s=5)) == 1
+    lost = PendingGroup(monkeypatch, placed_at=100)
+    with pytest.raises(GangFailure, match=r"a node was lost; none replaced it within start_deadline_s = 5$"):
+        wait_events(Room(name="pretrain", ranks=3), deadline_s=5)
+    assert lost.removed
