@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-KNOCK_S = 5.0
-ANSWER_S = 90.0
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 90.0
 STOP_WAIT_S = 60
 """Time between SIGTERM and SIGKILL when Ray stops a job, to finish a step and save a checkpoint; Ray's default of 3 s is too short."""
 OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
@@ -62,7 +62,7 @@ class Jobs:
                 "on it. Set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token, or pass --insecure"
             )
         self._has_token = secret is not None
-        self._knock(url)
+        self._check_reachable(url)
         with self._translated_errors(), _without_variables(OVERRIDES):
             self._client = _client(self.address, {} if secret is None else {"Authorization": f"Bearer {secret}"})
 
@@ -90,11 +90,11 @@ class Jobs:
         with self._translated_errors(), _none_if_unknown():
             self._client.stop_job(name)
 
-    def _knock(self, url: SplitResult) -> None:
+    def _check_reachable(self, url: SplitResult) -> None:
         """Raise ConnectionError at once if nothing listens, where Ray's client would wait for minutes."""
         port = url.port or {"http": 80, "https": 443}[url.scheme]
         try:
-            socket.create_connection((url.hostname or "", port), timeout=KNOCK_S).close()
+            socket.create_connection((url.hostname or "", port), timeout=CONNECT_TIMEOUT_S).close()
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
             raise ConnectionError(
@@ -176,7 +176,7 @@ def _client(address: str, headers: dict[str, str]) -> Any:
         """Adds a timeout: Ray's client waits for an answer without limit."""
 
         def _do_request(self, *arguments: Any, **named: Any) -> Any:
-            return super()._do_request(*arguments, timeout=ANSWER_S, **named)
+            return super()._do_request(*arguments, timeout=ANSWER_TIMEOUT_S, **named)
 
     return Client(address, headers=headers)
 

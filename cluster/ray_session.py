@@ -23,8 +23,8 @@ from cluster.failures import describe_death
 from cluster.room import remove_groups_of
 
 LOOPBACK = ("127.", "localhost", "[::1]")
-KNOCK_S = 5.0
-STARTS = 2
+CONNECT_TIMEOUT_S = 5.0
+START_ATTEMPTS = 2
 E = TypeVar("E")
 """Type of the events that a task sends."""
 R = TypeVar("R")
@@ -98,7 +98,7 @@ def _init(options: Mapping[str, Any]) -> None:
     """Call `ray.init`, and once more if its processes were too slow: it gives them 30 s, which can't be configured."""
     import ray
 
-    for _ in range(STARTS):
+    for _ in range(START_ATTEMPTS):
         try:
             ray.init(configure_logging=False, **options)
             return
@@ -107,18 +107,18 @@ def _init(options: Mapping[str, Any]) -> None:
                 raise
             ray.shutdown()
     raise RuntimeError(
-        f"its processes did not start within 30 s, in {STARTS} attempts; the machine is too busy, so end other work on it and run again"
+        f"its processes did not start within 30 s, in {START_ATTEMPTS} attempts; the machine is too busy, so end other work on it and run again"
     )
 
 
 def _check_reachable(address: str) -> None:
-    """Raise OSError at once if nothing listens, or after KNOCK_S without an answer; Ray itself would try for minutes.
+    """Raise OSError at once if nothing listens, or after CONNECT_TIMEOUT_S without an answer; Ray itself would try for minutes.
 
     Names such as "auto" are left to Ray.
     """
     host, colon, port = address.rpartition(":")
     if colon and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def _worker_environment(code_path: Path, environment: Mapping[str, str]) -> dict[str, str]:
@@ -181,7 +181,7 @@ class Task(Generic[E, R]):
             except StopIteration:
                 self._finish(TaskDied(f"{self.name}: the task ended without a result; run again"))
             except Exception as error:
-                self._finish(_translated(self.name, error))
+                self._finish(_readable(self.name, error))
             else:
                 if isinstance(item, _Started):
                     self._worker_id = item.worker_id
@@ -310,7 +310,7 @@ def _private_output() -> Iterator[None]:
             os.close(copy)
 
 
-def _translated(name: str, error: Exception) -> BaseException:
+def _readable(name: str, error: Exception) -> BaseException:
     """The function's own exception, or a TaskDied whose message says why the process ended."""
     from ray import exceptions as rays
 
@@ -340,7 +340,7 @@ def ask_nodes(question: Callable[[], str | None], deadline_s: float) -> dict[str
         try:
             answers[names[ref]] = ray.get(ref)
         except Exception as error:
-            answers[names[ref]] = f"can't answer: {_translated('the question', error)}"
+            answers[names[ref]] = f"can't answer: {_readable('the question', error)}"
     for ref in silent:
         ray.cancel(ref, force=True)
         answers[names[ref]] = f"did not answer within {deadline_s:g} s"
