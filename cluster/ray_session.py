@@ -107,7 +107,7 @@ def _init(options: Mapping[str, Any]) -> None:
                 raise
             ray.shutdown()
     raise RuntimeError(
-        f"its processes did not start within 30 s, in {START_ATTEMPTS} attempts; the machine is too busy, so end other work on it and run again"
+        f"its processes did not start within 30 s, in {START_ATTEMPTS} attempts; the machine is too busy: end other work on it and retry"
     )
 
 
@@ -181,7 +181,7 @@ class Task(Generic[E, R]):
             except StopIteration:
                 self._finish(TaskDied(f"{self.name}: the task ended without a result; run again"))
             except Exception as error:
-                self._finish(_readable(self.name, error))
+                self._finish(_readable_error(self.name, error))
             else:
                 if isinstance(item, _Started):
                     self._worker_id = item.worker_id
@@ -310,7 +310,7 @@ def _private_output() -> Iterator[None]:
             os.close(copy)
 
 
-def _readable(name: str, error: Exception) -> BaseException:
+def _readable_error(name: str, error: Exception) -> BaseException:
     """The function's own exception, or a TaskDied whose message says why the process ended."""
     from ray import exceptions as rays
 
@@ -340,7 +340,7 @@ def ask_nodes(question: Callable[[], str | None], deadline_s: float) -> dict[str
         try:
             answers[names[ref]] = ray.get(ref)
         except Exception as error:
-            answers[names[ref]] = f"can't answer: {_readable('the question', error)}"
+            answers[names[ref]] = f"can't answer: {_readable_error('the question', error)}"
     for ref in silent:
         ray.cancel(ref, force=True)
         answers[names[ref]] = f"did not answer within {deadline_s:g} s"
