@@ -1,7 +1,7 @@
-"""Which checkpoint to go on from: step folders of a stage's attempts, read and verified without torch.
+"""Choose the checkpoint to resume from: the step folders of a stage's attempts, read and verified without torch.
 
 A stage's work folder holds one folder per start of its gang, `work/<key>/<series>.<start>/step-00000500/`. A series is one
-attempt that a person asked for; it never reads another's. Writing is `cluster/rank.py`'s.
+attempt that a person requested; it never reads another series. Writing is in `cluster/rank_checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ class Checkpoint:
 
     folder: Path
     step: int
-    """Steps that were finished when it was written."""
+    """Number of finished steps when it was written."""
     manifest: Mapping[str, Any]
 
     def entries(self) -> list[commit.FileEntry]:
         return [commit.FileEntry(**file) for file in self.manifest["files"]]
 
     def fits(self, identity: Mapping[str, Any]) -> str | None:
-        """Why a gang of this identity cannot load it, as a sentence; None when it can."""
+        """Why a gang of this identity can't load it, as a sentence; None if it can."""
         found = self.manifest["identity"]
         differ = [key for key in _SETTINGS if key in identity and found.get(key) != identity[key]]
         if not differ:
             return None
-        made, asked = _in_words(found, differ), _in_words(identity, differ)
+        made, requested = _describe(found, differ), _describe(identity, differ)
         return (
-            f"the checkpoint at step {self.step} was made with {made} and this run asks for {asked}: its state can't be "
-            f"loaded so; ask for {made} to go on, or make the stage afresh to begin at step 0"
+            f"the checkpoint at step {self.step} was made with {made}, but this run asks for {requested} and can't load it; "
+            f"set {made} to resume, or rebuild the stage from step 0"
         )
 
 
-def _in_words(identity: Mapping[str, Any], keys: Iterable[str]) -> str:
-    """ "engine = torch": an engine without ZeRO has no stage of it, and nobody can ask for none."""
+def _describe(identity: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """ "engine = torch": without zero_stage for an engine that has none, since a user can't set that."""
     return ", ".join(f"{_SETTINGS[key]} = {identity[key]}" for key in keys if identity.get(key) is not None)
 
 
@@ -73,28 +73,28 @@ def new_attempt(work: Path, series: int) -> Path:
 
 
 def newest_checkpoint(folders: Iterable[Path], *, verify: bool = True) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint in these attempts' folders, and a sentence for each newer one that was passed over.
+    """The newest intact checkpoint in these attempts' folders, and a sentence for each newer one that was skipped.
 
-    `verify=False` trusts the manifests without reading the files: enough to say that a stage would resume, not to load.
+    `verify=False` trusts the manifests and doesn't read the files: enough to plan a resume, not to load.
     """
     skipped: list[str] = []
     for step, folder in _newest_first(folders):
         try:
             manifest = commit.read_manifest(folder)
             if manifest is None:
-                skipped.append(f"{folder} has no manifest: it was never finished")
+                skipped.append(f"skipped the checkpoint {folder}: it has no manifest, so it was never finished")
                 continue
             checkpoint = Checkpoint(folder, step, manifest)
             entries = checkpoint.entries()
             if manifest["schema"] != SCHEMA or manifest["step"] != step or not isinstance(manifest["identity"], dict):
-                raise ValueError(f"schema {manifest['schema']!r}, step {manifest['step']!r}; expected {SCHEMA!r}, step {step}")
+                raise ValueError(f"expected schema {SCHEMA!r}, step {step}; found {manifest['schema']!r}, step {manifest['step']!r}")
         except (ValueError, KeyError, TypeError) as error:
-            skipped.append(f"{folder} has an unreadable manifest ({error}); it is passed over")
+            skipped.append(f"skipped the checkpoint {folder}: its manifest can't be read ({error})")
             continue
         problems = commit.check(folder, entries) if verify else []
         if not problems:
             return checkpoint, skipped
-        skipped.append(f"{folder} is damaged and passed over: {'; '.join(problems)}")
+        skipped.append(f"skipped the checkpoint {folder}: it is damaged ({'; '.join(problems)})")
     return None, skipped
 
 

@@ -1,6 +1,6 @@
-"""The one write protocol: what has no manifest does not exist, and what has one is whole.
+"""The write protocol: a folder without a manifest does not exist, and a folder with one is complete.
 
-Files and folders are made under a temporary name beside their place, flushed to disk, and renamed. Checkpoints and the
+Files and folders are made under a temporary name beside their final one, flushed to disk, and renamed. Checkpoints and the
 store both write through here. Leaves out object stores, which have no rename: there the manifest is written last.
 """
 
@@ -34,7 +34,7 @@ class FileEntry:
 
 
 def temporary_for(path: Path) -> Path:
-    """A fresh name beside `path` that `is_temporary` knows."""
+    """A new name beside `path` that `is_temporary` recognises."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
@@ -43,12 +43,12 @@ def is_temporary(path: Path) -> bool:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What interrupted writers left directly in `folder`; the caller knows that no writer is alive."""
+    """The temporary files and folders that interrupted writers left directly in `folder`. No writer may be alive."""
     return sorted(path for path in folder.iterdir() if is_temporary(path)) if folder.is_dir() else []
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder; a folder disappears in one moment, never file by file under its own name."""
+    """Delete a file or folder. A folder disappears at once, never file by file under its own name."""
     if path.is_dir() and not path.is_symlink():
         trash = path if is_temporary(path) else temporary_for(path)
         if trash != path:
@@ -60,12 +60,12 @@ def remove(path: Path) -> None:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The bytes that a manifest is written and digested as: sorted keys, UTF-8, no NaN, a newline at the end."""
+    """The form in which a manifest is written and hashed: sorted keys, UTF-8, no NaN, a newline at the end."""
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_file(path: Path, data: bytes, *, if_absent: bool = False) -> bool:
-    """Write a whole file at once; with `if_absent` only where none is (False: there was one, and it stays as it was)."""
+    """Write a file atomically. With `if_absent`, leave an existing file unchanged and return False."""
     temporary = temporary_for(path)
     try:
         _write_flushed(temporary, data)
@@ -73,7 +73,7 @@ def write_file(path: Path, data: bytes, *, if_absent: bool = False) -> bool:
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                # a request to NFS whose answer was lost is sent again, and finds what it made itself
+                # After a lost answer, NFS repeats the request, which then finds the link that it made itself.
                 if temporary.stat().st_nlink == 1:
                     return False
         else:
@@ -90,23 +90,23 @@ def sha256_file(path: Path) -> str:
 
 
 def describe(folder: Path) -> list[FileEntry]:
-    """Every file below `folder`, sorted by path. Links and devices are refused, and names that a committed folder leaves out."""
+    """Every file below `folder`, sorted by path. Rejects links, devices, and names that a committed folder ignores."""
     entries = []
     for relative, path in _all_files(folder):
         if relative == MANIFEST:
-            raise ValueError(f"{path}: a folder's own {MANIFEST} is written when it is committed; give this file another name")
+            raise ValueError(f"{path} has the name of the manifest, which is written when the folder is committed; rename the file")
         if is_temporary(path):
-            raise ValueError(f"{path} is named as what an interrupted writer leaves, which nobody would read; give it another name")
+            raise ValueError(f"{path} has a name of the form X.tmp-Y, which marks leftovers of interrupted writers; rename the file")
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise ValueError(f"{path} is a link or a device: a committed folder holds regular files only; put the file itself there")
+            raise ValueError(f"{path} is a link or a device, but an artifact holds only regular files; copy the file itself there")
         entries.append(FileEntry(relative, path.stat().st_size, sha256_file(path)))
     return entries
 
 
 def check(folder: Path, entries: list[FileEntry], *, only: Container[str] | None = None) -> list[str]:
-    """How `folder` differs from what was committed, in words; an empty list when it is whole.
+    """How `folder` differs from what was committed, in words; an empty list if it is intact.
 
-    `only` names the files whose bytes are read; presence and extra files are looked at in any case.
+    `only` names the files whose bytes are read; missing and extra files are found in any case.
     """
     present = dict(_files(folder))
     problems = []
@@ -117,15 +117,15 @@ def check(folder: Path, entries: list[FileEntry], *, only: Container[str] | None
         elif not stat.S_ISREG(path.lstat().st_mode):
             problems.append(f"{entry.path} is a link or a device, not a file")
         elif (size := path.stat().st_size) != entry.bytes:
-            problems.append(f"{entry.path} has {size:,} bytes, the manifest says {entry.bytes:,}")
+            problems.append(f"{entry.path} has {size:,} bytes, expected {entry.bytes:,}")
         elif (only is None or entry.path in only) and (found := sha256_file(path)) != entry.sha256:
-            problems.append(f"{entry.path} has sha256 {found[:12]}, the manifest says {entry.sha256[:12]}")
+            problems.append(f"{entry.path} has sha256 {found[:12]}, expected {entry.sha256[:12]}")
     problems += [f"{extra} is not in the manifest" for extra in present]
     return problems
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a committed folder; None when it has none, ValueError when it cannot be read as one."""
+    """The manifest of a committed folder; None if there is none, ValueError if it can't be read."""
     try:
         data = (folder / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -136,13 +136,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{folder / MANIFEST} is not JSON ({error}); it was damaged after it was written") from error
     if not isinstance(manifest, dict):
         raise ValueError(
-            f"{folder / MANIFEST} holds a {type(manifest).__name__}, a manifest is an object; it was damaged after it was written"
+            f"expected a JSON object in {folder / MANIFEST}, found a {type(manifest).__name__}; it was damaged after it was written"
         )
     return manifest
 
 
 def commit_folder(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Make `final` of `temporary` in one moment; where a committed `final` is already, only remove `temporary`."""
+    """Turn `temporary` into `final` atomically; if `final` is already committed, only remove `temporary`."""
     if (final / MANIFEST).exists():
         remove(temporary)
         return
@@ -172,7 +172,7 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make names in `folder` survive a power cut: a rename is durable only when its folder is."""
+    """Make the names in `folder` survive a power cut: a rename is durable only once its folder is flushed."""
     fsync_file(folder)
 
 
@@ -185,7 +185,7 @@ def _write_flushed(path: Path, data: bytes) -> None:
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     for relative, path in _all_files(folder):
-        if relative != MANIFEST and not is_temporary(path):  # what an interrupted writer left is no part of the folder
+        if relative != MANIFEST and not is_temporary(path):  # leftovers of interrupted writers don't count
             yield relative, path
 
 

@@ -47,7 +47,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Waiting(Notice):
-    """A gang is waiting for resources that are in use."""
+    """The gang is waiting for its resources."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class GangStarted(Notice):
 
 @dataclass(frozen=True)
 class Restart(Notice):
-    """A rank was lost and the gang starts again."""
+    """The gang lost a rank and starts again."""
 
     start: int
     """Which start of the gang this is, from 2."""
@@ -68,7 +68,7 @@ class Restart(Notice):
 
 @dataclass(frozen=True)
 class Stacks(Notice):
-    """What every thread of a hung rank was doing."""
+    """What every thread of a rank was doing when the gang hung."""
 
     rank: int
 
@@ -78,7 +78,7 @@ class CheckpointSaved:
     """A checkpoint was committed."""
 
     step: int
-    """Steps that were finished when it was written."""
+    """Number of finished steps when it was written."""
     bytes: int
     seconds: float
 

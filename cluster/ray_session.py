@@ -1,7 +1,7 @@
-"""The door to a Ray cluster: open a session, see what it has, run a function as a task whose events stream back.
+"""A session on a Ray cluster: open one, run a function as a task that streams its events back, query the nodes.
 
-Leaves out gangs (`cluster/gang.py`). Workers import our packages from the code snapshot that `start` is given, whatever
-is edited meanwhile.
+Workers import our packages from the code snapshot passed to `start`, so edits during a run have no effect. Leaves out gangs
+(`cluster/gang.py`).
 """
 
 from __future__ import annotations
@@ -19,25 +19,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+from cluster.failures import describe_death
+from cluster.room import remove_groups_of
+
 LOOPBACK = ("127.", "localhost", "[::1]")
-KNOCK_S = 5.0
-STARTS = 2
+CONNECT_TIMEOUT_S = 5.0
+START_ATTEMPTS = 2
 E = TypeVar("E")
-"""What a task sends while it runs."""
+"""Type of the events that a task sends."""
 R = TypeVar("R")
-"""What it returns."""
+"""Type of its return value."""
 
 
 class TaskDied(Exception):
-    """A task's process ended without an answer: killed, crashed, out of memory, or its node lost."""
+    """A task's process ended without an answer: it was killed, crashed, ran out of memory, or its node was lost."""
 
 
 @dataclass(frozen=True)
 class Session:
     address: str
-    """What other drivers would connect to."""
+    """The address to which other drivers would connect."""
     local: bool
-    """Started here, and ends with this process."""
+    """True if the session was started here; it then ends with this process."""
 
 
 @contextlib.contextmanager
@@ -50,68 +53,72 @@ def start(
 ) -> Iterator[Session]:
     """Open a session for the `with` block: `local` starts one on the loopback interface, another address joins that cluster.
 
-    `code_path` holds `pipelines`, `gpt` and `cluster` as the workers shall import them. `environment` reaches every worker;
-    folders in its PYTHONPATH come after `code_path`.
+    Workers import `pipelines`, `gpt` and `cluster` from `code_path`. `environment` is set for every worker; folders in its
+    PYTHONPATH come after `code_path`.
     """
     code_path = code_path.resolve()
     if not (code_path / "cluster").is_dir():
-        raise ValueError(f"code_path = {code_path} has no folder cluster/: want the folder that holds our packages")
+        raise ValueError(f"code_path = {code_path} has no folder cluster/; expected the folder that holds pipelines/, gpt/ and cluster/")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if address != "local":
-        _knock(address)
+        _check_reachable(address)
     if address == "local":
-        _secret_for_this_process()
+        _set_secret()
     if address == "local" or address.startswith(LOOPBACK):
-        # Ray's switch for laptops: off, every one of its processes listens on the loopback interface alone. Read at import.
+        # Off, this switch of Ray's makes all of its processes listen only on the loopback interface. It is read when ray is imported.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
     if ray.is_initialized():
-        raise RuntimeError("this process has a Ray session already: close it before starting another")
+        raise RuntimeError("this process already has a Ray session; close it before starting another")
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.WARNING}
     workers = _worker_environment(code_path, environment or {})
     if address == "local":
-        # Its workers inherit this process's environment: one of Ray's making would keep them from being started ahead (1 s each).
+        # Local workers inherit this process's environment: with a runtime_env, Ray couldn't start them ahead of time (1 s each).
         options |= {"num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         inherited = workers
     else:
         options["runtime_env"] = {"env_vars": workers}
         inherited = {}
     try:
-        # Ray puts the driver's working folder at init first on every worker's sys.path, ahead of PYTHONPATH and of an editable install.
+        # Ray puts the folder in which the driver called init first on every worker's sys.path, before PYTHONPATH and editable installs.
         with contextlib.chdir(code_path), _environment(inherited):
             _init(options)
         session = Session(address=ray.get_runtime_context().gcs_address, local=address == "local")
         if session.local and not session.address.startswith(LOOPBACK):
-            raise RuntimeError(f"the local Ray session would listen on {session.address}: import cluster.ray_session's start before ray")
+            raise RuntimeError(
+                f"the local Ray session would listen on {session.address}, expected a loopback address; call start before importing ray"
+            )
         yield session
     finally:
         ray.shutdown()
 
 
 def _init(options: Mapping[str, Any]) -> None:
-    """`ray.init`, tried again where its processes were too slow: it gives them 30 s, a number that nobody can set."""
+    """Call `ray.init`, and once more if its processes were too slow: it gives them 30 s, which can't be configured."""
     import ray
 
-    for _ in range(STARTS):
+    for _ in range(START_ATTEMPTS):
         try:
             ray.init(configure_logging=False, **options)
             return
-        except Exception as error:  # a bare one
+        except Exception as error:  # Ray raises a bare Exception
             if "timed out during startup" not in str(error):
                 raise
             ray.shutdown()
-    raise RuntimeError(f"its processes did not come up within 30 s, {STARTS} times; the machine is too busy, look at what else runs on it")
+    raise RuntimeError(
+        f"its processes did not start within 30 s, in {START_ATTEMPTS} attempts; the machine is too busy: end other work on it and retry"
+    )
 
 
-def _knock(address: str) -> None:
-    """OSError at once where nothing listens, after KNOCK_S where nobody answers; Ray itself would try for minutes.
+def _check_reachable(address: str) -> None:
+    """Raise OSError at once if nothing listens, or after CONNECT_TIMEOUT_S without an answer; Ray itself would try for minutes.
 
-    Names such as "auto" are Ray's to look up.
+    Names such as "auto" are left to Ray.
     """
     host, colon, port = address.rpartition(":")
     if colon and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def _worker_environment(code_path: Path, environment: Mapping[str, str]) -> dict[str, str]:
@@ -133,10 +140,10 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _secret_for_this_process() -> None:
-    """A local session answers only who knows its secret, which is never written to a file.
+def _set_secret() -> None:
+    """Protect a local session with a token that is never written to a file, unless the user chose one.
 
-    Left alone, Ray would write one into the home folder. Once per process, since Ray's C++ side reads it once.
+    Without this, Ray would write a token into the home folder. Set once per process, since Ray's C++ side reads it once.
     """
     if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
@@ -144,7 +151,7 @@ def _secret_for_this_process() -> None:
 
 
 class Task(Generic[E, R]):
-    """A submitted function; `poll` never blocks, so one driver can watch many."""
+    """A submitted function. `poll` never blocks, so one driver can watch many tasks."""
 
     def __init__(self, name: str, stream: Any) -> None:
         self.name = name
@@ -157,11 +164,11 @@ class Task(Generic[E, R]):
 
     @property
     def started(self) -> bool:
-        """False while it waits for room; as of the last poll."""
+        """Whether it was running at the last poll, rather than waiting for resources."""
         return self._worker_id is not None
 
     def poll(self) -> list[E]:
-        """The events that came in since the last poll."""
+        """The events since the last poll."""
         import ray
 
         events: list[E] = []
@@ -172,9 +179,9 @@ class Task(Generic[E, R]):
                     break
                 item = ray.get(next(self._stream))
             except StopIteration:
-                self._finish(TaskDied(f"{self.name}: the task ended without a result"))
+                self._finish(TaskDied(f"{self.name}: the task ended without a result; run again"))
             except Exception as error:
-                self._finish(_translated(self.name, error))
+                self._finish(_readable_error(self.name, error))
             else:
                 if isinstance(item, _Started):
                     self._worker_id = item.worker_id
@@ -186,14 +193,14 @@ class Task(Generic[E, R]):
         return events
 
     def result(self) -> R:
-        """What the function returned. Raises what it raised, or TaskDied; `done` is True first."""
-        assert self.done, "poll() until done, then ask for the result"
+        """The function's return value. Raises the function's exception, or TaskDied. Only valid once `done` is True."""
+        assert self.done, "call poll() until done before result()"
         if self._error is not None:
             raise self._error
         return cast(R, self._value)
 
     def cancel(self) -> None:
-        """End the task's process, and with it what the task started; `poll` until `done` follows."""
+        """End the task's process and everything it started; then `poll` until `done`."""
         import ray
 
         if not self.done:
@@ -206,7 +213,7 @@ class Task(Generic[E, R]):
         self._error = error
         self.done = True
         if isinstance(error, TaskDied) and self._worker_id is not None:
-            with contextlib.suppress(Exception):  # a cluster that is lost has no room to free, and the task's end is told all the same
+            with contextlib.suppress(Exception):  # a lost cluster has nothing to free, and the task's end is reported all the same
                 remove_groups_of(self._worker_id)
 
 
@@ -232,13 +239,13 @@ def submit(
     accelerator: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Task[E, R]:
-    """Run a module-level generator function as a task: what it yields are events, what it returns is the result.
+    """Run a module-level generator function as a task: it yields events and returns the result.
 
-    Never retried by Ray: who sees the failure decides. A stage that runs a gang asks for 0 CPUs.
+    Ray never retries it; the caller decides. A stage that runs a gang requests 0 CPUs, since the gang reserves its own.
     """
     import ray
 
-    assert ray.is_initialized(), "open a session first: Ray would start one of its own, of other settings"
+    assert ray.is_initialized(), "open a session first, or Ray would start its own with other settings"
     options: dict[str, Any] = {
         "name": name,
         "num_cpus": cpus,
@@ -264,13 +271,13 @@ def _stream(function: Callable[[Any], Generator[E, None, Any]], payload: Any) ->
 
 
 def streamed(work: Callable[[Callable[[E], None]], R]) -> Generator[E, None, R]:
-    """Run `work(emit)` in a thread and yield what it emits, as it comes; its return value is the generator's."""
+    """Run `work(emit)` in a thread and yield each event that it emits; returns its return value."""
     events: queue.SimpleQueue[E | None] = queue.SimpleQueue()
     outcome: list[Any] = []
 
     def run() -> None:
         try:
-            with _own_output():
+            with _private_output():
                 outcome[:] = [True, work(events.put)]
         except BaseException as error:
             outcome[:] = [False, error]
@@ -289,8 +296,8 @@ def streamed(work: Callable[[Callable[[E], None]], R]) -> Generator[E, None, R]:
 
 
 @contextlib.contextmanager
-def _own_output() -> Iterator[None]:
-    """What `work` does to stdout and stderr ends with it: Ray writes there before each later task of this process, or dies of it."""
+def _private_output() -> Iterator[None]:
+    """Undo changes to stdout and stderr at the end: Ray writes to them before each later task of this process, and fails if it can't."""
     kept = {number: os.dup(number) for number in (1, 2)}
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, errors="backslashreplace", closefd=False) for number in kept)
@@ -303,77 +310,38 @@ def _own_output() -> Iterator[None]:
             os.close(copy)
 
 
-def _translated(name: str, error: Exception) -> BaseException:
-    """What the function itself raised, or a TaskDied that says in a sentence why there is nothing of the kind."""
+def _readable_error(name: str, error: Exception) -> BaseException:
+    """The function's own exception, or a TaskDied whose message says why the process ended."""
     from ray import exceptions as rays
 
     if isinstance(error, rays.RayTaskError):
         cause = error.as_instanceof_cause().cause if hasattr(error, "as_instanceof_cause") else error.cause
         return cause if isinstance(cause, BaseException) else error
-    return TaskDied(f"{name}: {death_in_words(error)}")
-
-
-def death_in_words(error: Exception) -> str:
-    """Why Ray lost a process, as the end of a sentence."""
-    from ray import exceptions as rays
-
-    if isinstance(error, rays.OutOfMemoryError):
-        return (
-            f"ended by Ray's memory monitor, since its node ran out of memory; ask for fewer ranks or set memory_gib ({_first_line(error)})"
-        )
-    if isinstance(error, rays.NodeDiedError):
-        return f"its node was lost ({_first_line(error)})"
-    if isinstance(error, rays.RuntimeEnvSetupError):
-        return f"its environment could not be set up ({_first_line(error)})"
-    if isinstance(error, rays.TaskCancelledError):
-        return "cancelled"
-    if isinstance(error, (rays.WorkerCrashedError, rays.ActorDiedError)):
-        return (
-            "its process died without a word: it was killed (by SIGKILL, as the kernel does when memory runs out), "
-            "it crashed in native code, or its code called os._exit"
-        )
-    return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return TaskDied(f"{name}: its process {describe_death(error)}")
 
 
 def ask_nodes(question: Callable[[], str | None], deadline_s: float) -> dict[str, str]:
-    """Put a question to each node of the cluster, which holds nothing for it: {"node7 (10.0.0.7)": its answer}; None is left out.
+    """Run `question` on every node, without reserving resources: {"node7 (10.0.0.7)": its answer}; answers of None are left out.
 
-    A node that does not answer within `deadline_s` seconds, or can't, is told of in the same words. `question` reaches nodes that have
-    none of our packages when it is defined inside another function and imports what it needs: so Ray sends its code, not its name.
+    A node that raises or doesn't answer within `deadline_s` seconds has that as its answer. To reach nodes that lack our packages,
+    define `question` inside another function and let it import what it needs: then Ray sends its code rather than its name.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    asked = {}
+    names = {}
     for node in (node for node in ray.nodes() if node["Alive"]):
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ref = ray.remote(question).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote()
-        asked[ref] = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=deadline_s)
+        on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ref = ray.remote(question).options(num_cpus=0, max_retries=0, scheduling_strategy=on_node).remote()
+        names[ref] = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+    answered, silent = ray.wait(list(names), num_returns=len(names), timeout=deadline_s)
     answers: dict[str, str | None] = {}
     for ref in answered:
         try:
-            answers[asked[ref]] = ray.get(ref)
+            answers[names[ref]] = ray.get(ref)
         except Exception as error:
-            answers[asked[ref]] = f"can't answer: {_translated('the question', error)}"
+            answers[names[ref]] = f"can't answer: {_readable_error('the question', error)}"
     for ref in silent:
         ray.cancel(ref, force=True)
-        answers[asked[ref]] = f"did not answer within {deadline_s:g} s"
+        answers[names[ref]] = f"did not answer within {deadline_s:g} s"
     return {node: answer for node, answer in answers.items() if answer is not None}
-
-
-GROUP_PREFIX = "gptline-gang"
-
-
-def remove_groups_of(worker_id: str) -> None:
-    """Free what a dead process's gang held: Ray removes a placement group with its job, not with the task that made it."""
-    import ray
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
-
-    for group_id, group in placement_group_table().items():
-        if group["name"].startswith(f"{GROUP_PREFIX}-{worker_id}-") and group["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))

@@ -16,7 +16,15 @@ LAYERS = {"pipelines": {"pipelines", "gpt", "cluster"}, "gpt": {"gpt"}, "cluster
 DOORS = {
     "mlflow": ["pipelines/observe/tracking.py"],
     "deepspeed": ["cluster/deepspeed_engine.py"],
-    "ray": ["cluster/gang.py", "cluster/jobs.py", "cluster/ray_session.py"],
+    "ray": [
+        "cluster/failures.py",
+        "cluster/gang_launch.py",
+        "cluster/gang_start.py",
+        "cluster/jobs.py",
+        "cluster/rank_process.py",
+        "cluster/ray_session.py",
+        "cluster/room.py",
+    ],
     "datasets": ["pipelines/reading.py"],
     "typer": ["pipelines/cli.py"],
     "rich": ["pipelines/observe/progress.py"],

@@ -90,7 +90,8 @@ class Context:
         self.outcome = replace(self.outcome, figures=self.outcome.figures | {name: _number(name, value)})
 
     def gang(self, function: Callable[..., dict[str, Any] | None], *arguments: Any) -> dict[str, Any]:
-        from cluster.gang import GangSpec, run_gang, run_inline
+        from cluster.gang import run_gang, run_inline
+        from cluster.gang_spec import GangSpec
 
         job, resources = self._job, self._job.resources
         config = self._config

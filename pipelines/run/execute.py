@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.events import StageEvent
-from cluster.gang import GangFailure
+from cluster.failures import GangFailure
 from gpt.settings import Settings
 from pipelines.artifacts import Artifact
 from pipelines.plan.graph import Kind, load_kind

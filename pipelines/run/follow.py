@@ -122,7 +122,7 @@ def stop(store: Store, run: str, say: Callable[[str], None], connect: Connect, d
         say(sentence)
         if state is None or state.ended:
             return state is not None
-        if state.word == "PENDING":
+        if state.status == "PENDING":
             connect(_address(store, run)).stop(run)
     watch = Watch(store, driver_lease(run))
     until_s = time.monotonic() + deadline_s
@@ -181,7 +181,7 @@ def _standing(store: Store, run: str, connect: Connect) -> tuple[str, str]:
     state, sentence = (None, "") if job is None else _job_state(store, run, connect)
     if view.started_ms is None:
         assert job is not None
-        word = "SUBMITTED" if state is None else "STARTING" if state.word == "RUNNING" else state.word
+        word = "SUBMITTED" if state is None else "STARTING" if state.status == "RUNNING" else state.status
         return word, _sentence(sentence, _at("submitted", job.submitted_ms))
     if state is not None and state.ended:
         end_dead_run(store, run, f"its driver is gone: {sentence}")
@@ -203,8 +203,8 @@ def _job_state(store: Store, run: str, connect: Connect) -> tuple[JobState | Non
     if state is None:
         return None, f"the cluster at {address} has no such job: it was restarted since"
     code = "" if state.exit_code is None else f", exit code {state.exit_code}"
-    why = state.message.partition("\n")[0] if state.word == "FAILED" and state.exit_code is None else ""
-    return state, f"its job at {address} is {state.word}{code}" + (f": {why}" if why else "")
+    why = state.message.partition("\n")[0] if state.status == "FAILED" and state.exit_code is None else ""
+    return state, f"its job at {address} is {state.status}{code}" + (f": {why}" if why else "")
 
 
 def _job_log(store: Store, run: str, connect: Connect) -> str:

@@ -16,7 +16,7 @@ NODE_DEADLINE_S = 60.0
 
 
 def room_of(stage: Stage) -> dict[str, Any]:
-    """What a stage holds of the machines, a gang's ranks or one process, as the fields of `cluster.gang.Room`."""
+    """What a stage holds of the machines, a gang's ranks or one process, as the fields of `cluster.room.Room`."""
     resources = stage.resources
     where: dict[str, Any] = {"memory_gib": resources.memory_gib, "labels": resources.labels, "accelerator": resources.accelerator}
     if stage.kind.trains():
@@ -47,7 +47,7 @@ def lacks_here(stages: Iterable[Stage]) -> list[Fault]:
 
 def lacks_in_cluster(stages: Iterable[Stage]) -> list[Fault]:
     """What stages ask for that the open session does not have. Ray counts CPUs and memory in its own way, and knows labels."""
-    from cluster.gang import Room, shortfall
+    from cluster.room import Room, shortfall
 
     rooms = [Room(**room_of(stage)) for stage in stages]
     return [Fault(f"stages.{room.name}.resources", sentence) for room in rooms if (sentence := shortfall(room))]
@@ -55,9 +55,9 @@ def lacks_in_cluster(stages: Iterable[Stage]) -> list[Fault]:
 
 def waits_for(stage: Stage) -> str:
     """What a stage that has not started is waiting for, as a sentence."""
-    from cluster.gang import Room, waits_for
+    from cluster.room import Room, describe_wait
 
-    return waits_for(Room(**room_of(stage)))
+    return describe_wait(Room(**room_of(stage)))
 
 
 def unshared(store: Store) -> list[Fault]:

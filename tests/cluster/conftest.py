@@ -1,4 +1,4 @@
-"""A Ray session per module for the tests that start one, and the path by which workers find the tests' own functions."""
+"""A Ray session per module for the tests that need one, and the path on which workers find the tests' functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-# Functions go to other processes by reference, so these must know them by the same plain name as the tests do.
+# Functions are sent to other processes by reference, so those must import them by the same name as the tests.
 sys.path.insert(0, str(HERE))
 
 

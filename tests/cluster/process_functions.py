@@ -1,4 +1,4 @@
-"""What the tests run in plain processes with a gloo group, without Ray: engines side by side."""
+"""Functions that the tests run in plain processes with a gloo group, without Ray: both engines side by side."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def first_model() -> GPT:
 def train(
     make: Any, config: TrainSettings, rank: int, world_size: int, *, save: Path | None = None, load: Path | None = None
 ) -> dict[str, Any]:
-    """Fifty steps of two unequal passes each; what `gpt.pretrain` does, laid open. The fifth step's loss is looked at in eval mode too."""
+    """Fifty steps of two unequal passes each, as in `gpt.pretrain`; after step 5 there is a forward pass in eval mode too."""
     model = first_model()
     engine = make(model, parameter_groups(model, config.weight_decay), config, device=torch.device("cpu"), world_size=world_size)
     if load:
@@ -82,7 +82,7 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def without_key_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A key's bias shifts all scores of a query alike, so its gradient is rounding, which Adam blows up to whole steps."""
+    """A key's bias shifts all scores of a query equally, so its gradient is rounding noise, which Adam scales up to whole steps."""
     return {
         name: weight[[*range(WIDTH), *range(2 * WIDTH, 3 * WIDTH)]] if "qkv.bias" in name else weight for name, weight in weights.items()
     }

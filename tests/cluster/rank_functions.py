@@ -1,4 +1,4 @@
-"""What the tests run on ranks: a small training loop, and ways to go wrong in it."""
+"""Functions that the tests run on ranks: a small training loop, and faults in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.gang import _RankProcess
+from cluster.rank_process import RankProcess
 from gpt.settings import TrainSettings
 
 
@@ -40,9 +40,9 @@ def micro_batch(config: TrainSettings, step: int, rank: int, world_size: int) ->
 
 
 def train(rank: Any, config: TrainSettings, output: str, fault: str = "") -> dict[str, Any] | None:
-    """Regression; dropout draws from torch's own generator, so that a resume must restore it.
+    """Regression. Dropout draws from torch's global generator, so a resume must restore it.
 
-    `fault` is "kind:rank:step" and strikes in mid-step, once: a marker file in `output` keeps it from coming again.
+    `fault` is "kind:rank:step" and strikes once, in the middle of a step: a marker file in `output` keeps it from recurring.
     """
     with rank.section("start", config.start_deadline_s):
         model = small_model()
@@ -111,32 +111,32 @@ def hang_between_sections(rank: Any) -> dict[str, Any]:
     return {"stopped": rank.should_stop()}
 
 
-class KilledAtStart(_RankProcess):
-    """Rank 1 dies as it is introduced to the others, once."""
+class KilledAtStart(RankProcess):
+    """Rank 1 of the first start dies when it is asked where it is."""
 
-    def __init__(self, rank: int, attempt: str) -> None:
-        super().__init__(rank, attempt)
-        self._dies = rank == 1 and Path(attempt).name == "1.1"
+    def __init__(self, rank: int, folder: str) -> None:
+        super().__init__(rank, folder)
+        self._dies = rank == 1 and Path(folder).name == "1.1"
 
-    def where(self) -> Any:
+    def location(self) -> Any:
         if self._dies:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().where()
+        return super().location()
 
 
-class SilentAtStart(_RankProcess):
-    """Rank 1 never says where it is."""
+class SilentAtStart(RankProcess):
+    """Rank 1 never reports where it is."""
 
-    def __init__(self, rank: int, attempt: str) -> None:
-        super().__init__(rank, attempt)
+    def __init__(self, rank: int, folder: str) -> None:
+        super().__init__(rank, folder)
         self._silent = rank == 1
 
-    def where(self) -> Any:
+    def location(self) -> Any:
         if self._silent:
             time.sleep(600)
-        return super().where()
+        return super().location()
 
 
-class RefusesToStart(_RankProcess):
-    def __init__(self, rank: int, attempt: str) -> None:
+class RefusesToStart(RankProcess):
+    def __init__(self, rank: int, folder: str) -> None:
         raise ImportError("libcuda.so is missing\non this node")

@@ -1,4 +1,4 @@
-"""What the tests run as tasks."""
+"""Functions that the tests run as tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster import ray_session
-from cluster.gang import GangSpec, run_gang
+from cluster.gang import run_gang
+from cluster.gang_spec import GangSpec
 
 
 def whereabouts(rank: Any) -> dict[str, Any]:

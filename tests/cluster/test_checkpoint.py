@@ -1,4 +1,4 @@
-"""Which checkpoint a gang goes on from when some of them are damaged, unfinished or another gang's."""
+"""Which checkpoint a gang resumes from when some are damaged, unfinished or made by another gang."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write(attempt: Path, step: int) -> Path:
     return final
 
 
-def test_the_newest_step_of_all_starts_is_taken(tmp_path: Path) -> None:
+def test_the_newest_step_of_all_starts_is_chosen(tmp_path: Path) -> None:
     write(tmp_path / "1.1", 100)
     write(tmp_path / "1.2", 50)
     found, skipped = checkpoint.newest_checkpoint(checkpoint.attempts(tmp_path, 1))
@@ -29,7 +29,7 @@ def test_the_newest_step_of_all_starts_is_taken(tmp_path: Path) -> None:
     assert (found.step, skipped) == (100, [])
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path: Path) -> None:
     write(tmp_path / "1.1", 50)
     cut, flipped, unmarked, garbled = (write(tmp_path / "1.1", step) for step in (100, 150, 200, 250))
     (cut / "weights").write_bytes(b"1")
@@ -44,7 +44,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path) -> None:
     assert ["is not JSON" in skipped[0], "no manifest" in skipped[1], "sha256" in skipped[2], "1 bytes" in skipped[3]] == [True] * 4
 
 
-def test_unfinished_folders_and_other_series_are_not_looked_at(tmp_path: Path) -> None:
+def test_unfinished_folders_and_other_series_are_ignored(tmp_path: Path) -> None:
     write(tmp_path / "2.1", 50)
     write(tmp_path / "1.1", 10).rename(tmp_path / "1.1" / "step-00000099.tmp-3")
     assert checkpoint.newest_checkpoint(checkpoint.attempts(tmp_path, 1)) == (None, [])
@@ -52,7 +52,7 @@ def test_unfinished_folders_and_other_series_are_not_looked_at(tmp_path: Path) -
     assert checkpoint.new_attempt(tmp_path, 3).name == "3.1"
 
 
-def test_a_checkpoint_says_which_gang_can_load_it(tmp_path: Path) -> None:
+def test_a_checkpoint_can_be_loaded_by_a_gang_of_the_same_ranks_and_zero_stage(tmp_path: Path) -> None:
     write(tmp_path / "1.1", 50)
     found, _ = checkpoint.newest_checkpoint([tmp_path / "1.1"], verify=False)
     assert found is not None
@@ -60,20 +60,20 @@ def test_a_checkpoint_says_which_gang_can_load_it(tmp_path: Path) -> None:
     assert found.fits({**IDENTITY, "versions": {"torch": "2.14"}}) is None
     problem = found.fits({**IDENTITY, "world_size": 1, "zero_stage": 3})
     assert problem is not None
-    assert "made with ranks = 2, zero_stage = 1 and this run asks for ranks = 1, zero_stage = 3" in problem
+    assert "made with ranks = 2, zero_stage = 1, but this run asks for ranks = 1, zero_stage = 3" in problem
 
 
-def test_an_engine_without_zero_has_no_stage_that_one_could_ask_for(tmp_path: Path) -> None:
+def test_the_zero_stage_of_an_engine_without_zero_is_not_mentioned(tmp_path: Path) -> None:
     write(tmp_path / "1.1", 50)
     found, _ = checkpoint.newest_checkpoint([tmp_path / "1.1"], verify=False)
     assert found is not None
     assert found.fits({**IDENTITY, "engine": "torch", "zero_stage": None}) == (
-        "the checkpoint at step 50 was made with engine = deepspeed, zero_stage = 1 and this run asks for engine = torch: its state "
-        "can't be loaded so; ask for engine = deepspeed, zero_stage = 1 to go on, or make the stage afresh to begin at step 0"
+        "the checkpoint at step 50 was made with engine = deepspeed, zero_stage = 1, but this run asks for engine = torch and can't "
+        "load it; set engine = deepspeed, zero_stage = 1 to resume, or rebuild the stage from step 0"
     )
 
 
-def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+def test_the_two_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (10, 20, 30, 100000000):
         write(tmp_path, step)
     checkpoint.prune(tmp_path, keep=2)

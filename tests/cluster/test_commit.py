@@ -1,4 +1,4 @@
-"""The write protocol: a reader never sees half of anything, wherever the writer is killed."""
+"""The write protocol: a reader never sees a partial file or folder, wherever the writer is killed."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def committed(folder: Path, files: dict[str, bytes]) -> list[commit.FileEntry]:
     return entries
 
 
-def test_a_second_writer_of_an_absent_file_is_told_that_it_came_late(tmp_path: Path) -> None:
+def test_the_second_of_two_if_absent_writers_returns_false_and_changes_nothing(tmp_path: Path) -> None:
     assert commit.write_file(tmp_path / "lease", b"first", if_absent=True)
     assert not commit.write_file(tmp_path / "lease", b"second", if_absent=True)
     assert (tmp_path / "lease").read_bytes() == b"first"
     assert [path.name for path in tmp_path.iterdir()] == ["lease"]
 
 
-def test_a_link_that_nfs_made_before_it_was_asked_again_is_the_writers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_that_nfs_first_makes_and_then_reports_as_existing_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.link
 
-    def asked_twice(source: Path, target: Path) -> None:
+    def link_twice(source: Path, target: Path) -> None:
         real(source, target)
         real(source, target)
 
-    monkeypatch.setattr(os, "link", asked_twice)
+    monkeypatch.setattr(os, "link", link_twice)
     assert commit.write_file(tmp_path / "lease", b"first", if_absent=True)
     monkeypatch.undo()
     assert not commit.write_file(tmp_path / "lease", b"second", if_absent=True)
@@ -64,7 +64,7 @@ def test_a_link_is_refused(tmp_path: Path, kind: str) -> None:
         commit.describe(tmp_path / "inside")
 
 
-def test_each_way_of_being_damaged_is_named(tmp_path: Path) -> None:
+def test_every_kind_of_damage_is_named(tmp_path: Path) -> None:
     entries = committed(tmp_path / "x", {"cut": b"12345", "flipped": b"12345", "gone": b"1", "whole": b"1"})
     assert commit.check(tmp_path / "x", entries) == []
     (tmp_path / "x" / "cut").write_bytes(b"123")
@@ -72,19 +72,19 @@ def test_each_way_of_being_damaged_is_named(tmp_path: Path) -> None:
     (tmp_path / "x" / "gone").unlink()
     (tmp_path / "x" / "extra").write_bytes(b"")
     problems = commit.check(tmp_path / "x", entries)
-    assert problems[0] == "cut has 3 bytes, the manifest says 5"
+    assert problems[0] == "cut has 3 bytes, expected 5"
     assert problems[1].startswith("flipped has sha256 ")
     assert problems[2:] == ["gone is missing", "extra is not in the manifest"]
 
 
-def test_committing_what_is_there_already_changes_nothing(tmp_path: Path) -> None:
+def test_committing_a_folder_that_exists_changes_nothing(tmp_path: Path) -> None:
     committed(tmp_path / "x", {"file": b"first"})
     committed(tmp_path / "x", {"file": b"second"})
     assert (tmp_path / "x" / "file").read_bytes() == b"first"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_a_folder_without_a_manifest_gives_way(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "half").write_bytes(b"written")
     committed(tmp_path / "x", {"file": b"whole"})
@@ -119,7 +119,7 @@ commit.commit_folder(temporary, root / "folder", {"files": entries})
 """
 
 
-def test_killed_at_any_system_call_a_writer_leaves_all_or_nothing(tmp_path: Path) -> None:
+def test_a_writer_killed_at_any_system_call_leaves_everything_or_nothing(tmp_path: Path) -> None:
     outcomes = []
     for call in range(1, 100):
         root = tmp_path / str(call)

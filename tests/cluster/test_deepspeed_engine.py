@@ -1,4 +1,4 @@
-"""DeepSpeed against the plain torch engine, two ranks over gloo, tied weights: ZeRO changes where state lies, not what is computed."""
+"""DeepSpeed against the plain torch engine, two ranks over gloo, tied weights: ZeRO changes where state is kept, not the result."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CASES: list[dict[str, Any]] = [
     *({"precision": "bf16", "zero_stage": stage} for stage in (0, 1, 2, 3)),
     *({"precision": "fp32", "zero_stage": stage, "offload": True} for stage in (1, 3)),
 ]
-# fp32: rounding alone. bf16: DeepSpeed's ZeRO 1 to 3 keep bf16 weights under fp32 masters, where autocast keeps fp32 weights.
+# fp32: only rounding. bf16: DeepSpeed's ZeRO 1 to 3 keep bf16 weights under fp32 masters, where autocast keeps fp32 weights.
 LARGEST_DIFFERENCE = {"fp32": 1e-5, "bf16": 2e-2}
 LARGEST_NORM_DIFFERENCE = {"fp32": 1e-5, "bf16": 5e-2}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of both ranks."""
+    """The results of both ranks."""
     folder = tmp_path_factory.mktemp("deepspeed")
     torch.multiprocessing.spawn(process_functions.main, args=(2, str(folder / "rendezvous"), CASES, str(folder)), nprocs=2)
     return [torch.load(folder / f"results-{rank}.pt", weights_only=True) for rank in range(2)]
@@ -58,13 +58,13 @@ def test_every_tensor_moves_and_all_ranks_see_the_same_weights(case: dict[str, A
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=case_name)
-def test_saved_and_loaded_it_goes_on_to_the_same_bits(case: dict[str, Any], results: list[dict[str, Any]]) -> None:
+def test_an_engine_saved_and_loaded_continues_to_the_same_bits(case: dict[str, Any], results: list[dict[str, Any]]) -> None:
     of = results[0][case_name(case)]
     assert largest_difference(of["sharded"]["weights"], of["resumed"]["weights"]) == 0.0
     assert of["sharded"]["norms"][process_functions.SAVED_AFTER :] == of["resumed"]["norms"]
 
 
-def made(**changes: Any) -> DeepSpeedEngine:
+def make_engine(**changes: Any) -> DeepSpeedEngine:
     model = rank_functions.small_model()
     return DeepSpeedEngine(
         model, rank_functions.parameter_groups(model), rank_functions.settings(**changes), device=torch.device("cpu"), world_size=1
@@ -73,14 +73,14 @@ def made(**changes: Any) -> DeepSpeedEngine:
 
 def test_fp16_on_a_cpu_and_offload_without_sharding_are_refused() -> None:
     with pytest.raises(ValueError, match=r'precision = "fp16" needs a GPU'):
-        made(precision="fp16")
+        make_engine(precision="fp16")
     with pytest.raises(ValueError, match="offload = true needs zero_stage 1, 2 or 3, found 0"):
-        made(offload=True, zero_stage=0)
+        make_engine(offload=True, zero_stage=0)
 
 
 @pytest.mark.slow
-def test_alone_it_needs_no_process_group_and_says_when_there_is_nothing_to_load(tmp_path: Path) -> None:
-    engine = made(zero_stage=2)
+def test_a_single_process_needs_no_process_group_and_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    engine = make_engine(zero_stage=2)
     loss = engine(torch.ones(4, 5)).pow(2).sum()
     engine.backward(loss)
     assert engine.step(0.01) > 1.0
@@ -89,21 +89,21 @@ def test_alone_it_needs_no_process_group_and_says_when_there_is_nothing_to_load(
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_is_told_after_the_barriers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = made(zero_stage=1)
+def test_a_full_disk_is_reported_after_the_barriers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(zero_stage=1)
     monkeypatch.setattr(torch, "save", _full)
     with pytest.raises(OSError, match="No space left"):
         engine.save(tmp_path)
     monkeypatch.undo()
     engine.save(tmp_path)
-    made(zero_stage=1).load(tmp_path)
+    make_engine(zero_stage=1).load(tmp_path)
 
 
 def _full(*arguments: Any, **options: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_deepspeed_does_without_mlflow_and_a_users_code_may_import_it_all_the_same() -> None:
+def test_importing_deepspeed_leaves_mlflow_out_and_user_code_can_still_import_it() -> None:
     lines = (
         "import sys, torch",
         "from cluster.deepspeed_engine import _import_deepspeed",

@@ -1,4 +1,4 @@
-"""One rank inline: exact resume, checkpoints under trouble, metrics, stopping."""
+"""A single inline rank: exact resume, checkpoints when writing or reading fails, metrics, stopping."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import torch
 
 from cluster import checkpoint
 from cluster.events import Curves, Notice, Points, StageEvent
-from cluster.gang import GangFailure, GangResult, GangSpec, run_inline
+from cluster.failures import GangFailure
+from cluster.gang import run_inline
+from cluster.gang_spec import GangResult, GangSpec
 from cluster.rank import ProcessRank
 from gpt.torch_engine import TorchEngine
 
@@ -22,7 +24,7 @@ Weights = dict[str, torch.Tensor]
 
 
 class Run:
-    """A stage's folder in which `train` is run inline, again and again."""
+    """A stage's folder in which `train` can be run inline several times."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -46,7 +48,7 @@ def equal(a: Weights, b: Weights) -> bool:
 
 
 def stop_after(steps: int) -> Callable[[], bool]:
-    """`train` asks once a step."""
+    """A stop request that is first answered yes at this step: `train` asks once per step."""
     asked = iter(range(1, 1000))
     return lambda: next(asked) >= steps
 
@@ -64,7 +66,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, Gang
 
 
 @pytest.mark.parametrize("steps", range(1, 10))
-def test_stopped_after_any_step_it_goes_on_to_the_same_bits_and_curve(
+def test_training_stopped_after_any_step_resumes_to_the_same_bits_and_curves(
     tmp_path: Path, steps: int, undisturbed: tuple[Weights, GangResult]
 ) -> None:
     run = Run(tmp_path)
@@ -86,12 +88,12 @@ def test_a_checkpoint_keeps_its_points_as_a_list_in_the_order_logged(tmp_path: P
     assert [type(part) for part in points[0]] == [str, int, float, int]
 
 
-def test_without_the_generators_state_the_bits_would_differ(
+def test_without_the_random_states_the_bits_would_differ(
     tmp_path: Path, undisturbed: tuple[Weights, GangResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(tmp_path)
     run.start(stop_after(5))
-    monkeypatch.setattr("cluster.rank.set_random_states", lambda states: None)
+    monkeypatch.setattr("cluster.rank_checkpoint.set_random_states", lambda states: None)
     run.start()
     assert not equal(run.weights(), undisturbed[0])
 
@@ -106,67 +108,67 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_steps_but_not_the_result(
     data[1000] ^= 1
     newest.write_bytes(data)
     assert run.start().resumed_from_step == 6
-    assert "policy/torch_engine.pt has sha256" in run.notices()[0]
+    assert "step-00000007: it is damaged (policy/torch_engine.pt has sha256" in run.notices()[0]
     assert equal(run.weights(), undisturbed[0])
 
 
-def test_when_every_checkpoint_is_damaged_nothing_starts_silently_from_scratch(tmp_path: Path) -> None:
+def test_a_stage_whose_checkpoints_are_all_damaged_does_not_silently_start_from_scratch(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.start(stop_after(3))
     for file in run.spec.work.rglob("history.json"):
         file.unlink()
-    with pytest.raises(GangFailure, match=r"no checkpoint can be read .*history.json is missing.*make the stage afresh"):
+    with pytest.raises(GangFailure, match=r"no checkpoint can be read .*history.json is missing.*run again with --fresh pretrain"):
         run.start()
 
 
-def test_damage_after_the_choice_is_seen_before_anything_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_after_a_checkpoint_was_chosen_is_found_before_unpickling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path)
     run.start(stop_after(3))
     found, _ = checkpoint.newest_checkpoint([run.spec.work / "1.1"])
     assert found is not None
-    (found.folder / "policy" / "torch_engine.pt").write_bytes(b"\x80\x04 not what was saved")
+    (found.folder / "policy" / "torch_engine.pt").write_bytes(b"\x80\x04 other bytes")
     monkeypatch.setattr("cluster.checkpoint.newest_checkpoint", lambda folders: (found, []))
     monkeypatch.setattr(TorchEngine, "load", lambda self, folder: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match=r"is damaged and was not loaded: policy/torch_engine\.pt has"):
         run.start()
 
 
-def test_a_checkpoint_of_another_gang_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_engine_is_refused_before_the_start(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.start(stop_after(3))
     run.spec = GangSpec(name="pretrain", make_engine=TorchEngine, work=run.spec.work, identity={"engine": "deepspeed"})
-    with pytest.raises(GangFailure, match="made with engine = torch and this run asks for engine = deepspeed"):
+    with pytest.raises(GangFailure, match="made with engine = torch, but this run asks for engine = deepspeed"):
         run.start()
 
 
-def test_a_forced_series_never_reads_another_ones_checkpoints(tmp_path: Path) -> None:
+def test_a_new_series_never_reads_the_checkpoints_of_another(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.start(stop_after(3))
     run.spec = GangSpec(name="pretrain", make_engine=TorchEngine, work=run.spec.work, series=2, identity={"engine": "torch"})
     assert run.start().resumed_from_step == 0
 
 
-def test_a_full_disk_costs_one_checkpoint_and_not_the_training(
+def test_a_full_disk_costs_one_checkpoint_but_does_not_stop_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: tuple[Weights, GangResult]
 ) -> None:
     full_at(monkeypatch, {4})
     run = Run(tmp_path)
     run.start()
     (text,) = run.notices()
-    assert text.startswith("checkpoint at step 4 not written: rank 0: OSError: [Errno 28] No space left on device")
-    assert "the last good one is of step 2; training goes on" in text
+    assert text.startswith("the checkpoint at step 4 could not be written: rank 0: OSError: [Errno 28] No space left on device")
+    assert "the newest one is of step 2; training continues" in text
     assert sorted(path.name for path in (run.spec.work / "1.1").iterdir()) == ["step-00000008", "step-00000010"]
     assert equal(run.weights(), undisturbed[0])
 
 
-def test_the_third_checkpoint_missed_in_a_row_stops_the_training_and_the_last_good_one_stays(
+def test_three_failed_checkpoints_in_a_row_stop_training_and_the_last_good_one_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full_at(monkeypatch, {4, 6, 8})
     run = Run(tmp_path)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"^3 checkpoints in a row could not be written, .* run again: rank 0: OSError: .* No space left"):
         run.start()
-    assert "training stops after 3 misses in a row" in run.notices()[-1]
+    assert "training stops after 3 failures in a row" in run.notices()[-1]
     assert [path.name for path in (run.spec.work / "1.1").iterdir()] == ["step-00000002"]
 
 
@@ -183,7 +185,7 @@ def full_at(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(TorchEngine, "save", failing)
 
 
-def lone_rank(tmp_path: Path, **changes: Any) -> ProcessRank:
+def single_rank(tmp_path: Path, **changes: Any) -> ProcessRank:
     options: dict[str, Any] = dict(
         rank=0,
         world_size=1,
@@ -197,9 +199,9 @@ def lone_rank(tmp_path: Path, **changes: Any) -> ProcessRank:
     return ProcessRank(**{**options, **changes})
 
 
-def test_a_warning_is_told_by_the_first_rank_alone(tmp_path: Path) -> None:
+def test_only_rank_0_reports_a_warning(tmp_path: Path) -> None:
     events: list[StageEvent] = []
-    rank = lone_rank(tmp_path, on_event=events.append)
+    rank = single_rank(tmp_path, on_event=events.append)
     rank.warn("nothing was learned")
     rank.rank = 1
     rank.warn("nothing was learned")
@@ -207,30 +209,30 @@ def test_a_warning_is_told_by_the_first_rank_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["loss", "train/Loss", "memory/peak_gib", "train/tokens(tps)", "eval/pass@k"])
-def test_a_metric_has_an_area_and_a_plain_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="want area/name_unit in lower case"):
-        lone_rank(tmp_path).log(1, values={name: 1.0})
+def test_a_metric_name_without_a_known_area_or_with_other_characters_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="expected area/name_unit in lower case"):
+        single_rank(tmp_path).log(1, values={name: 1.0})
 
 
-def test_a_rank_logs_in_every_area_that_a_stage_may(tmp_path: Path) -> None:
+def test_a_rank_may_log_in_the_area_data(tmp_path: Path) -> None:
     events: list[StageEvent] = []
-    lone_rank(tmp_path, on_event=events.append).log(1, values={"data/documents": 3.0})
+    single_rank(tmp_path, on_event=events.append).log(1, values={"data/documents": 3.0})
     (event,) = events
     assert isinstance(event, Points)
     assert values(event.curves) == {"data/documents": [(1, 3.0)]}
 
 
-def test_the_heartbeat_tells_the_section_nearest_to_its_deadline(tmp_path: Path) -> None:
-    rank = lone_rank(tmp_path)
+def test_the_heartbeat_reports_the_section_nearest_to_its_deadline(tmp_path: Path) -> None:
+    rank = single_rank(tmp_path)
     assert rank.heartbeat().section is None
     with rank.section("evaluate", 60), rank.section("batch", 600):
         assert (rank.heartbeat().section, rank.heartbeat().deadline_s) == ("evaluate", 60)
 
 
-def test_between_sections_the_last_ones_deadline_counts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_between_sections_the_last_deadline_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 10.0, 13.0, 20.0, 25.0, 26.0])
     monkeypatch.setattr("cluster.rank.time.monotonic", lambda: next(clock))
-    rank = lone_rank(tmp_path)
+    rank = single_rank(tmp_path)
     with rank.section("start", 300):  # entered at 0, left at 10
         pass
     beat = rank.heartbeat()  # at 13
@@ -241,8 +243,8 @@ def test_between_sections_the_last_ones_deadline_counts_anew(tmp_path: Path, mon
     assert (beat.section, beat.elapsed_s, beat.deadline_s) == ("after step", 1.0, 60)
 
 
-def test_an_inner_sections_end_leaves_the_outer_ones_deadline(tmp_path: Path) -> None:
-    rank = lone_rank(tmp_path)
+def test_the_end_of_an_inner_section_leaves_the_deadline_of_the_outer_one(tmp_path: Path) -> None:
+    rank = single_rank(tmp_path)
     with rank.section("checkpoint", 600):
         with rank.section("gather", 60):
             pass
@@ -251,7 +253,7 @@ def test_an_inner_sections_end_leaves_the_outer_ones_deadline(tmp_path: Path) ->
 
 def test_the_sum_over_one_rank_is_a_copy(tmp_path: Path) -> None:
     tensor = torch.tensor([1.0, 2.0])
-    total = lone_rank(tmp_path).all_sum(tensor)
+    total = single_rank(tmp_path).all_sum(tensor)
     total += 1
     assert tensor.tolist() == [1.0, 2.0]
 
@@ -264,13 +266,13 @@ def nothing(rank: Any) -> None:
     return None
 
 
-def test_ctrl_c_comes_through_inline(tmp_path: Path) -> None:
+def test_ctrl_c_passes_through_an_inline_run(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run_inline(interrupted, (), spec=run.spec, on_event=run.events.append, should_stop=lambda: False)
 
 
-def test_a_function_that_returns_nothing_unasked_has_failed(tmp_path: Path) -> None:
+def test_a_function_that_returns_none_without_a_stop_request_has_failed(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    with pytest.raises(GangFailure, match="returned None on rank 0 though nobody asked it to stop"):
+    with pytest.raises(GangFailure, match=r"returned None on rank 0, .* but no stop was requested"):
         run_inline(nothing, (), spec=run.spec, on_event=run.events.append, should_stop=lambda: False)

@@ -1,4 +1,4 @@
-"""Tasks and their events, where workers take code from, and what is left when a stage's task is killed."""
+"""Tasks and their events, the code that workers import, and what is freed when a stage's task is killed."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def finished(task: Task, limit_s: float = 60) -> list[dict[str, Any]]:
 def connections(process: psutil.Process) -> list[Any]:
     try:
         return process.net_connections()
-    except psutil.NoSuchProcess:  # it ended meanwhile
+    except psutil.NoSuchProcess:  # it has just ended
         return []
 
 
-def test_a_local_session_listens_on_the_loopback_interface_alone(session: Session) -> None:
+def test_a_local_session_listens_only_on_the_loopback_interface(session: Session) -> None:
     listening = [
         connection.laddr.ip.removeprefix("::ffff:")
         for process in psutil.Process().children(recursive=True)
@@ -70,7 +70,7 @@ def test_a_local_session_listens_on_the_loopback_interface_alone(session: Sessio
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
-def test_events_stream_and_the_return_value_is_the_result(session: Session) -> None:
+def test_a_task_that_yields_three_events_streams_them_and_returns_its_value(session: Session) -> None:
     task = submit(session_functions.count, 3, name="count")
     assert finished(task) == [{"number": 0}, {"number": 1}, {"number": 2}]
     assert task.result() == "counted to 3"
@@ -84,7 +84,7 @@ def test_tasks_and_their_gangs_import_the_snapshot(session: Session, snapshot: P
     assert task.result() == expected
 
 
-def test_a_task_knows_whether_it_waits_for_room(session: Session) -> None:
+def test_a_task_waiting_for_cpus_has_not_started(session: Session) -> None:
     first = submit(session_functions.sleep, 2, name="first", cpus=2)
     while not first.started:
         first.poll()
@@ -94,25 +94,25 @@ def test_a_task_knows_whether_it_waits_for_room(session: Session) -> None:
     assert second.started
 
 
-def test_an_exception_of_the_function_comes_back_as_itself(session: Session) -> None:
+def test_the_functions_exception_is_raised_with_its_type_and_message(session: Session) -> None:
     task = submit(session_functions.fail, "no such record", name="ingest")
     assert finished(task) == [{"before": "the end"}]
     with pytest.raises(ValueError, match=r"^no such record$"):
         task.result()
 
 
-def test_a_task_that_breaks_its_output_leaves_it_whole_to_the_next_one(session: Session) -> None:
+def test_a_task_that_breaks_its_output_does_not_break_the_next_one(session: Session) -> None:
     for how in ("closed", "none", "descriptors"):
         task = submit(session_functions.break_output, how, name=how, cpus=2)
         assert finished(task) == [{"broken": how}]
         assert task.result() == "done"
-    task = submit(session_functions.count, 1, name="count", cpus=2)  # in the same process, as a rule
+    task = submit(session_functions.count, 1, name="count", cpus=2)  # usually in the same process
     finished(task)
     assert task.result() == "counted to 1"
 
 
 @pytest.mark.parametrize("how", ["closed", "none", "descriptors"])
-def test_what_work_does_to_its_output_ends_with_it(how: str) -> None:
+def test_changes_to_stdout_and_stderr_are_undone(how: str) -> None:
     before = sys.stdout, sys.stderr
     assert list(session_functions.break_output(how)) == [{"broken": how}]
     assert (sys.stdout, sys.stderr) == before
@@ -120,26 +120,26 @@ def test_what_work_does_to_its_output_ends_with_it(how: str) -> None:
     assert not sys.stdout.closed
 
 
-def test_a_task_that_ends_its_process_is_told_what_that_may_have_been(session: Session) -> None:
+def test_a_task_that_calls_os_exit_is_reported_with_the_possible_causes(session: Session) -> None:
     task = submit(session_functions.leave, "", name="ingest")
     finished(task)
     with pytest.raises(TaskDied) as caught:
         task.result()
     assert str(caught.value) == (
-        "ingest: its process died without a word: it was killed (by SIGKILL, as the kernel does when memory runs out), "
+        "ingest: its process died without a message: it was killed (by SIGKILL, as the kernel does when memory runs out), "
         "it crashed in native code, or its code called os._exit"
     )
 
 
-def test_a_killed_task_is_told_in_words(session: Session) -> None:
+def test_a_killed_task_is_reported_as_such(session: Session) -> None:
     task = submit(session_functions.die, "", name="tokenize")
     finished(task)
-    with pytest.raises(TaskDied, match=r"^tokenize: its process died without a word: it was killed"):
+    with pytest.raises(TaskDied, match=r"^tokenize: its process died without a message: it was killed"):
         task.result()
 
 
 @pytest.mark.parametrize("end", ["kill", "cancel"])
-def test_when_a_stages_task_ends_so_do_its_gang_and_its_room(session: Session, tmp_path: Path, end: str) -> None:
+def test_the_end_of_a_stages_task_ends_its_gang_and_frees_its_cpus(session: Session, tmp_path: Path, end: str) -> None:
     import ray
 
     task = submit(session_functions.stage_with_a_gang, str(tmp_path / "work"), name="pretrain", cpus=0)
@@ -163,7 +163,7 @@ def test_when_a_stages_task_ends_so_do_its_gang_and_its_room(session: Session, t
         task.result()
 
 
-def test_every_node_answers_for_itself_though_it_lacks_the_askers_code(session: Session, snapshot: Path, tmp_path: Path) -> None:
+def test_every_node_answers_a_question_although_it_lacks_our_packages(session: Session, snapshot: Path, tmp_path: Path) -> None:
     assert not (snapshot / "pipelines").exists()
     store = Store(tmp_path / "shared")
     assert preflight.unshared(store) == []
@@ -187,7 +187,7 @@ def test_every_node_answers_for_itself_though_it_lacks_the_askers_code(session: 
     assert ray_session.ask_nodes(think, 0.1) == {node: "did not answer within 0.1 s"}
 
 
-def test_a_ray_that_is_slow_to_start_is_started_once_more_and_then_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_is_started_twice_before_giving_up(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     asked = []
@@ -198,12 +198,12 @@ def test_a_ray_that_is_slow_to_start_is_started_once_more_and_then_given_up(monk
 
     monkeypatch.setattr(ray, "init", slow)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    with pytest.raises(RuntimeError, match="did not come up within 30 s, 2 times; the machine is too busy"):
+    with pytest.raises(RuntimeError, match="did not start within 30 s, in 2 attempts; the machine is too busy"):
         ray_session._init({"num_cpus": 2})
     assert [options["num_cpus"] for options in asked] == [2, 2]
 
 
-def test_a_lost_cluster_ends_its_tasks_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_cluster_ends_its_tasks_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     def lost(*_: object, **__: object) -> None:
@@ -214,5 +214,5 @@ def test_a_lost_cluster_ends_its_tasks_in_words(monkeypatch: pytest.MonkeyPatch)
     task = Task("pretrain", None)
     task._worker_id = "ab12"
     assert task.poll() == []
-    with pytest.raises(TaskDied, match=r"^pretrain: RaySystemError: System error: the connection to the head is gone"):
+    with pytest.raises(TaskDied, match=r"^pretrain: its process was lost: RaySystemError: .* the connection to the head is gone"):
         task.result()

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded(folder: Path) -> dict[str, Any]:
-    """What two ranks of DeepSpeed's engine came to."""
+    """The results of two ranks with DeepSpeed's engine."""
     torch.multiprocessing.spawn(training_functions.main, args=(2, str(folder)), nprocs=2)
     return torch.load(folder / "results.pt", weights_only=True)
 
@@ -54,7 +54,7 @@ def test_two_steps_of_ppo_move_policy_and_value_model_as_the_plain_engine_does(
 
 
 @pytest.mark.parametrize("stage", RL_STAGES)
-def test_both_engines_stopped_after_the_first_step_go_on_to_the_same_bits(stage: int, sharded: dict[str, Any]) -> None:
+def test_policy_and_value_model_stopped_after_the_first_step_resume_to_the_same_bits(stage: int, sharded: dict[str, Any]) -> None:
     whole, resumed = sharded[f"rl {stage}"], sharded[f"resumed {stage}"]
     assert largest_difference(whole["weights"], resumed["weights"]) == 0.0
     assert resumed["points"] == whole["points"]
@@ -69,7 +69,7 @@ def test_in_bf16_the_policy_begins_as_its_reference_and_learns_nothing_from_equa
     assert alike["points"]["rollout/kl_k1_nats_per_response", 1] == 0.0
     assert alike["points"]["train/ratio_first", 1] == 0.0
     for name, weight in training_functions.first_policy(folder).items():
-        # Sharded, the masters are made of weights that were cast.
+        # Under ZeRO 1 and 2 the masters are copies of weights that were cast.
         assert torch.equal(alike["weights"][name], weight.bfloat16().float() if stage else weight), name
 
 

@@ -1,4 +1,4 @@
-"""What the tests run in plain processes with a gloo group, without Ray: RL and reward model training, each on a Rank of its own."""
+"""Functions that the tests run in plain processes with a gloo group, without Ray: RL and reward model training."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from gpt.rl import Rollout, Scores
 from gpt.settings import GPTConfig, RewardSettings, RlSettings
 from gpt.tokenizer import byte_tokenizer
 
-# A large eps, so that rounding in a gradient near 0 doesn't turn a step around.
+# A large eps, so that rounding of a gradient near 0 can't reverse a step.
 BASE: dict[str, Any] = dict(lr=1e-2, lr_schedule="constant", eps=1e-3, weight_decay=0.0, log_every=1)
 RL_STAGES = (0, 1, 2)
 REWARD_STAGES = (0, 1, 2, 3)
 
 
-class HowLong:
-    """An eighth for each token of a response, its end included."""
+class LengthScorer:
+    """Scores 1/8 per token of a response, the end token included."""
 
     def open(self, device: torch.device) -> None: ...
 
@@ -37,15 +37,15 @@ class HowLong:
         return Scores(torch.tensor([len(rollout.response_ids) / 8 for rollout in rollouts]))
 
 
-class AllAlike(HowLong):
-    """As a response that was cut off."""
+class ConstantScorer(LengthScorer):
+    """Scores every response -1, like one that was cut off."""
 
     def scores(self, rollouts: Sequence[Rollout]) -> Scores:
         return Scores(torch.full((len(rollouts),), -1.0))
 
 
 def make_inputs(folder: Path) -> None:
-    """A policy of random weights that ends a response after some seven tokens, prompts, and pairs."""
+    """Write a policy of random weights that ends a response after about seven tokens, prompts, and pairs."""
     tokenizer = byte_tokenizer()
     config = GPTConfig(n_layer=1, n_head=2, n_embd=32, seq_len=32, vocab_size=tokenizer.vocab_size)
     model = GPT(config, torch.Generator().manual_seed(1))
@@ -66,7 +66,7 @@ def make_inputs(folder: Path) -> None:
 def train_rl(
     folder: Path, name: str, rank: int, world_size: int, make_engine: Any, *, stop_at: int = 0, resume_from: str = "", **changes: Any
 ) -> dict[str, Any]:
-    """Two steps, on scores of their responses' lengths, or `changes`; a stop is asked for the `stop_at`-th time that the loop looks."""
+    """Train for two steps, scored by length unless `changes` say otherwise; the `stop_at`-th check finds a stop request."""
     config = RlSettings(
         **{
             **BASE,
@@ -74,10 +74,10 @@ def train_rl(
             **changes,
         }
     )
-    scorer = HowLong() if config.algorithm == "ppo" else AllAlike()
-    looks = iter(range(1, 1000))
+    scorer = LengthScorer() if config.algorithm == "ppo" else ConstantScorer()
+    checks = iter(range(1, 1000))
     (folder / name).mkdir(exist_ok=True)
-    of_gang = ProcessRank(
+    process_rank = ProcessRank(
         rank=rank,
         world_size=world_size,
         device=torch.device("cpu"),
@@ -85,18 +85,18 @@ def train_rl(
         checkpoints=folder / name / "checkpoints",
         resume_from=newest_checkpoint([folder / resume_from / "checkpoints"])[0] if resume_from else None,
         on_event=lambda event: None,
-        stop_requested=lambda: next(looks) == stop_at,
+        stop_requested=lambda: next(checks) == stop_at,
         identity={},
     )
-    of_gang._checkpoints.mkdir(exist_ok=True)
-    metadata = gpt.rl.train(of_gang, config, folder / "policy", [folder / "prompts"], [scorer], 1, folder / name / "model")
-    models = {engine: of_gang._engines[engine].full_weights() for engine in of_gang._engines}
+    process_rank._checkpoints.mkdir(exist_ok=True)
+    metadata = gpt.rl.train(process_rank, config, folder / "policy", [folder / "prompts"], [scorer], 1, folder / name / "model")
+    models = {engine: process_rank._engines[engine].full_weights() for engine in process_rank._engines}
     return {
         "metadata": metadata,
         "weights": {f"{engine} {weight}": tensor for engine, weights in models.items() for weight, tensor in weights.items()},
         "points": {
             (name, point.step): point.value
-            for name, points in of_gang.history.items()
+            for name, points in process_rank.history.items()
             if not name.startswith(("time/", "rollout/tokens"))
             for point in points
         },
@@ -104,10 +104,10 @@ def train_rl(
 
 
 def train_reward_model(folder: Path, name: str, rank: int, world_size: int, make_engine: Any, **changes: Any) -> dict[str, Any]:
-    """Four steps on pairs."""
+    """Train for four steps on pairs."""
     config = RewardSettings(**{**BASE, **dict(steps=4, global_batch_size=4, eval_every=2), **changes})
     (folder / name).mkdir(exist_ok=True)
-    of_gang = ProcessRank(
+    process_rank = ProcessRank(
         rank=rank,
         world_size=world_size,
         device=torch.device("cpu"),
@@ -117,25 +117,25 @@ def train_reward_model(folder: Path, name: str, rank: int, world_size: int, make
         stop_requested=lambda: False,
         identity={},
     )
-    metadata = gpt.reward.train(of_gang, config, folder / "policy", [folder / "preferences"], [], 1, folder / name / "model")
-    return {"metadata": metadata, "weights": of_gang._engines["reward"].full_weights()}
+    metadata = gpt.reward.train(process_rank, config, folder / "policy", [folder / "preferences"], [], 1, folder / name / "model")
+    return {"metadata": metadata, "weights": process_rank._engines["reward"].full_weights()}
 
 
 def main(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    of_rank: tuple[Any, ...] = (rank, world_size, DeepSpeedEngine)
+    common: tuple[Any, ...] = (rank, world_size, DeepSpeedEngine)
     results: dict[str, Any] = {}
     for stage in RL_STAGES:
-        results[f"rl {stage}"] = train_rl(Path(folder), f"rl-{stage}", *of_rank, zero_stage=stage)
-        # The loop looks twice a step: after the rollout and after the updates.
-        train_rl(Path(folder), f"stopped-{stage}", *of_rank, zero_stage=stage, stop_at=2)
-        results[f"resumed {stage}"] = train_rl(Path(folder), f"resumed-{stage}", *of_rank, zero_stage=stage, resume_from=f"stopped-{stage}")
+        results[f"rl {stage}"] = train_rl(Path(folder), f"rl-{stage}", *common, zero_stage=stage)
+        # The loop checks twice per step: after the rollout and after the updates.
+        train_rl(Path(folder), f"stopped-{stage}", *common, zero_stage=stage, stop_at=2)
+        results[f"resumed {stage}"] = train_rl(Path(folder), f"resumed-{stage}", *common, zero_stage=stage, resume_from=f"stopped-{stage}")
         alike = dict(algorithm="reinforce", steps=1, global_batch_size=8, ppo_epochs=1, precision="bf16")
-        results[f"alike {stage}"] = train_rl(Path(folder), f"alike-{stage}", *of_rank, zero_stage=stage, **alike)
+        results[f"alike {stage}"] = train_rl(Path(folder), f"alike-{stage}", *common, zero_stage=stage, **alike)
     for stage in REWARD_STAGES:
-        results[f"reward {stage}"] = train_reward_model(Path(folder), f"reward-{stage}", *of_rank, zero_stage=stage)
+        results[f"reward {stage}"] = train_reward_model(Path(folder), f"reward-{stage}", *common, zero_stage=stage)
     if rank == 0:
         torch.save(results, Path(folder, "results.pt"))
     dist.destroy_process_group()
@@ -146,6 +146,6 @@ def first_policy(folder: Path) -> dict[str, Tensor]:
 
 
 def written(folder: Path, name: str) -> dict[str, Tensor]:
-    """The weights of the reward model that a training wrote."""
+    """The weights of the reward model that a training run wrote."""
     model: RewardModel = load_reward_model(folder / name / "model")
     return {weight: parameter.detach() for weight, parameter in model.named_parameters()}

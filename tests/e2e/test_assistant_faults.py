@@ -123,7 +123,7 @@ def story(small, new_program, tmp_path_factory) -> Story:
 @pytest.mark.parametrize("stage", FAULTS)
 def test_each_start_after_a_kill_goes_on_at_the_newest_checkpoint(story, stage):
     found = re.findall(rf"{stage} .*killed by SIGKILL at step \d+; start \d of \d (.*)", story.said)
-    said = [f"resumes at step {step}" if step else "begins at step 0, there being no checkpoint" for step in RESUMED[stage]]
+    said = [f"resumes at step {step}" if step else "begins at step 0, since there is no checkpoint yet" for step in RESUMED[stage]]
     assert (found, story.program.action(stage).restarts) == (said, len(said))
     assert story.undisturbed.action(stage).restarts == 0
 

@@ -127,7 +127,7 @@ def test_a_second_run_waits_for_the_first_and_takes_over_when_its_driver_is_kill
 
 
 def test_a_killed_rank_is_named_and_the_gang_goes_on_within_the_run(story):
-    pattern = rf"rank {story.last} \(pid \d+, node \S+\) killed by SIGKILL at step 2[567]; start 2 of 3 resumes at step 25"
+    pattern = rf"rank {story.last} \(pid \d+, node \S+\) was killed by SIGKILL at step 2[567]; start 2 of 3 resumes at step 25"
     assert re.search(pattern, story.said[-1])
     assert story.program.action("pretrain").restarts == 1
     assert story.program.action("pretrain").resumed_from_step == 25

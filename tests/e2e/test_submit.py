@@ -155,7 +155,7 @@ def test_what_a_job_made_a_local_plan_reuses(story: Story) -> None:
 
 @pytest.mark.parametrize(
     ("given", "wanted"),
-    [("another", "refuses the token that it was given; mend the one of RAY_AUTH_TOKEN"), ("", "wants a token, and there is none")],
+    [("another", "rejects this token; correct it in RAY_AUTH_TOKEN"), ("", "requires a token and none was found")],
 )
 def test_a_token_that_is_wrong_or_missing_is_told_and_nothing_is_sent(
     story: Story, cluster: str, token: pytest.MonkeyPatch, given: str, wanted: str

@@ -299,7 +299,10 @@ def test_a_gate_is_in_no_key_and_in_the_runs_config(gated: Gated):
         ("{figure='eval/x'}", "stages.measure.gate: has no bound; wanted min, max or both"),
         ("{figure='eval/x', min=2, max=1}", "stages.measure.gate: min = 2 is more than max = 1; nothing would pass"),
         ("{figure='eval/x', mini=2}", "stages.measure.gate.mini: unknown key; did you mean 'min'?"),
-        ("{figure='Accuracy (%)', min=2}", "stages.measure.gate.figure: metric name 'Accuracy (%)': want area/name_unit in lower case"),
+        (
+            "{figure='Accuracy (%)', min=2}",
+            "stages.measure.gate.figure: metric name 'Accuracy (%)': expected area/name_unit in lower case",
+        ),
         ("{min=2}", "stages.measure.gate.figure: is missing"),
         ("{figure='eval/x', min='high'}", "stages.measure.gate.min: is 'high', wanted a number"),
         ("{figure='eval/x', min=nan}", "stages.measure.gate.min: is nan, wanted a finite number"),

@@ -36,9 +36,19 @@ BEHIND_THE_SEAM = (
     "pipelines/observe/progress.py",
     "cluster/commit.py",
     "cluster/checkpoint.py",
+    "cluster/events.py",
+    "cluster/failures.py",
     "cluster/gang.py",
+    "cluster/gang_launch.py",
+    "cluster/gang_spec.py",
+    "cluster/gang_start.py",
     "cluster/metric_names.py",
     "cluster/rank.py",  # Rank
+    "cluster/rank_checkpoint.py",
+    "cluster/rank_process.py",
+    "cluster/random_states.py",
+    "cluster/collectives.py",
+    "cluster/room.py",
 )
 
 TOML = """

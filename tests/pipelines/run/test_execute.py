@@ -169,7 +169,7 @@ def test_what_a_kind_promises_is_enough_and_more_is_welcome(bench: Bench):
 def test_a_metrics_name_is_checked_where_it_is_given(bench: Bench, call: str):
     error = bench.run(call + "\nreturn report(stage)").error
     assert error is not None
-    assert error.startswith("ValueError: metric name 'Loss (nats)': want area/name_unit in lower case, e.g. 'time/step_s'")
+    assert error.startswith("ValueError: metric name 'Loss (nats)': expected area/name_unit in lower case, e.g. 'time/step_s'")
 
 
 def test_a_stage_has_as_many_threads_as_it_asked_cpus_for_and_they_are_given_back(bench: Bench, monkeypatch: pytest.MonkeyPatch):

@@ -29,8 +29,9 @@ class Cluster:
 
         self.joined = self.cancelled = 0
         monkeypatch.setattr(Session, "_ray", self._ray)
-        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0, "memory": 2.0**31}}])
-        monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0, "memory": 2.0**30})
+        node = {"Alive": True, "NodeID": "4f", "NodeManagerHostname": "head", "Resources": {"CPU": 2.0, "memory": 2.0**31}}
+        monkeypatch.setattr(ray, "nodes", lambda: [node])
+        monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: {"4f": {"CPU": 1.0, "memory": 2.0**30}})
         monkeypatch.setattr("pipelines.run.runner.WAIT_REPORTED_AFTER_S", 0.0)
         monkeypatch.setattr("cluster.ray_session.submit", lambda function, job, **asked: LateTask(job, self))
 
@@ -68,7 +69,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 def test_a_stage_that_the_session_can_never_hold_is_refused_before_the_run_begins(small: Small, cluster: Cluster):
     small.write("small.toml", TOML + "\n[stages.words.resources]\nlabels = { tier = 'a100' }\n")
-    with pytest.raises(ConfigError, match=r"stages.words.resources: words asks for 1 rank of 1 CPU and labels .* room for 0 of them"):
+    with pytest.raises(ConfigError, match=r"words.resources: words asks for 1 CPU and labels .* but no node of the cluster has that"):
         small.run(inline=False)
     assert small.store.runs() == []
 
@@ -77,7 +78,7 @@ def test_a_stage_that_waits_for_room_says_once_for_what(small: Small, cluster: C
     small.write("small.toml", TOML + "\n[stages.words.resources]\ncpus = 2\nmemory_gib = 2\n")
     assert small.run(inline=False) == (0, {"words": "done", "cut": "done", "report": "done"})
     notes = [event.text for event in small.events if isinstance(event, Note) and event.stage == "words"]
-    assert notes == ["waits for room for 1 rank of 2 CPUs and 2 GiB; free now: 1 CPUs, 0 GPUs and 1.0 GiB"]
+    assert notes == ["waiting for 2 CPUs and 2 GiB; free now: 1 of 2 CPUs and 1.0 of 2.0 GiB on head"]
 
 
 def test_a_session_is_opened_when_what_was_to_be_reused_is_gone(small: Small, cluster: Cluster, monkeypatch: pytest.MonkeyPatch):

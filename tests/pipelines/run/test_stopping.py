@@ -78,8 +78,8 @@ def test_a_plan_is_made_for_the_run_that_is_asked_for(drilled: Small):
 
     assert "drill   resume  goes on at step 3 of 10" in plan("--inline")
     assert (
-        "drill   blocked  the checkpoint at step 3 was made with engine = torch and this run asks for engine = deepspeed, zero_stage = 1: "
-        "its state can't be loaded so; ask for engine = torch to go on, or make the stage afresh to begin at step 0 (--fresh drill). "
+        "drill   blocked  the checkpoint at step 3 was made with engine = torch, but this run asks for engine = deepspeed, zero_stage = 1 "
+        "and can't load it; set engine = torch to resume, or rebuild the stage from step 0 (--fresh drill). "
         "Or go on with --inline\n"
     ) in plan()
     assert "drill   run    asked for afresh" in plan("--fresh", "drill")
