@@ -160,7 +160,7 @@ def test_a_config_near_the_root_puts_nothing_outside_its_folder(project: Path, s
 def test_a_file_that_is_named_absolutely_can_not_be_frozen(project: Path, store: Store) -> None:
     file = project / "line" / "small.toml"
     file.write_text(TOML.replace("../shared", f"{project}/shared"))
-    with pytest.raises(ConfigError, match=r"stages.cut.by: the absolute path '/.*expected a path relative to the folder of small.toml"):
+    with pytest.raises(ConfigError, match=r"stages.cut.by: found the absolute path '/"):
         submit(graph_of(file), store, Options("", ""), {}, Sent())  # type: ignore[arg-type]
     assert store.runs() == []
 
