@@ -30,6 +30,7 @@ from pipelines.stage import Source, StageFailure
 from pipelines.store import Store
 
 A = TypeVar("A", bound=Artifact)
+R = TypeVar("R")
 Event = dict[str, Any]
 
 PROGRESS_EVERY_S = 0.5
@@ -209,6 +210,9 @@ class Context:
             self._shown_at_s = time.monotonic()
             self._emit({"type": "progress", "done": _count(done), "total": _count(total), "unit": unit})
 
+    def note(self, text: str) -> None:
+        self._emit({"type": "warning", "text": text})
+
     def log(self, step: int, values: dict[str, float]) -> None:
         values = {name: _number(name, value) for name, value in values.items()}
         step = int(step)
@@ -219,7 +223,7 @@ class Context:
     def figure(self, name: str, value: float) -> None:
         self.outcome = replace(self.outcome, figures=self.outcome.figures | {name: _number(name, value)})
 
-    def gang(self, function: Callable[..., dict[str, Any] | None], *arguments: Any) -> dict[str, Any]:
+    def gang(self, function: Callable[..., R | None], *arguments: Any) -> R:
         from cluster.gang import GangSpec, run_gang, run_inline
 
         job, resources, config = self._job, self._job.resources, self._job.config
@@ -245,7 +249,7 @@ class Context:
         self.outcome = replace(self.outcome, restarts=result.restarts, resumed_from_step=result.resumed_from_step)
         if result.stopped:
             raise Stopped
-        return cast(dict[str, Any], result.value)
+        return cast(R, result.value)
 
     def publish(self, kind: type[A], **metadata: Any) -> A:
         if not any(self.output.iterdir()):

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from gpt import scorers
-from gpt.rl import Rollout, Scores
-from gpt.rl import score as total_scores
-from gpt.scorers import FunctionScorer, NumberScorer, number_after, reference_number
+from gpt.numbers import number_after, reference_number
+from gpt.rl import user_reward
+from gpt.rl.scorers import NumberScorer
+from gpt.rl.scoring import Rollout, Scores, total_scores
+from gpt.rl.user_reward import FunctionScorer
 from gpt.settings import RlSettings
 
 CPU = torch.device("cpu")
@@ -133,8 +134,7 @@ def test_what_is_no_finite_number_has_failed(score, returned, shown):
     found = score(f"def score(prompt, response, record): return {returned}", "a")
     assert found.scores.tolist() == pytest.approx([math.nan], nan_ok=True)
     [failure] = found.failures.values()
-    assert failure.startswith(f"score() of reward.py on 'a': returned {shown}")
-    assert failure.endswith(", wanted a finite number")
+    assert failure.startswith(f"score() of reward.py on 'a': expected a finite number, found {shown}")
 
 
 def test_a_function_that_raises_on_every_second_response_fails_on_those_and_its_line_is_named(score):
@@ -178,7 +178,7 @@ def test_what_one_of_two_can_not_judge_is_worth_a_response_without_an_end_and_ha
     [
         ("raise SystemExit(3)", "SystemExit: 3 (reward.py, line 5)"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt:  (reward.py, line 5)"),
-        ("raise Mute", "Mute: an exception without words (reward.py, line 5)"),
+        ("raise Mute", "Mute: an exception whose message cannot be read (reward.py, line 5)"),
         ("score(prompt, response, record)", "RecursionError: maximum recursion depth exceeded (reward.py, line 5)"),
         ("json.loads(response)", "JSONDecodeError: Expecting value: line 1 column 1 (char 0) (reward.py, line 5)"),
         ("bytearray(2 << 30)", "MemoryError:  (reward.py, line 5)"),
@@ -211,7 +211,7 @@ def test_a_process_that_ends_between_two_calls_fails_the_next_one_alone(load):
 def test_a_call_that_hangs_is_ended_and_the_next_one_is_scored(score, body):
     found = score(FAULTY.format(body=body), "x", "ok", timeout_s=2)
     assert found.scores.tolist() == pytest.approx([math.nan, 7.0], nan_ok=True)
-    assert list(found.failures.values()) == ["score() of reward.py on 'x': gave no answer within reward_timeout_s = 2 s"]
+    assert list(found.failures.values()) == ["score() of reward.py on 'x': did not return within reward_timeout_s = 2 s"]
 
 
 def test_memory_is_bounded_for_the_process_as_a_whole(score):
@@ -300,7 +300,7 @@ def test_a_decorated_function_is_the_one_that_is_called(score):
         ("raise OSError('no licence')", r"OSError: no licence \(reward.py, line 1\)"),
         ("import os; os._exit(4)", "ended its process with exit status 4"),
         ("kept = bytearray(3 << 30)", r"MemoryError:  \(reward.py, line 1\)"),
-        ("while True: pass", "gave no answer within 1 s"),
+        ("while True: pass", "did not return within 1 s"),
     ],
 )
 def test_a_file_that_can_not_be_imported_on_the_rank_is_told_with_its_line(load, monkeypatch, first_line, failure):
@@ -342,8 +342,8 @@ def test_a_rank_that_is_killed_leaves_no_process_behind(tmp_path, body):
         "import sys, time, torch\n"
         "sys.path.append(sys.argv[1])\n"
         "import reward\n"
-        "from gpt.rl import Rollout\n"
-        "from gpt.scorers import FunctionScorer\n"
+        "from gpt.rl.scoring import Rollout\n"
+        "from gpt.rl.user_reward import FunctionScorer\n"
         f"scorer = FunctionScorer.of(reward.score, **{ {**LIMITS, 'timeout_s': 1000.0}!r})\n"
         "scorer.open(torch.device('cpu'))\n"
         "scorer.scores([Rollout({'prompt': []}, [1], [2], 'a')])\n"

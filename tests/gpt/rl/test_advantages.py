@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gpt.advantages import gae, kl_k1, kl_k3, token_rewards, whiten
+from gpt.rl.advantages import gae, kl_k1, kl_k3, token_rewards, whiten
 from gpt.losses import reinforce_loss
 
 NAN = float("nan")
