@@ -112,11 +112,11 @@ def test_a_preference_for_a_over_b_is_learned_and_holds_for_prompts_never_seen(p
     assert rank.curve("val/loss")[40] < 0.05 < 0.2 < rank.curve("val/loss")[2]
     model = load_reward_model(tmp_path / "model")
     assert slow_score(model, conversation("w", "aa")) > slow_score(model, conversation("w", "bb")) + 2
-    assert metadata["role"] == "reward"
-    assert metadata["steps"] == 40
-    assert metadata["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert metadata["train"] == {"pairs": 12, "ratings": 0, "too_long": 0, "alike": 0}
-    assert metadata["held_out"] == {"pairs": 5, "ratings": 0, "too_long": 0, "alike": 0}
+    assert trained.metadata["role"] == "reward"
+    assert trained.metadata["steps"] == 40
+    assert trained.metadata["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert trained.metadata["train"] == {"pairs": 12, "ratings": 0, "too_long": 0, "alike": 0}
+    assert trained.metadata["held_out"] == {"pairs": 5, "ratings": 0, "too_long": 0, "alike": 0}
     assert (tmp_path / "model" / "tokenizer.json").read_text() == (policy / "tokenizer.json").read_text()
 
 
@@ -135,7 +135,7 @@ def test_pairs_and_ratings_are_learned_from_together(policy, make_records, make_
     rank = make_rank()
     trained = train(rank, settings(steps=80), policy, [pairs], [ratings], 1, tmp_path / "model")
     assert trained.figures == {"eval/pair_accuracy": 1.0, "eval/rating_auc": 1.0}
-    assert metadata["train"] == {"pairs": 12, "ratings": 24, "too_long": 0, "alike": 0}
+    assert trained.metadata["train"] == {"pairs": 12, "ratings": 24, "too_long": 0, "alike": 0}
     assert rank.curve("val/loss")[80] < 0.2
 
 
@@ -167,7 +167,7 @@ def test_a_run_killed_in_its_last_evaluation_takes_no_step_again_and_ends_in_the
     whole, first, second = make_rank("whole"), make_rank("killed"), make_rank("killed")
     first.killed_in = ("evaluate", 5)
 
-    def run(rank: FakeRank) -> dict[str, Any] | None:
+    def run(rank: FakeRank) -> Trained | None:
         return train(rank, settings(), policy, [pairs], [ratings], 1, tmp_path / rank.folder.name)
 
     metadata_of_whole = run(whole)
@@ -189,7 +189,7 @@ def test_what_is_logged_and_when(policy, make_records, make_rank, tmp_path):
     assert sorted(rank.curve("train/loss")) == sorted(rank.curve("train/tokens_per_s")) == [2, 4, 5]
     assert sorted(rank.curve("val/loss")) == [2, 4, 5]
     assert rank.saved == [2, 4, 5]
-    assert set(rank.sections) == {"start", "step", "checkpoint", "evaluate"}
+    assert set(rank.sections) == {"start", "encode", "step", "checkpoint", "evaluate"}
     # A step has 4 pairs of 2 * (4 + 3) tokens: <|user|>, a letter, <|end|>, <|assistant|>, two letters, <|end|>.
     for step, per_second in rank.curve("train/tokens_per_s").items():
         assert per_second * rank.curve("time/step_s")[step] == pytest.approx(4 * 2 * 7)
@@ -448,7 +448,7 @@ def test_two_ranks_change_training_by_rounding_alone_and_the_scores_of_given_wei
     assert losses == pytest.approx(list(alone.curve("train/loss").values()), rel=1e-5)
     assert figures_of_two == trained.figures
     for name in ("score_mean", "score_std"):
-        assert metadata_of_two[name] == pytest.approx(metadata[name], abs=2e-5)
+        assert metadata_of_two[name] == pytest.approx(trained.metadata[name], abs=2e-5)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "both"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5)

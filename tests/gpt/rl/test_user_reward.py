@@ -305,11 +305,11 @@ def test_a_decorated_function_is_the_one_that_is_called(score):
 )
 def test_a_file_that_can_not_be_imported_on_the_rank_is_told_with_its_line(load, monkeypatch, first_line, failure):
     if first_line.startswith("while"):
-        monkeypatch.setattr(scorers, "START_LIMIT_S", 1.0)
+        monkeypatch.setattr(user_reward, "START_LIMIT_S", 1.0)
     module = load("def score(prompt, response, record): return 1")
     Path(module.__file__).write_text(f"{first_line}\ndef score(prompt, response, record): return 1")
-    wanted = rf"reward.py can't be imported in a process of its own with reward_memory_gib = 1: {failure}; mend the file, or "
-    with pytest.raises(ValueError, match=wanted):
+    expected = rf"reward.py cannot be imported in its own process with reward_memory_gib = 1: {failure}; fix the file, or "
+    with pytest.raises(ValueError, match=expected):
         FunctionScorer.of(module.score, **LIMITS).open(CPU)
 
 
