@@ -44,7 +44,9 @@ def open_tokens(path: Path, dtype: str, vocab_size: int) -> np.ndarray:
     unit = np.dtype(dtype).newbyteorder("<")
     n_bytes = path.stat().st_size
     if n_bytes % unit.itemsize:
-        raise ValueError(f"{path}: expected {dtype} tokens of {unit.itemsize} bytes each, found {n_bytes} bytes; rebuild the tokens artifact")
+        raise ValueError(
+            f"{path}: expected {dtype} tokens of {unit.itemsize} bytes each, found {n_bytes} bytes; rebuild the tokens artifact"
+        )
     if not n_bytes:
         return np.empty(0, unit)  # an empty file can't be mapped
     tokens = np.memmap(path, unit, mode="r")
@@ -116,7 +118,7 @@ def micro_batch_rows(rank: int, world_size: int, global_batch_size: int, gradien
 
 @dataclass(frozen=True)
 class Window:
-    """A held-out window: reads `tokens[start : stop - 1]` and scores the targets `tokens[score_from : stop]`."""
+    """A held-out window, which reads `tokens[start : stop - 1]` and scores the targets `tokens[score_from : stop]`."""
 
     file: int
     start: int
@@ -125,9 +127,9 @@ class Window:
 
 
 def held_out_windows(n_tokens: Sequence[int], seq_len: int, stride: int) -> list[Window]:
-    """Windows in which every token but a file's first is scored once, with at least seq_len - stride tokens before it where there are."""
+    """Windows that score every token except a file's first once, with at least seq_len - stride tokens of context if there are as many."""
     if not 1 <= stride <= seq_len:
-        raise ValueError(f"stride = {stride} must be from 1 to seq_len = {seq_len}: tokens between two windows would never be scored")
+        raise ValueError(f"expected stride from 1 to seq_len = {seq_len}, found {stride}: tokens between windows would never be scored")
     windows = []
     for file, n in enumerate(n_tokens):
         scored = 1
@@ -140,7 +142,7 @@ def held_out_windows(n_tokens: Sequence[int], seq_len: int, stride: int) -> list
 
 
 def held_out_batch(files: Sequence[np.ndarray], windows: Sequence[Window], seq_len: int) -> Batch:
-    """Rows padded on the right to seq_len; what is padding or scored by another window doesn't count."""
+    """Rows padded on the right to seq_len. Padding does not count, nor do tokens that another window scores."""
     token_ids = torch.zeros(len(windows), seq_len + 1, dtype=torch.int64)
     loss_mask = torch.zeros(len(windows), seq_len, dtype=torch.bool)
     for row, window in enumerate(windows):
@@ -151,7 +153,7 @@ def held_out_batch(files: Sequence[np.ndarray], windows: Sequence[Window], seq_l
 
 
 class ShuffledRows:
-    """Which of n examples a step sees: each once an epoch, in an order of its own.
+    """Which of n examples a step sees. Every epoch has each of them once, in its own random order.
 
     `ShuffledRows(1000, batch_size=16, seed=1, name="sft").of_step(7)` are 16 numbers below 1,000.
     """
@@ -162,12 +164,12 @@ class ShuffledRows:
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(stream_seed(seed, name, epoch), n))
 
     def of_step(self, step: int) -> list[int]:
-        places = (divmod(step * self._batch_size + row, self._n) for row in range(self._batch_size))
-        return [int(self._order(epoch)[place]) for epoch, place in places]
+        positions = (divmod(step * self._batch_size + row, self._n) for row in range(self._batch_size))
+        return [int(self._order(epoch)[index]) for epoch, index in positions]
 
 
 def evenly(items: Sequence[T], at_most: int) -> list[T]:
-    """All of them, or so many spread evenly: `evenly("abcdef", 3)` is a, c, e."""
+    """Select at most this many items, evenly spaced: `evenly("abcdef", 3)` is a, c, e."""
     n = min(len(items), at_most)
     return [items[i * len(items) // n] for i in range(n)]
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from gpt.settings import TrainSettings
 from gpt.torch_engine import TorchEngine
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -46,7 +46,7 @@ def test_the_default_stride_is_half_a_window():
 
 
 def test_a_stride_that_would_leave_tokens_out_is_refused():
-    with pytest.raises(ValueError, match="stride = 9 must be from 1 to seq_len = 8"):
+    with pytest.raises(ValueError, match="expected stride from 1 to seq_len = 8, found 9"):
         held_out_nats(MODEL, np.arange(9, dtype=np.uint16), stride=9)
 
 

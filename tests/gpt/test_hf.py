@@ -63,7 +63,9 @@ def test_transformers_gives_the_same_token_ids_also_for_text_that_spells_special
     assert theirs.pad_token_id == tokenizer.special["pad"]
 
 
-@pytest.mark.parametrize(("preset", "fault"), [("llama-nano", "positions = 'learned', found 'rope'"), ("transformer-nano", "norm_first = True, found False")])
+@pytest.mark.parametrize(
+    ("preset", "fault"), [("llama-nano", "positions = 'learned', found 'rope'"), ("transformer-nano", "norm_first = True, found False")]
+)
 def test_other_architectures_are_refused_with_what_differs(preset, fault, tmp_path):
     model = GPT(GPTConfig(**PRESETS[preset].model_dump(), vocab_size=BPE.vocab_size))
     with pytest.raises(ValueError, match=f"only gpt2-.* expected {fault}"):
@@ -458,7 +460,10 @@ def merge_to_the_end(content: dict[str, Any]) -> None:
         (lambda c: c["model"]["vocab"].update({"aa": c["model"]["vocab"].pop("Ā")}), "no token for 1 of the 256 bytes"),
         (lambda c: c["added_tokens"].append({**c["added_tokens"][0], "id": 270, "content": "\n"}), "spells the same text as token"),
         (merge_to_the_end, r"a merge leads to '<\|endoftext\|>'"),
-        (lambda c: c.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "expected byte-level BPE like GPT-2's, found WordLevel"),
+        (
+            lambda c: c.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}),
+            "expected byte-level BPE like GPT-2's, found WordLevel",
+        ),
         (lambda c: c.pop("model"), "cannot be read"),
     ],
 )

@@ -230,9 +230,11 @@ def test_wrong_roles_other_tokenizers_and_missing_inputs_are_refused_before_a_mo
     policy = Model(tmp_path, "e" * 64, {"role": "policy", "tokenizer": "t" * 64})
     reward = Model(tmp_path, "f" * 64, {"role": "reward", "tokenizer": "u" * 64})
     bench = Bench(tmp_path)
-    with pytest.raises(StageFailure, match="model ffffffffffff: expected role policy, found reward; the input model of evaluate takes a policy model"):
+    with pytest.raises(StageFailure, match="model ffffffffffff: expected role policy, found reward; the input model of"):
         run(EvaluateConfig(), reward, bench)
-    with pytest.raises(StageFailure, match="model ffffffffffff: expected tokenizer tttttttttttt, the one of model eeeeeeeeeeee, found uuuuuuuuuuuu"):
+    with pytest.raises(
+        StageFailure, match=r"model ffffffffffff: expected tokenizer tttttttttttt, .* model eeeeeeeeeeee, found uuuuuuuuuuuu"
+    ):
         run(EvaluateConfig(), policy, bench, reward_model=reward)
     with pytest.raises(StageFailure, match="best_of needs a reward model"):
         run(EvaluateConfig(best_of=4), policy, bench)

@@ -25,7 +25,7 @@ TOKENS = Tokens(Path("tokens"), "a" * 64, {"dtype": "uint16", "vocab_size": 16, 
         (
             [TOKENS],
             Model(Path("model"), "e" * 64, {"role": "policy", "tokenizer": "d" * 64}),
-            "^model eeeeeeeeeeee: expected tokenizer ffffffffffff, the one of tokens aaaaaaaaaaaa, found dddddddddddd; .*rebuild one of the",
+            "^model eeeeeeeeeeee: expected tokenizer ffffffffffff, the one of tokens aaaaaaaaaaaa, found dddddddddddd; .*rebuild",
         ),
         (
             [TOKENS, Tokens(Path("other"), "b" * 64, {**TOKENS.metadata, "tokenizer": "d" * 64})],

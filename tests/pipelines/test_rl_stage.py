@@ -118,9 +118,7 @@ def test_figures_go_to_the_action_record_and_metadata_to_the_manifest(make_promp
 
 
 def test_a_stage_without_any_scorer_is_refused(make_prompts):
-    with pytest.raises(
-        StageFailure, match=r"^rl has nothing to score responses with; add at least one: .* verifier = 'number'$"
-    ):
+    with pytest.raises(StageFailure, match=r"^rl has nothing to score responses with; add at least one: .* verifier = 'number'$"):
         run(settings(), POLICY, [make_prompts("4")])
 
 
@@ -162,7 +160,7 @@ def test_a_record_without_a_reference_counts_as_one_without_a_number(make_prompt
     prompts = make_prompts("4")
     with open(prompts.path / "train.jsonl", "a") as lines:
         lines.write('{"prompt": [{"role": "user", "content": "?"}]}\n')
-    with pytest.raises(StageFailure, match="1 of 2 training prompts have none: expected a number, .*, found first None"):
+    with pytest.raises(StageFailure, match=r"1 of 2 training prompts have none: expected a number, .*, found first None"):
         run(settings(verifier="number"), POLICY, [prompts])
 
 

@@ -69,7 +69,9 @@ def conversations(folder: Path) -> Conversations:
 
 def test_a_reward_model_is_refused_and_its_role_is_named(tmp_path: Path):
     reward_model = Model(tmp_path / "nowhere", "e" * 64, {"role": "reward", "tokenizer": "f" * 64})
-    with pytest.raises(StageFailure, match=r"^model eeeeeeeeeeee: expected role policy, found reward; sft trains a policy, such as a pretrain stage makes$"):
+    with pytest.raises(
+        StageFailure, match=r"^model eeeeeeeeeeee: expected role policy, found reward; sft trains a policy, such as a pretrain stage makes$"
+    ):
         sft(CONFIG, reward_model, [conversations(tmp_path / "b")], Bench(tmp_path))  # type: ignore[arg-type]
 
 

@@ -14,16 +14,15 @@ import torch
 from ranks import RankOfTwo, as_two_ranks
 from safetensors.torch import load_file
 
-from gpt.batching import Batch, padded
+from gpt.batching import padded
 from gpt.chat import encode_prompt, encode_response
 from gpt.losses import lm_loss
 from gpt.model import GPT, RewardModel, load_config, load_model, save_model
 from gpt.random_streams import stream_seed
 from gpt.reward_scorer import value_model
 from gpt.rl.experience import update_rows
-from gpt.rl.figures import FIGURES, describe, explained_variance
+from gpt.rl.figures import FIGURES
 from gpt.rl.loop import train
-from gpt.rl.rollouts import Rollouts
 from gpt.rl.scorers import RewardModelScorer
 from gpt.rl.scoring import Rollout, Scores
 from gpt.sampling import sample
@@ -522,44 +521,3 @@ def test_settings_that_leave_nothing_to_learn_or_have_no_effect_are_refused(chan
     size = 8 if changes.get("algorithm") == "reinforce" else 4
     with pytest.raises(ValueError, match=words):
         settings(global_batch_size=size, **changes)
-
-
-def test_an_epoch_visits_every_rollout_once_in_an_order_of_its_own():
-    first, second = update_rows(settings(ppo_epochs=2), seed=1, step=3)
-    for updates in (first, second):
-        assert [len(update) for update in updates] == [4, 4]
-        assert sorted(row for update in updates for row in update) == list(range(8))
-    assert first != second
-    assert [first] != update_rows(settings(), seed=1, step=4)
-
-
-def test_a_step_in_numbers_by_hand():
-    # Two responses of 1 and 3 tokens. k1: ln 2 on the first's token, 0 on the others; k3 there: 1/2 - 1 + ln 2.
-    written = torch.tensor([[True, False, False], [True, True, True]])
-    nothing = torch.zeros(2, 3)
-    tokens = Batch(nothing.long(), nothing.long(), written)
-    rollouts = Rollouts(tokens, nothing - 0.5, scores=torch.tensor([1.0, 2.0]), stopped=torch.tensor([True, False]), n_failed=1)
-    old_logprobs = torch.tensor([[2.0, 9.0, 9.0], [1.0, 1.0, 1.0]]).log()
-    rewards = torch.tensor([[0.9, 0.0, 0.0], [0.0, 0.0, 2.0]])
-    described = describe(rollouts, rewards, old_logprobs, nothing)
-    assert described == pytest.approx(
-        {
-            "reward/score_mean": 1.5,
-            "reward/score_std": 0.5,
-            "reward/total_mean": 1.45,
-            "rollout/response_tokens": 2.0,
-            "rollout/truncated_share": 0.5,
-            "rollout/failed_share": 0.5,
-            "rollout/logprob_mismatch": (0.6931472 + 4 * 0.5) / 4,
-            "rollout/kl_k1_nats_per_response": 0.6931472 / 2,
-            "rollout/kl_k3_nats_per_token": (0.6931472 - 0.5) / 4,
-        }
-    )
-
-
-def test_how_much_of_the_returns_was_foreseen():
-    returns = torch.tensor([1.0, 2.0, 3.0])
-    assert explained_variance(returns + 5.0, returns) == 1.0
-    assert explained_variance(torch.zeros(3), returns) == 0.0
-    assert explained_variance(returns / 2, returns) == pytest.approx(0.75)  # a quarter of the variance is left
-    assert explained_variance(returns, torch.ones(3)) == 0.0

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from decimal import Decimal
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,12 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from gpt.numbers import number_after, reference_number
 from gpt.rl import user_reward
-from gpt.rl.scorers import NumberScorer
-from gpt.rl.scoring import Rollout, Scores, total_scores
+from gpt.rl.scoring import Rollout, Scores
 from gpt.rl.user_reward import FunctionScorer
-from gpt.settings import RlSettings
 
 CPU = torch.device("cpu")
 PROMPT = [{"role": "user", "content": "What is 2 + 2?"}]
@@ -35,15 +31,6 @@ def score(prompt, response, record):
 """
 HOLDS_THE_GIL = "re.match('(a*)*b', 'a' * 40)"
 LIMITS: dict[str, Any] = dict(max_failures=100, timeout_s=20.0, memory_gib=1.0)
-
-
-class HalfBlind:
-    """1 for everything but "blind", about which it can't tell."""
-
-    def open(self, device: torch.device) -> None: ...
-
-    def scores(self, rollouts: Sequence[Rollout]) -> Scores:
-        return Scores(torch.tensor([math.nan if rollout.text == "blind" else 1.0 for rollout in rollouts]))
 
 
 def rollouts(*texts: str, **fields: Any) -> list[Rollout]:
@@ -149,28 +136,6 @@ def test_a_function_that_raises_on_every_second_response_fails_on_those_and_its_
 def test_a_function_of_other_parameters_fails_on_everything(score):
     [failure] = score("def score(response): return 1", "a").failures.values()
     assert failure == "score() of reward.py on 'a': TypeError: score() takes 1 positional argument but 3 were given"
-
-
-def test_a_score_beyond_fp32_is_a_failure_to_the_loop(load):
-    scorer = FunctionScorer.of(load("def score(prompt, response, record): return float(response)").score, **LIMITS)
-    scorer.open(CPU)
-    config = RlSettings(steps=1, prompts_per_step=2, global_batch_size=2, max_response_tokens=1, lr=1e-3)
-    scores, failures = total_scores(config, [scorer, NumberScorer("#")], rollouts("0.5", "1e300"))
-    assert scores.tolist() == [0.5, config.missing_end_score]
-    assert failures == ["FunctionScorer scored '1e300' inf"]
-
-
-def test_what_one_of_two_can_not_judge_is_worth_a_response_without_an_end_and_has_failed_once(load):
-    # The verifier's 1 for a right number makes nothing better of it, in either order; both fail on the third response.
-    scorer = FunctionScorer.of(load("def score(prompt, response, record): return float(response)").score, **LIMITS)
-    scorer.open(CPU)
-    config = RlSettings(steps=1, prompts_per_step=3, global_batch_size=3, max_response_tokens=1, lr=1e-3, missing_end_score=-2.0)
-    for judges in ([scorer, HalfBlind()], [HalfBlind(), scorer]):
-        scores, failures = total_scores(config, judges, rollouts("0.5", "x", "blind"))
-        assert scores.tolist() == [1.5, -2.0, -2.0]
-        assert len(failures) == 2
-    assert failures[0] == "HalfBlind scored 'blind' nan"
-    assert failures[1].startswith("score() of reward.py on 'x': ValueError: could not convert string to float")
 
 
 @pytest.mark.parametrize(
@@ -358,67 +323,3 @@ def test_a_rank_that_is_killed_leaves_no_process_behind(tmp_path, body):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert wait_until(lambda: not is_alive(child))
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("#### 42", "42"),
-        ("so it is ####42.", "42"),
-        ("#### 1,234", "1234"),
-        ("#### 1234.0 apples", "1234"),
-        ("#### 1,234,567.50\nand more", "1234567.5"),
-        ("#### -7", "-7"),
-        ("#### +7", "7"),
-        ("#### -0", "0"),
-        ("#### .5", "0.5"),
-        ("####\n5", "5"),
-        ("#### 1 #### 2", "2"),
-        ("#### 123456789012345678901234567890", "123456789012345678901234567890"),
-        ("42", None),
-        ("####", None),
-        ("#### forty-two", None),
-        ("#### 1 ####", None),
-        ("#### 1,23", None),
-        ("#### 1,2345", None),
-        ("#### 1.2.3", None),
-        ("#### 3/4", None),
-        ("#### 1e5", None),
-        ("#### 2024-01-02", None),
-        ("#### 12:30", None),
-        ("#### - 5", None),
-        ("#### \u0665", None),
-    ],
-)
-def test_the_number_after_the_last_marker(text, number):
-    assert number_after(text, "####") == (None if number is None else Decimal(number))
-
-
-@pytest.mark.parametrize(
-    ("reference", "number"),
-    [
-        ("1,234", "1234"),
-        (" -3.50 \n", "-3.5"),
-        ("2 + 2 = 4\n#### 4", "4"),
-        ("4 apples", None),
-        ("four", None),
-        ("", None),
-        (None, None),
-        ("#### x", None),
-    ],
-)
-def test_a_reference_is_a_number_or_a_worked_answer(reference, number):
-    assert reference_number(reference, "####") == (None if number is None else Decimal(number))
-
-
-def test_the_verifier_gives_1_for_the_right_number_and_0_for_everything_else():
-    found = NumberScorer("####").scores(
-        rollouts("#### 1,234", "#### 1234.0", "#### 1234.01", "#### -1234", "1234", "#### 1234 #### 5", reference="a\n#### 1234")
-    )
-    assert found.scores.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    assert list(found.failures.values()) == []
-
-
-def test_the_marker_is_taken_to_the_letter():
-    found = NumberScorer(".*").scores(rollouts("#### 4", ".* 4"))
-    assert found.scores.tolist() == [0.0, 1.0]
