@@ -25,7 +25,7 @@ from gpt.chat import encode_prompt
 from gpt.losses import chosen_logprobs, reinforce_loss
 from gpt.model import GPT, load_model
 from gpt.random_streams import permutation, stream_seed
-from gpt.reward import RewardScorer
+from gpt.reward_scorer import RewardScorer
 from gpt.sampling import sample
 from gpt.tokenizer import Tokenizer
 from pipelines.plan.planner import resolve

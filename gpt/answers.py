@@ -1,11 +1,11 @@
 """A model's answers to questions, and what can be counted about them: right, declined, cut off, and how far from another model's.
 
-Left out: answers that are right in other words. Who wants those judged brings a reward model.
+Left out: answers that are right in other words; a reward model can score those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,57 +16,57 @@ from gpt.batching import evenly, padded
 from gpt.chat import Message, encode_prompt
 from gpt.losses import chosen_logprobs
 from gpt.model import GPT
+from gpt.numbers import has_number, reference_number
 from gpt.random_streams import stream_seed
-from gpt.reward import RewardScorer
+from gpt.reward_scorer import RewardScorer
 from gpt.sampling import sample
-from gpt.scorers import number_after, reference_number
 from gpt.tokenizer import Tokenizer
 
-ROWS = 64
-"""Prompts that are read at a time."""
-LOGITS = 1024
-"""Tokens whose logits are held at a time: of a row of V each, several are alive at once."""
+ROWS_AT_ONCE = 64
+"""Prompts that are read together."""
+LOGITS_AT_ONCE = 1024
+"""Tokens whose logits are computed together: each is a row of V, and several copies are alive at once."""
 
 
 @dataclass(frozen=True)
 class Answer:
     prompt_ids: list[int]
     token_ids: list[int]
-    """With the end token, where the model wrote one."""
+    """Includes the end token if the model wrote one."""
     text: str
     stopped: bool
-    """False: it was cut off."""
+    """True: the model ended the answer itself. False: it was cut off."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A model, and what it answered to each question."""
+    """A model and its answers to all questions."""
 
     model: GPT
     likeliest: list[Answer]
-    """By the likeliest tokens."""
+    """At temperature 0: always the likeliest token."""
     drawn: list[Answer]
-    """At temperature 1, from the same streams for every model."""
+    """At temperature 1, from the same random streams for every model."""
     scores: Tensor | None
-    """(B,), of the drawn ones. None: nobody scores."""
+    """(B,), the drawn answers' scores. None without a scorer."""
 
 
 def questions_with_room(
     questions: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, seq_len: int, answer_tokens: int
 ) -> list[Mapping[str, Any]]:
-    """Those whose prompt leaves room for an answer within `seq_len`; ValueError where none does."""
+    """Keep the questions whose prompt leaves room for an answer within `seq_len`; ValueError if none does."""
     fitting = [each for each in questions if len(encode_prompt(tokenizer, each["prompt"])) <= seq_len - answer_tokens]
     if not fitting:
         raise ValueError(
             f"none of {len(questions)} questions leaves room for answer_tokens = {answer_tokens} within the models' seq_len = {seq_len}; "
-            "ask shorter ones, or set a lower answer_tokens"
+            "use shorter questions, or a lower answer_tokens"
         )
     return fitting
 
 
 @dataclass(frozen=True)
 class Examiner:
-    """Puts the same questions to one model after another: `examiner.figures(examiner.answers_of(model))`."""
+    """Asks one model after another the same questions: `examiner.figures(examiner.answers_of(model))`."""
 
     tokenizer: Tokenizer
     questions: Sequence[Mapping[str, Any]]
@@ -77,16 +77,18 @@ class Examiner:
     number_marker: str | None = None
     scorer: RewardScorer | None = None
     missing_end_score: float = -1.0
-    """What an answer that was cut off is scored."""
+    """Score of an answer that was cut off."""
+    on_progress: Callable[[int, int], None] = lambda done, total: None
+    """Called with the answers written so far and their total, for each pass over the questions."""
 
     def answers_of(self, model: GPT) -> Answered:
-        drawn = self._put(model, "drawn", temperature=1.0)
-        return Answered(model, self._put(model, "likeliest", temperature=0.0), drawn, self._scores(drawn) if self.scorer else None)
+        drawn = self._ask(model, "drawn", temperature=1.0)
+        return Answered(model, self._ask(model, "likeliest", temperature=0.0), drawn, self._scores(drawn) if self.scorer else None)
 
     def figures(self, answered: Answered) -> dict[str, float]:
-        """How a model does."""
-        likeliest, sampled = self._shares(answered.likeliest), self._shares(answered.drawn)
-        figures = likeliest | {f"{name}_sampled": sampled[name] for name in ("exactly_right", "number_right") if name in sampled}
+        """Measure a model's answers."""
+        likeliest, drawn = self._shares(answered.likeliest), self._shares(answered.drawn)
+        figures = likeliest | {f"{name}_sampled": drawn[name] for name in ("exactly_right", "number_right") if name in drawn}
         figures["truncated_share"] = sum(not each.stopped for each in answered.likeliest) / len(answered.likeliest)
         figures["response_tokens"] = sum(len(each.token_ids) for each in answered.likeliest) / len(answered.likeliest)
         if answered.scores is not None:
@@ -94,20 +96,20 @@ class Examiner:
         return figures
 
     def best_of(self, n: int, answered: Answered) -> dict[str, float]:
-        """How the model would do if of `n` draws one took the one that scores highest."""
+        """Measure what the model would answer if the highest-scoring of `n` drawn answers were taken each time."""
         assert answered.scores is not None, "without scores there is no best answer"
-        more = [self._put(answered.model, f"drawn {number}", temperature=1.0) for number in range(2, n + 1)]
+        more = [self._ask(answered.model, f"drawn {number}", temperature=1.0) for number in range(2, n + 1)]
         draws = [answered.drawn, *more]
         scores = torch.stack([answered.scores, *map(self._scores, more)])  # (n, B)
-        best = [draws[number][place] for place, number in enumerate(scores.argmax(dim=0).tolist())]
+        best = [draws[number][row] for row, number in enumerate(scores.argmax(dim=0).tolist())]
         figures = {f"best_of_{name}": value for name, value in self._shares(best).items()}
         return figures | {"best_of_score_mean": scores.max(dim=0).values.mean().item()}
 
     def compare(self, answered: Answered, baseline: Answered) -> dict[str, float]:
-        """How the baseline does, how far the model has gone from it, and what it gained by that."""
+        """Measure the baseline, how far the model has diverged from it, and what the model gained by that."""
         figures = {f"baseline_{name}": value for name, value in self._shares(baseline.likeliest).items()}
-        ours, theirs = (response_logprobs(each.model, answered.drawn) for each in (answered, baseline))
-        figures["kl_nats_per_response"] = (ours - theirs).mean().item()
+        logprobs, baseline_logprobs = (response_logprobs(each.model, answered.drawn) for each in (answered, baseline))
+        figures["kl_nats_per_response"] = (logprobs - baseline_logprobs).mean().item()
         if answered.scores is not None and baseline.scores is not None:
             figures["baseline_score_mean"] = baseline.scores.mean().item()
             deviation = baseline.scores.std(correction=0).item()
@@ -116,19 +118,19 @@ class Examiner:
         return figures
 
     def samples(self, n: int, answered: Answered, baseline: Answered | None) -> list[dict[str, Any]]:
-        """Of `n` questions, spread evenly, what was asked, what is right and what each model said."""
+        """Show `n` evenly spaced questions with their reference and each model's answers."""
         samples: list[dict[str, Any]] = []
-        for place in evenly(range(len(self.questions)), n):
-            question = self.questions[place]
+        for row in evenly(range(len(self.questions)), n):
+            question = self.questions[row]
             samples.append({"prompt": question["prompt"][-1]["content"], "reference": question.get("reference")})
-            samples[-1] |= {"answer": answered.likeliest[place].text, "drawn": answered.drawn[place].text}
+            samples[-1] |= {"answer": answered.likeliest[row].text, "drawn": answered.drawn[row].text}
             if answered.scores is not None:
-                samples[-1]["score"] = round(answered.scores[place].item(), 3)
+                samples[-1]["score"] = round(answered.scores[row].item(), 3)
             if baseline:
-                samples[-1] |= {"baseline": baseline.likeliest[place].text, "baseline_drawn": baseline.drawn[place].text}
+                samples[-1] |= {"baseline": baseline.likeliest[row].text, "baseline_drawn": baseline.drawn[row].text}
         return samples
 
-    def _put(self, model: GPT, name: str, *, temperature: float) -> list[Answer]:
+    def _ask(self, model: GPT, name: str, *, temperature: float) -> list[Answer]:
         return answer(
             model,
             self.tokenizer,
@@ -137,6 +139,7 @@ class Examiner:
             name=f"evaluate {name}",
             max_tokens=self.answer_tokens,
             temperature=temperature,
+            on_progress=self.on_progress,
         )
 
     def _shares(self, answers: Sequence[Answer]) -> dict[str, float]:
@@ -144,40 +147,49 @@ class Examiner:
         return answer_figures(answers, references, refusal=self.refusal, number_marker=self.number_marker)
 
     def _scores(self, answers: Sequence[Answer]) -> Tensor:
-        assert self.scorer is not None, "nobody scores"
+        assert self.scorer is not None, "there is no scorer"
         scores = self.scorer.scores([each.prompt_ids for each in answers], [each.token_ids for each in answers]).cpu()
         return torch.where(torch.tensor([each.stopped for each in answers]), scores, self.missing_end_score).double()
 
 
 def answer(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Sequence[Message]], *, seed: int, name: str, max_tokens: int, temperature: float
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    seed: int,
+    name: str,
+    max_tokens: int,
+    temperature: float,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
-    """One answer to each prompt; `name` and the prompt's place name the stream that it draws from. Temperature 0: the likeliest tokens."""
+    """Answer each prompt once. `name` and the prompt's position name the stream that it draws from. Temperature 0: the likeliest tokens."""
     end = tokenizer.special["end"]
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     answers = []
-    for first in range(0, len(encoded), ROWS):
-        rows = encoded[first : first + ROWS]
+    for first in range(0, len(encoded), ROWS_AT_ONCE):
+        rows = encoded[first : first + ROWS_AT_ONCE]
         streams = [stream_seed(seed, name, first + row) for row in range(len(rows))]
         responses = sample(model, rows, streams=streams, max_tokens=max_tokens, temperature=temperature, stop_ids=(end,))
         for prompt_ids, response in zip(rows, responses, strict=True):
             text = tokenizer.decode(token_id for token_id in response.token_ids if token_id != end)
             answers.append(Answer(prompt_ids, response.token_ids, text, response.stopped))
+        on_progress(len(answers), len(encoded))
     return answers
 
 
 def is_right(answer: Answer, reference: str) -> bool:
-    """To the letter, but for space around it; what was cut off is not an answer."""
+    """Whether the answer equals the reference except for surrounding space; one that was cut off is never right."""
     return answer.stopped and answer.text.strip() == reference.strip()
 
 
 def answer_figures(
     answers: Sequence[Answer], references: Sequence[str | None], *, refusal: str | None = None, number_marker: str | None = None
 ) -> dict[str, float]:
-    """Shares of the answers that have a reference. What there is no answer to count for is absent.
+    """Shares of the answers that have a reference; a share of no answers is absent.
 
-    `exactly_right`; with a refusal, `declined` of those whose reference it is, and of the others `exactly_right` and `false_refusals`;
-    with a number's marker, `number_right` of those whose reference has a number.
+    Always `exactly_right`. With a refusal, `declined` is the share among questions whose reference is the refusal, and `exactly_right` and
+    `false_refusals` are shares among the others. With a number marker, `number_right` is the share among references with a number.
     """
     pairs = [(each, reference) for each, reference in zip(answers, references, strict=True) if reference is not None]
     known = [(each, reference) for each, reference in pairs if reference != refusal]
@@ -185,29 +197,28 @@ def answer_figures(
     if number_marker is not None:
         numbers = [(each, reference_number(reference, number_marker)) for each, reference in pairs]
         counted["number_right"] = [
-            each.stopped and number_after(each.text, number_marker) == number for each, number in numbers if number is not None
+            each.stopped and has_number(each.text, number, number_marker) for each, number in numbers if number is not None
         ]
     if refusal is not None:
         counted["declined"] = [is_right(each, refusal) for each, reference in pairs if reference == refusal]
         counted["false_refusals"] = [is_right(each, refusal) for each, _ in known]
-    return {name: sum(truths) / len(truths) for name, truths in counted.items() if truths}
+    return {name: sum(each) / len(each) for name, each in counted.items() if each}
 
 
 @torch.no_grad()
 def response_logprobs(model: GPT, answers: Sequence[Answer]) -> Tensor:
-    """The log-probability (B,) in nats that the model gives to each whole response after its prompt, end token included."""
+    """The logprob (B,) in nats that the model gives to each whole response after its prompt, end token included."""
     totals = []
-    for first in range(0, len(answers), ROWS):
-        part = answers[first : first + ROWS]
-        # padded with any id, since no token looks at a later one
+    for first in range(0, len(answers), ROWS_AT_ONCE):
+        part = answers[first : first + ROWS_AT_ONCE]
+        # any id serves as padding, since no token attends to a later one
         rows = padded([[*each.prompt_ids, *each.token_ids] for each in part], 0).to(model.token_embedding.weight.device)  # (B, T + 1)
-        targets = [slice(len(each.prompt_ids), len(each.prompt_ids) + len(each.token_ids)) for each in part]
+        spans = [slice(len(each.prompt_ids), len(each.prompt_ids) + len(each.token_ids)) for each in part]
         hidden = model.hidden_states(rows[:, :-1])  # (B, T, C)
-        read = torch.cat([hidden[row, place.start - 1 : place.stop - 1] for row, place in enumerate(targets)])  # (all responses' tokens, C)
-        written = torch.cat([rows[row, place] for row, place in enumerate(targets)])  # (all responses' tokens,)
-        logprobs = [
-            chosen_logprobs(model.output(each), ids, 1.0) for each, ids in zip(read.split(LOGITS), written.split(LOGITS), strict=True)
-        ]
+        read = torch.cat([hidden[row, span.start - 1 : span.stop - 1] for row, span in enumerate(spans)])  # (all responses' tokens, C)
+        written = torch.cat([rows[row, span] for row, span in enumerate(spans)])  # (all responses' tokens,)
+        chunks = zip(read.split(LOGITS_AT_ONCE), written.split(LOGITS_AT_ONCE), strict=True)
+        logprobs = [chosen_logprobs(model.output(each), ids, 1.0) for each, ids in chunks]
         by_response = torch.cat(logprobs).double().cpu().split([len(each.token_ids) for each in part])
         totals.append(torch.stack([each.sum() for each in by_response]))
     return torch.cat(totals)

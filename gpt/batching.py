@@ -1,9 +1,9 @@
-"""Which tokens a step sees, by index arithmetic alone: `batch = f(seed, step)`, so the data position is the step.
+"""Which tokens a step sees, computed by index arithmetic: `batch = f(seed, step)`, so the step is the data position.
 
-Token files are flat arrays on disk. An epoch cuts each into windows from a random offset and visits all of them once, in
-a random order. Ranks and micro-batches are slices of the same global batch: they never change which rows a step sees.
+Token files are flat arrays on disk. An epoch cuts each into windows from a random offset and visits every window once, in random order.
+Ranks and micro-batches are slices of the same global batch; they never change which rows a step sees.
 
-Left out: masks between the documents of one window (attention may look across their boundary), and packing to fill windows.
+Left out: masks between the documents of a window (attention crosses their boundary), and packing to fill windows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: all (B, T). `targets` are `token_ids` one place on; True in `loss_mask` = counts."""
+    """A micro-batch: all (B, T). `targets` are `token_ids` shifted by one; True in `loss_mask` = counts."""
 
     token_ids: Tensor
     targets: Tensor
@@ -40,21 +40,23 @@ class Batch:
 
 
 def open_tokens(path: Path, dtype: str, vocab_size: int) -> np.ndarray:
-    """A file of little-endian unsigned integers ("uint16", "uint32") as (n,), mapped and checked once against the vocabulary."""
+    """Map a file of little-endian unsigned integers ("uint16", "uint32") as (n,), and check it once against the vocabulary."""
     unit = np.dtype(dtype).newbyteorder("<")
     n_bytes = path.stat().st_size
     if n_bytes % unit.itemsize:
-        raise ValueError(f"{path}: {n_bytes} bytes are not whole {dtype} tokens of {unit.itemsize} bytes; make the tokens artifact again")
+        raise ValueError(
+            f"{path}: expected {dtype} tokens of {unit.itemsize} bytes each, found {n_bytes} bytes; rebuild the tokens artifact"
+        )
     if not n_bytes:
         return np.empty(0, unit)  # an empty file can't be mapped
     tokens = np.memmap(path, unit, mode="r")
     for start in range(0, len(tokens), SCAN_TOKENS):
         block = tokens[start : start + SCAN_TOKENS]
         if block.max() >= vocab_size:
-            place = start + int(np.argmax(block >= vocab_size))
+            position = start + int(np.argmax(block >= vocab_size))
             raise ValueError(
-                f"{path}: token {place:,} is {tokens[place]}, but the tokenizer has only the ids 0 to {vocab_size - 1}; "
-                "take the tokenizer and the tokens from the same artifact"
+                f"{path}: expected the tokenizer's ids 0 to {vocab_size - 1}, found {tokens[position]} at token {position:,}; "
+                "use the tokenizer and the tokens of the same artifact"
             )
     return tokens
 
@@ -66,14 +68,14 @@ class TrainingBatches:
         for number, tokens in enumerate(files):
             if len(tokens) < seq_len + 1:
                 raise ValueError(
-                    f"training tokens {number + 1} of {len(files)}: {len(tokens)} tokens are less than one window of seq_len + 1 = "
-                    f"{seq_len + 1}; give more text or a smaller seq_len"
+                    f"training tokens {number + 1} of {len(files)}: expected at least one window of seq_len + 1 = {seq_len + 1} tokens, "
+                    f"found {len(tokens)}; add text, or lower seq_len"
                 )
         self._files = files
         self._seq_len = seq_len
         self._global_batch_size = global_batch_size
         self._seed = seed
-        # One window less than would fit: it is the room for the epoch's offset, and makes all epochs equally long.
+        # One window less than would fit, which leaves room for the epoch's offset and makes all epochs equally long.
         n_windows = [max(1, (len(tokens) - seq_len) // seq_len) for tokens in files]
         self._first_window = [0, *accumulate(n_windows)]
         self._order = lru_cache(maxsize=2)(self._draw_order)  # a step may straddle two epochs
@@ -82,22 +84,22 @@ class TrainingBatches:
         return self._first_window[-1]
 
     def window(self, step: int, row: int) -> tuple[int, int]:
-        """Where a row of the step's global batch begins: its file, and the first token in it."""
-        epoch, place = divmod(step * self._global_batch_size + row, self.windows_per_epoch())
+        """Where a row of the step's global batch starts: its file, and the first token within it."""
+        epoch, index = divmod(step * self._global_batch_size + row, self.windows_per_epoch())
         order, offsets = self._order(epoch)
-        window = int(order[place])
+        window = int(order[index])
         file = bisect_right(self._first_window, window) - 1
         return file, offsets[file] + (window - self._first_window[file]) * self._seq_len
 
     def micro_batch(self, step: int, rows: range) -> Batch:
-        """These rows of the step's global batch."""
+        """Return these rows of the step's global batch."""
         windows = [self.window(step, row) for row in rows]
         tokens = np.stack([self._files[file][start : start + self._seq_len + 1] for file, start in windows])
         token_ids = torch.from_numpy(tokens.astype(np.int64))  # (B, T + 1)
         return Batch(token_ids[:, :-1], token_ids[:, 1:], torch.ones(len(rows), self._seq_len, dtype=torch.bool))
 
     def _draw_order(self, epoch: int) -> tuple[np.ndarray, list[int]]:
-        """The epoch's order of all windows, and where in each file its first one begins."""
+        """Draw the epoch's order of all windows, and where in each file the first window starts."""
         offsets = []
         for file, tokens in enumerate(self._files):
             n_windows = self._first_window[file + 1] - self._first_window[file]
@@ -107,7 +109,7 @@ class TrainingBatches:
 
 
 def micro_batch_rows(rank: int, world_size: int, global_batch_size: int, gradient_accumulation_steps: int) -> list[range]:
-    """The rows of the global batch that a rank computes, one range per micro-step: its share, in consecutive slices."""
+    """The rows of the global batch that a rank computes, one range per micro-step: consecutive slices of its share."""
     share = global_batch_size // world_size
     size = share // gradient_accumulation_steps
     first = rank * share
@@ -116,7 +118,7 @@ def micro_batch_rows(rank: int, world_size: int, global_batch_size: int, gradien
 
 @dataclass(frozen=True)
 class Window:
-    """A held-out window: reads `tokens[start : stop - 1]` and scores the targets `tokens[score_from : stop]`."""
+    """A held-out window, which reads `tokens[start : stop - 1]` and scores the targets `tokens[score_from : stop]`."""
 
     file: int
     start: int
@@ -125,9 +127,9 @@ class Window:
 
 
 def held_out_windows(n_tokens: Sequence[int], seq_len: int, stride: int) -> list[Window]:
-    """Windows in which every token but a file's first is scored once, with at least seq_len - stride tokens before it where there are."""
+    """Windows that score every token except a file's first once, with at least seq_len - stride tokens of context if there are as many."""
     if not 1 <= stride <= seq_len:
-        raise ValueError(f"stride = {stride} must be from 1 to seq_len = {seq_len}: tokens between two windows would never be scored")
+        raise ValueError(f"expected stride from 1 to seq_len = {seq_len}, found {stride}: tokens between windows would never be scored")
     windows = []
     for file, n in enumerate(n_tokens):
         scored = 1
@@ -140,7 +142,7 @@ def held_out_windows(n_tokens: Sequence[int], seq_len: int, stride: int) -> list
 
 
 def held_out_batch(files: Sequence[np.ndarray], windows: Sequence[Window], seq_len: int) -> Batch:
-    """Rows padded on the right to seq_len; what is padding or scored by another window doesn't count."""
+    """Rows padded on the right to seq_len. Padding does not count, nor do tokens that another window scores."""
     token_ids = torch.zeros(len(windows), seq_len + 1, dtype=torch.int64)
     loss_mask = torch.zeros(len(windows), seq_len, dtype=torch.bool)
     for row, window in enumerate(windows):
@@ -151,7 +153,7 @@ def held_out_batch(files: Sequence[np.ndarray], windows: Sequence[Window], seq_l
 
 
 class ShuffledRows:
-    """Which of n examples a step sees: each once an epoch, in an order of its own.
+    """Which of n examples a step sees. Every epoch has each of them once, in its own random order.
 
     `ShuffledRows(1000, batch_size=16, seed=1, name="sft").of_step(7)` are 16 numbers below 1,000.
     """
@@ -162,12 +164,12 @@ class ShuffledRows:
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(stream_seed(seed, name, epoch), n))
 
     def of_step(self, step: int) -> list[int]:
-        places = (divmod(step * self._batch_size + row, self._n) for row in range(self._batch_size))
-        return [int(self._order(epoch)[place]) for epoch, place in places]
+        positions = (divmod(step * self._batch_size + row, self._n) for row in range(self._batch_size))
+        return [int(self._order(epoch)[index]) for epoch, index in positions]
 
 
 def evenly(items: Sequence[T], at_most: int) -> list[T]:
-    """All of them, or so many spread evenly: `evenly("abcdef", 3)` is a, c, e."""
+    """Select at most this many items, evenly spaced: `evenly("abcdef", 3)` is a, c, e."""
     n = min(len(items), at_most)
     return [items[i * len(items) // n] for i in range(n)]
 

@@ -1,10 +1,10 @@
-"""Conversations as token ids, and which of them the assistant wrote.
+"""Conversations as token ids, with a mask of what the assistant wrote.
 
     <|system|>Be brief.<|end|><|user|>Who are you?<|end|><|assistant|>A small model.<|end|>
                                                                       ^^^^^^^^^^^^^^^^^^^^^^^^^  True in the loss mask
 
-A message is opened by its role's token and closed by <|end|>. Text is encoded between the two by itself, so that a prompt's ids
-are a prefix of the conversation's, and text that spells a special token stays text. Left out: tools, images, names of speakers.
+A message begins with its role's token and ends with <|end|>. The text between them is encoded by itself, so a prompt's ids are a prefix
+of the conversation's ids, and text that spells a special token stays text. Left out: tools, images, speaker names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from gpt.tokenizer import Tokenizer
 
 FORMAT = "gptline-1"
-"""What a model's manifest says of its turns, as `chat_format`."""
+"""The value of `chat_format` in the manifest of a model that was trained on conversations in this format."""
 ROLES = ("system", "user", "assistant")
 
 Message = Mapping[str, str]
@@ -26,23 +26,23 @@ Message = Mapping[str, str]
 class Conversation:
     token_ids: list[int]
     loss_mask: list[bool]
-    """True = written by the assistant: its text and its end token, but not the role token that opens it."""
+    """True = written by the assistant: its text and end token, but not the role token before them."""
     cut: bool = False
-    """True: turns were left out at the end, to fit."""
+    """True: turns at the end were left out to fit."""
 
 
 def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int | None = None) -> Conversation | None:
-    """The whole conversation; of one that is longer than `max_tokens`, the first turns up to an assistant's message that ends within.
+    """Encode a conversation. One longer than `max_tokens` is cut after the last assistant message that ends within the limit.
 
-    None where not even the first such message does.
+    None if not even the first assistant message does.
     """
     token_ids: list[int] = []
     loss_mask: list[bool] = []
     fitting = 0
     for message in messages:
-        of_message = encode_message(tokenizer, message)
-        token_ids += of_message
-        loss_mask += [False] + [message["role"] == "assistant"] * (len(of_message) - 1)
+        message_ids = encode_message(tokenizer, message)
+        token_ids += message_ids
+        loss_mask += [False] + [message["role"] == "assistant"] * (len(message_ids) - 1)
         if max_tokens is not None and len(token_ids) > max_tokens:
             break
         if message["role"] == "assistant":
@@ -53,16 +53,16 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message], max_t
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """What comes before a response: the messages so far, and the token that opens the assistant's."""
+    """Encode what precedes a response: the messages so far, and the assistant's role token."""
     return [token_id for message in messages for token_id in encode_message(tokenizer, message)] + [tokenizer.special["assistant"]]
 
 
 def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A response as the policy would have written it, with its end token."""
+    """Encode a response as the policy would have written it, with its end token."""
     return [*tokenizer.encode(text), tokenizer.special["end"]]
 
 
 def encode_message(tokenizer: Tokenizer, message: Message) -> list[int]:
     if message["role"] not in ROLES:
-        raise ValueError(f"role {message['role']!r} is unknown; wanted {', '.join(ROLES)}")
+        raise ValueError(f"expected one of the roles {', '.join(ROLES)}, found {message['role']!r}")
     return [tokenizer.special[message["role"]], *tokenizer.encode(message["content"]), tokenizer.special["end"]]

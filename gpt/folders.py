@@ -1,10 +1,11 @@
-"""What training reads from artifacts' folders and what it leaves in one: records, and the trained model."""
+"""What training reads from artifacts' folders and writes to one: records, and the trained model."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,36 @@ from gpt.engine import Rank
 from gpt.model import GPT, save_model
 from gpt.settings import GPTConfig
 
+RECORDS_PER_SECTION = 1000
+
 
 def read_records(folders: Sequence[Path], split: str) -> Iterator[dict[str, Any]]:
-    """Those of the split ("train", "held_out"), one folder after the other."""
+    """Yield the records of a split ("train", "held_out"), one folder after the other."""
     for folder in folders:
         with open(folder / f"{split}.jsonl", encoding="utf-8") as lines:
             yield from map(json.loads, lines)
 
 
+def records_in_sections(rank: Rank, folders: Sequence[Path], split: str, deadline_s: float) -> Iterator[dict[str, Any]]:
+    """Yield the records of a split, with a deadline for every 1,000 of them rather than for all.
+
+    What the caller does with a record counts towards its section, so encoding may take hours as long as it moves on.
+    """
+    records = read_records(folders, split)
+    while True:
+        with rank.section("encode", deadline_s):
+            n = 0
+            for record in islice(records, RECORDS_PER_SECTION):
+                yield record
+                n += 1
+        if n < RECORDS_PER_SECTION:
+            return
+
+
 def save_trained(
-    rank: Rank, weights: Mapping[str, Tensor], config: GPTConfig, tokenizer: Path, output: Path, kind: type[GPT] = GPT
+    rank: Rank, weights: Mapping[str, Tensor], config: GPTConfig, tokenizer: Path, output: Path, model_class: type[GPT] = GPT
 ) -> None:
-    """A model artifact's files, by rank 0: an engine's full weights, what shape they have, and the tokenizer.json of their tokens."""
+    """Write a model artifact's files on rank 0: an engine's full weights, their configuration, and the tokenizer.json of their tokens."""
     if rank.rank == 0:
-        save_model(output, config, weights, kind)
+        save_model(output, config, weights, model_class)
         shutil.copyfile(tokenizer, output / "tokenizer.json")

@@ -1,11 +1,11 @@
-"""To and from `transformers`: a gpt2-* model as a folder that it opens as GPT2LMHeadModel, and such a folder as a model of ours.
+"""Export a gpt2-* model as a folder that `transformers` opens as GPT2LMHeadModel, and import such a folder as a model of ours.
 
-Both ways with equal logits and equal token ids, and without transformers: the files are written and read directly. Left out: other
-architectures. Which folders can be read says `gpt.hf_folder`.
+Logits and token ids are equal both ways. Files are written and read directly, without transformers. Left out: other architectures.
+`gpt.hf_folder` checks which folders can be read and which models can be exported.
 
-An assistant's folder has a chat template, whose ids are those of `gpt.chat`. A template makes one string of a conversation, and what is
-a token in a string is so for whoever wrote it. So there the special tokens have names that nobody types, MARK before our own:
-a message that spells "<|end|>" stays text, as here.
+An assistant's folder has a chat template that yields the ids of `gpt.chat`. A template renders a conversation as one string, and in a
+string anyone can spell a special token. There the special tokens therefore have names that nobody types, with MARK before ours, so that a
+message that spells "<|end|>" stays text, as it does here.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from gpt.chat import ROLES
-from gpt.hf_folder import TOKENIZER, read_config, weight_files
-from gpt.model import GPT, load_model, save_model
+from gpt.hf_folder import TOKENIZER, check_exportable, read_config, weight_files
+from gpt.model import GPT, load_model, save_model, save_tensors
 from gpt.settings import GPTConfig
 from gpt.tokenizer import Tokenizer, read_gpt2, special_text
 
-# In transformers' GPT-2, Conv1D keeps a linear layer's weight as (in, out).
+# transformers' GPT-2 uses Conv1D, which stores a linear layer's weight as (in, out).
 _BLOCK = {
     "attention_norm": ("ln_1", False),
     "attention.qkv": ("attn.c_attn", True),
@@ -34,7 +34,7 @@ _BLOCK = {
     "feed_forward.down": ("mlp.c_proj", True),
 }
 MARK = "\ufdd0"
-"""A noncharacter, which Unicode keeps for a program's inner use and out of texts that are interchanged (chapter 23.7)."""
+"""A noncharacter, which Unicode reserves for use inside a program and keeps out of interchanged text (chapter 23.7)."""
 CHAT_TEMPLATE = """\
 {#- U+FDD0 makes a token of the name that follows: "<|end|>" alone is text, also in a message. -#}
 {%- for message in messages %}
@@ -62,18 +62,16 @@ def write_checkpoint(model_folder: Path, folder: Path, *, chat: bool = False) ->
 def export_gpt2(model: GPT, tokenizer: Tokenizer, folder: Path, *, chat: bool = False) -> None:
     """Write config.json, generation_config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
 
-    Of a model that speaks in turns (`chat`) also chat_template.jinja; what it generates then ends with <|end|>.
+    With `chat`, for a model that speaks in turns, also chat_template.jinja; its generated text then ends at <|end|>.
     """
-    from safetensors.torch import save_file
-
-    _refuse_what_gpt2_is_not(model.config)
+    check_exportable(model.config)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model {model.config.vocab_size:,}; "
-            "take the tokenizer.json that lies beside the model's weights"
+            f"expected a tokenizer of {model.config.vocab_size:,} tokens, as the model has, found {tokenizer.vocab_size:,}; "
+            "use the tokenizer.json beside the model's weights"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_weights(model), folder / "model.safetensors", {"format": "pt"})
+    save_tensors(folder / "model.safetensors", _weights(model))
     document, end, pad = (tokenizer.special[name] for name in ("document", "end", "pad"))
     _write(folder / "config.json", _config(model.config, document, end if chat else document, pad))
     ends = [end, document] if chat else document
@@ -92,29 +90,34 @@ def export_gpt2(model: GPT, tokenizer: Tokenizer, folder: Path, *, chat: bool = 
             "bos_token": mark + special_text("document"),
             "eos_token": mark + special_text("end" if chat else "document"),
             "pad_token": mark + special_text("pad"),
-            # A token that has a role is looked for in texts, unless this is set: ours never come from text.
+            # Without this, transformers looks for the tokens above in text; ours never come from text.
             "split_special_tokens": not chat,
         },
     )
 
 
 def _marked(definition: str, tokenizer: Tokenizer) -> str:
-    """A tokenizer.json that knows our special tokens where MARK stands before their names, and shows them without it."""
+    """A tokenizer.json that reads our special tokens with MARK before their names, and decodes them without it."""
     content = json.loads(definition)
     names = {special_text(name): token_id for name, token_id in tokenizer.special.items()}
     content["model"]["vocab"] = {MARK + text if text in names else text: token_id for text, token_id in content["model"]["vocab"].items()}
-    as_it_stands = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    exact = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     content["added_tokens"] = [
-        {"id": token_id, "content": MARK + text, **as_it_stands} for text, token_id in sorted(names.items(), key=lambda item: item[1])
+        {"id": token_id, "content": MARK + text, **exact} for text, token_id in sorted(names.items(), key=lambda item: item[1])
     ]
-    shown = {"type": "Replace", "pattern": {"String": MARK + "<|"}, "content": "<|"}
-    content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], shown]}
+    unmark = {"type": "Replace", "pattern": {"String": MARK + "<|"}, "content": "<|"}
+    content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], unmark]}
     return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
 
 def read_tokenizer(definition: str) -> tuple[Tokenizer, int]:
-    """`read_gpt2` of a tokenizer.json which may be that of an assistant of ours."""
+    """Apply `read_gpt2` to a tokenizer.json that may come from an exported assistant."""
     return read_gpt2(definition.replace(MARK + "<|", "<|"))
+
+
+def is_assistant(folder: Path) -> bool:
+    """Whether the folder is an assistant that `export_gpt2` wrote: only there do special tokens have marked names."""
+    return MARK + special_text("end") in json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))["model"]["vocab"]
 
 
 def _config(config: GPTConfig, begin_id: int, end_id: int, pad_id: int) -> dict[str, Any]:
@@ -141,16 +144,19 @@ def _config(config: GPTConfig, begin_id: int, end_id: int, pad_id: int) -> dict[
 
 
 def read_checkpoint(folder: Path, output: Path) -> int:
-    """Write model.safetensors (fp32), config.json and tokenizer.json of ours to `output`; the number of parameters.
+    """Write our model.safetensors (fp32), config.json and tokenizer.json to `output`, and return the number of parameters.
 
-    Ordinary tokens keep their ids and rows, and <|endoftext|>'s become those of <|document|> (`read_gpt2`). Rows beyond the tokenizer's
-    ids, as padded vocabularies have them, are dropped; each special token that is new has the mean of all rows. ValueError says what
-    can't be read or can't be ours.
+    Ordinary tokens keep their ids and rows, and those of <|endoftext|> become <|document|>'s (`read_gpt2`). Rows beyond the tokenizer's
+    ids, as in padded vocabularies, are dropped; each new special token gets the mean of all rows. ValueError says what cannot be read or
+    is not implemented.
     """
     config = read_config(folder)
     tokenizer, known = read_tokenizer((folder / TOKENIZER).read_text(encoding="utf-8"))
     if known > config.vocab_size:
-        raise ValueError(f"{TOKENIZER} has {known:,} tokens, the model rows for {config.vocab_size:,}; take both from one checkpoint")
+        raise ValueError(
+            f"expected at most {config.vocab_size:,} tokens in {TOKENIZER}, as many as the model has rows, found {known:,}; "
+            "take both from one checkpoint"
+        )
     weights = _read_weights(folder, config)
     for name in weights.keys() & {"token_embedding.weight", "output.weight"}:
         rows = weights[name][:known]  # (V, C)
@@ -162,26 +168,26 @@ def read_checkpoint(folder: Path, output: Path) -> int:
 
 
 def _read_weights(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
-    """In fp32 and by our names; ValueError lists what is missing, unknown or of another shape, by theirs."""
+    """Read the weights in fp32 under our names; ValueError lists what is missing, unknown or of another shape, under theirs."""
     found = _their_weights(folder)
-    faults: list[str] = []
+    problems: list[str] = []
     if config.tied and "lm_head.weight" in found:
         output = found.pop("lm_head.weight")
         if not torch.equal(output, found.get("transformer.wte.weight", output)):
-            faults.append("lm_head.weight differs from wte.weight, though config.json ties them (tie_word_embeddings)")
+            problems.append("lm_head.weight differs from wte.weight, although config.json ties them (tie_word_embeddings)")
     names = _names(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in GPT(config).named_parameters()}
-    wanted = {theirs: shapes[ours][::-1] if transposed else shapes[ours] for ours, (theirs, transposed) in names.items()}
-    faults += [f"{name} is missing" for name in wanted if name not in found]
-    faults += [f"{name} is unknown" for name in found if name not in wanted]
-    for name in wanted.keys() & found.keys():
-        if tuple(found[name].shape) != wanted[name]:
-            faults.append(f"{name} is of shape {tuple(found[name].shape)}, wanted {wanted[name]}")
+    expected = {theirs: shapes[ours][::-1] if transposed else shapes[ours] for ours, (theirs, transposed) in names.items()}
+    problems += [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in expected]
+    for name in expected.keys() & found.keys():
+        if tuple(found[name].shape) != expected[name]:
+            problems.append(f"{name}: expected shape {expected[name]}, found {tuple(found[name].shape)}")
         if found[name].dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            faults.append(f"{name} is {found[name].dtype}, wanted float32, float16 or bfloat16")
-    if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(f"the weights are not those of the GPT-2 that config.json describes: {'; '.join(sorted(faults)[:5])}{more}")
+            problems.append(f"{name}: expected float32, float16 or bfloat16, found {found[name].dtype}")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"the weights do not match the GPT-2 that config.json describes: {'; '.join(sorted(problems)[:5])}{more}")
     return {
         ours: (found[theirs].T if transposed else found[theirs]).to(torch.float32).contiguous()
         for ours, (theirs, transposed) in names.items()
@@ -189,7 +195,7 @@ def _read_weights(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
 
 
 def _their_weights(folder: Path) -> dict[str, Tensor]:
-    """As they are on disk, named as in GPT2LMHeadModel; without the masks."""
+    """The weights as stored, named as in GPT2LMHeadModel, without the masks."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -200,19 +206,19 @@ def _their_weights(folder: Path) -> dict[str, Tensor]:
         try:
             part = load_file(folder / file)
         except SafetensorError as error:
-            raise ValueError(f"{file} can't be read as safetensors: {error}") from error
+            raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
         for name, weight in part.items():
             # A GPT2Model that was saved without its head names its weights without the prefix.
             full_name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
             if full_name in found:
-                raise ValueError(f"{full_name} is there twice, the second time in {file}")
+                raise ValueError(f"found {full_name} twice, the second time in {file}")
             if not _MASK.fullmatch(full_name):
                 found[full_name] = weight
     return found
 
 
 def _names(config: GPTConfig) -> dict[str, tuple[str, bool]]:
-    """Our parameters' names to theirs, biases included, and whether theirs lies transposed."""
+    """Map our parameters' names, biases included, to theirs and to whether theirs is stored transposed."""
     names = {"token_embedding.weight": ("transformer.wte.weight", False), "position_embedding.weight": ("transformer.wpe.weight", False)}
     if not config.tied:
         names["output.weight"] = ("lm_head.weight", False)
@@ -232,20 +238,10 @@ def _weights(model: GPT) -> dict[str, Tensor]:
     for name, (their_name, transposed) in _names(model.config).items():
         if name in ours:
             weight = ours[name].T if transposed else ours[name]
-        else:  # theirs always has biases: a model without them has zeros there
+        else:  # theirs always has biases; for a model without them they are zeros
             weight = torch.zeros(len(ours[name.removesuffix("bias") + "weight"]))
         theirs[their_name] = weight.to(torch.float32).contiguous()
     return theirs
-
-
-def _refuse_what_gpt2_is_not(config: GPTConfig) -> None:
-    wanted = {"positions": "learned", "norm": "layernorm", "norm_first": True, "activation": "gelu"}
-    found = {name: getattr(config, name) for name in wanted}
-    differing = [f"{name} = {found[name]!r} (GPT-2: {wanted[name]!r})" for name in wanted if found[name] != wanted[name]]
-    if config.kv_heads() != config.n_head:
-        differing.append(f"n_kv_head = {config.n_kv_head} (GPT-2: as many as n_head = {config.n_head})")
-    if differing:
-        raise ValueError(f"this model is no GPT-2: {', '.join(differing)}; only gpt2-* presets can be exported to transformers")
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The losses, as maths on tensors: sums over the tokens that count, divided once by their global number."""
+"""The losses, as maths on tensors: sums over the tokens that count, divided once by their global count."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 def lm_loss(logits: Tensor, targets: Tensor, loss_mask: Tensor, *, global_count: int) -> Tensor:
     """Next-token cross-entropy in nats: logits (B, T, V), targets (B, T), loss_mask (B, T) True = counts -> ().
 
-    `global_count` is the number of counting tokens in the whole optimizer step, so the parts of a batch add up to its loss.
+    `global_count` is the number of counting tokens in the whole optimizer step, so that the parts of a batch add up to its loss.
     """
     token_loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)  # (B, T)
     return torch.where(loss_mask, token_loss, 0.0).sum() / global_count
@@ -22,7 +22,7 @@ def reward_pair_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, global_c
 
 
 def reward_centering_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, global_count: int) -> Tensor:
-    """(chosen + rejected)^2, scores (B,) of the same pairs -> (): pairs leave each prompt's level open, this draws it to 0.
+    """(chosen + rejected)^2, scores (B,) of the same pairs -> (). Pairs do not determine a prompt's mean score; this pulls it to 0.
 
     Eisenstein et al. 2023 (arXiv:2312.09244), section 2.
     """
@@ -30,18 +30,18 @@ def reward_centering_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, glo
 
 
 def reward_rating_loss(scores: Tensor, ratings: Tensor, *, global_count: int) -> Tensor:
-    """Logistic loss of scores (B,) that are log odds, against ratings (B,) from 0 to 1: cross-entropy of two soft classes -> ()."""
+    """Logistic loss of scores (B,), read as log odds, against ratings (B,) from 0 to 1: cross-entropy of two soft classes -> ()."""
     return F.binary_cross_entropy_with_logits(scores, ratings, reduction="sum") / global_count
 
 
 def chosen_logprobs(logits: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
-    """Of each token that was drawn at this temperature: logits (B, T, V) that predict token_ids (B, T) -> nats (B, T) in fp32."""
+    """The logprob of each token drawn at this temperature: logits (B, T, V) that predict token_ids (B, T) -> nats (B, T) in fp32."""
     logprobs = (logits.float() / temperature).log_softmax(dim=-1)  # (B, T, V)
     return logprobs.gather(-1, token_ids[..., None]).squeeze(-1)
 
 
 def mean_entropy(logits: Tensor, temperature: float, *, keep: Tensor, global_count: int) -> Tensor:
-    """Nats of doubt per token at this temperature: logits (B, T, V), keep (B, T) True = counts -> ()."""
+    """Entropy in nats per token at this temperature: logits (B, T, V), keep (B, T) True = counts -> ()."""
     logprobs = (logits[keep].float() / temperature).log_softmax(dim=-1)  # (tokens that count, V)
     return -(logprobs.exp() * logprobs).sum() / global_count
 
@@ -56,8 +56,8 @@ def ppo_policy_loss(
 
 
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor, keep: Tensor) -> Tensor:
-    """How much likelier each token has become since it was drawn, all (B, T); 1 where `keep` is False."""
-    # Masked before exp: of a NaN behind it, where() would let the gradient through as 0 * NaN. Clamped, since e^90 is infinite in fp32.
+    """How many times likelier each token has become since it was drawn, all (B, T); 1 where `keep` is False."""
+    # Masked before exp, because the gradient of where() around it would be 0 * NaN. Clamped, because e^90 is infinite in fp32.
     return torch.where(keep, logprobs - old_logprobs, 0.0).clamp(-20.0, 20.0).exp()
 
 
@@ -67,7 +67,7 @@ def reinforce_loss(logprobs: Tensor, advantages: Tensor, *, keep: Tensor, global
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, value_clip_eps: float, keep: Tensor, global_count: int) -> Tensor:
-    """Half the squared error, of the value or of the one held within eps of the old value, whichever is larger; all (B, T) -> ().
+    """Half the squared error of the value, or of the value clipped to within eps of the old one, whichever is larger; all (B, T) -> ().
 
     OpenAI's baselines; "The 37 implementation details of PPO" (Huang et al. 2022), detail 9.
     """

@@ -27,9 +27,9 @@ M = TypeVar("M", bound="GPT")
 
 
 class GPT(nn.Module):
-    """`GPT(config, generator)(token_ids)` is (B, T) -> logits (B, T, V).
+    """`GPT(config, generator)(token_ids)` maps (B, T) to logits (B, T, V).
 
-    `generator` None leaves the weights as the memory was, for a caller that fills them in at once.
+    Without a `generator` the weights are uninitialised memory, for a caller that fills them in at once.
     """
 
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None) -> None:
@@ -42,7 +42,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = _norm(config) if config.norm_first else nn.Identity()
-        # A module of its own even when tied: ZeRO-3 gathers a module's weights when it is called, and only then.
+        # A separate module even when tied, since ZeRO-3 gathers a module's weights only when that module is called.
         self.output = _empty(nn.Linear, config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.output.weight = self.token_embedding.weight
@@ -53,13 +53,13 @@ class GPT(nn.Module):
         return self.output(self.hidden_states(token_ids, cache))  # (B, T, V)
 
     def hidden_states(self, token_ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """(B, T) -> (B, T, C), what the output layer reads. With a cache, `token_ids` follow what its rows hold."""
+        """(B, T) -> (B, T, C), the output layer's input. With a cache, `token_ids` continue the tokens that its rows hold."""
         n_new = token_ids.shape[1]
         n_before = 0 if cache is None else cache.longest()
         if n_before + n_new > self.config.seq_len:
             raise ValueError(
-                f"{n_before + n_new} tokens are more than the model's seq_len = {self.config.seq_len}; "
-                "pass the last of them, or train with a longer seq_len"
+                f"expected at most seq_len = {self.config.seq_len} tokens, found {n_before + n_new}; "
+                "pass only the last ones, or train with a longer seq_len"
             )
         if cache is None:
             positions = torch.arange(n_new, device=token_ids.device)[None]  # (1, T)
@@ -71,7 +71,7 @@ class GPT(nn.Module):
             case "learned":
                 x = x + self.position_embedding(positions)
             case "sinusoidal":
-                # The paper scales the embedding so that the positions don't drown it (section 3.4).
+                # The paper scales the embedding so that the positions don't dominate it (section 3.4).
                 x = x * math.sqrt(self.config.n_embd) + sinusoids(positions, self.config.n_embd).to(x.dtype)
             case "rope":
                 rotation = rotary_angles(positions, self.config.head_dim())
@@ -84,7 +84,7 @@ class GPT(nn.Module):
         return self.final_norm(x)
 
     def _initialise(self, generator: torch.Generator) -> None:
-        """GPT-2's: normal, and what is added to the residual stream scaled by 1/sqrt(its number of additions)."""
+        """Initialise as GPT-2 does: normal, with layers that add to the residual stream scaled by 1/sqrt(number of additions)."""
         residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
@@ -97,19 +97,19 @@ class GPT(nn.Module):
 
 
 class RewardModel(GPT):
-    """The same trunk with a score in place of the vocabulary: (B, T) -> scores (B, T), in whatever unit training gave them.
+    """The same trunk with a score instead of the vocabulary: (B, T) -> raw scores (B, T), whose unit training determines.
 
-    The score of a conversation is read at its end token. A value model is one of these, read at every token.
+    A conversation's score is read at its end token. A value model is of this class too, and is read at every token.
     """
 
     def __init__(self, config: GPTConfig) -> None:
-        """Empty: `from_policy` and `load_reward_model` fill it."""
+        """Leave the weights uninitialised; `from_policy` and `load_reward_model` fill them in."""
         super().__init__(config)
         self.output = _empty(nn.Linear, config.n_embd, 1)
 
     @classmethod
     def from_policy(cls, policy: GPT, generator: torch.Generator) -> RewardModel:
-        """A policy's trunk and a head drawn from N(0, 1/(C + 1)), bias 0. Ziegler et al. 2019 (arXiv:1909.08593), section 2.1."""
+        """Combine a policy's trunk with a head drawn from N(0, 1/(C + 1)), bias 0. Ziegler et al. 2019 (arXiv:1909.08593), section 2.1."""
         model = cls(policy.config)
         trunk = {name: weight for name, weight in policy.state_dict().items() if not name.startswith("output.")}
         model.load_state_dict(trunk, strict=False)
@@ -195,15 +195,15 @@ class FeedForward(nn.Module):
 
 
 class Cache:
-    """Keys and values of what each row has read: row b holds `lengths[b]` tokens, so a later pass reads only new ones.
+    """Keys and values of the tokens that each row has read: row b holds `lengths[b]` tokens, so a later pass reads only new ones.
 
-    Rows are padded on the right. What lies beyond a row's length is never attended to and is written over, so a batch of
-    unequal prompts is read in one pass, after which the caller sets `lengths` to the true ones.
+    Rows are padded on the right. Entries beyond a row's length are never attended to and get overwritten. So prompts of different
+    lengths can be read in one pass, after which the caller sets `lengths` to the true ones.
     """
 
     def __init__(self, config: ModelShape, batch_size: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         shape = (batch_size, config.kv_heads(), config.seq_len, config.head_dim())
-        # Zeros, not empty memory: a masked place still counts as 0 * its value, and 0 * NaN is NaN.
+        # Zeros, not uninitialised memory: a masked entry still contributes 0 * its value, and 0 * NaN is NaN.
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.lengths = [0] * batch_size
@@ -212,7 +212,7 @@ class Cache:
         return max(self.lengths)
 
     def begin(self, n_new: int) -> Tensor:
-        """Make room for the pass that follows; the positions (B, T) of its tokens."""
+        """Prepare for the next pass, and return the positions (B, T) of its tokens."""
         device = self.keys[0].device
         self._end = self.longest() + n_new
         self._positions = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(n_new, device=device)  # (B, T)
@@ -221,37 +221,37 @@ class Cache:
         return self._positions
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keep this pass's k and v (B, K, T, D); all that its queries may read (B, K, end, D), and their attention mask."""
+        """Store this pass's k and v (B, K, T, D). Return all that its queries may read (B, K, end, D), and their attention mask."""
         rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
-        for kept, new in ((self.keys[layer], k), (self.values[layer], v)):
-            kept[rows, :, self._positions] = new.transpose(1, 2).to(kept.dtype)
+        for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
+            stored[rows, :, self._positions] = new.transpose(1, 2).to(stored.dtype)
         keys = self.keys[layer][:, :, : self._end].to(k.dtype)
         return keys, self.values[layer][:, :, : self._end].to(v.dtype), self._attention_mask
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all other rows."""
+        """Keep only these rows."""
         self.keys = [keys[rows] for keys in self.keys]
         self.values = [values[rows] for values in self.values]
         self.lengths = [self.lengths[row] for row in rows]
 
     def put(self, rows: Sequence[int], other: Cache) -> None:
         """Replace these rows by those of `other`, in order."""
-        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            for layer in range(len(mine)):
-                mine[layer][rows] = theirs[layer]
+        for stored, new in ((self.keys, other.keys), (self.values, other.values)):
+            for layer in range(len(stored)):
+                stored[layer][rows] = new[layer]
         for row, length in zip(rows, other.lengths, strict=True):
             self.lengths[row] = length
 
 
 @torch.no_grad()
 def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Write these, named as in `model.named_parameters()`, over the model's own."""
+    """Overwrite the model's weights with these, named as in `model.named_parameters()`."""
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
 
 
 def with_dropout(model: M, dropout: float) -> M:
-    """A copy that drops this share."""
+    """Copy the model, with another dropout."""
     copy = type(model)(model.config.model_copy(update={"dropout": dropout}))
     copy.load_state_dict(model.state_dict())
     return copy
@@ -266,20 +266,20 @@ def sinusoids(positions: Tensor, width: int) -> Tensor:
 
 def rotary_angles(positions: Tensor, head_dim: int) -> Tensor:
     """(B, T) -> (B, 1, T, D / 2), in radians. Su et al. 2021, eq. 15."""
-    # Computed at every pass: as a buffer it would be rounded with the weights when an engine casts the model to bf16.
+    # Computed at every pass: a buffer would be rounded along with the weights when an engine casts the model to bf16.
     rates = 10000.0 ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)  # (D / 2,)
     return positions[:, None, :, None] * rates
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + D/2}) of (B, H, T, D) by their angles, in fp32. Su et al. 2021, eq. 34, with Llama's pairing."""
+    """Rotate the pairs (x_i, x_{i + D/2}) of (B, H, T, D) by their angles, in fp32. Su et al. 2021, eq. 34, with Llama's pairing."""
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Torch's groups: decay on matrices and embeddings, none on biases and norms."""
+    """Parameter groups for torch's optimizers: weight decay on matrices and embeddings, none on biases and norms."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -288,28 +288,35 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Tied weights count once."""
+    """Count the parameters; tied weights count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def flops_per_token(config: GPTConfig) -> int:
-    """Of one forward and backward pass: 6 N + 12 L C T, N without tables that are only looked up. Chowdhery et al. 2022, appendix B."""
+    """One forward and backward pass: 6 N + 12 L C T, where N excludes lookup tables. Chowdhery et al. 2022, appendix B."""
     n_parameters = count_parameters(GPT(config))
-    looked_up = config.seq_len * config.n_embd if config.positions == "learned" else 0
+    n_lookup = config.seq_len * config.n_embd if config.positions == "learned" else 0
     if not config.tied:
-        looked_up += config.vocab_size * config.n_embd
-    return 6 * (n_parameters - looked_up) + 12 * config.n_layer * config.n_embd * config.seq_len
+        n_lookup += config.vocab_size * config.n_embd
+    return 6 * (n_parameters - n_lookup) + 12 * config.n_layer * config.n_embd * config.seq_len
 
 
-def save_model(folder: Path, config: GPTConfig, weights: Mapping[str, Tensor], kind: type[GPT] = GPT) -> None:
-    """`model.safetensors` and `config.json`. `weights` are fp32, named as in `model.named_parameters()`: a tied one stands once."""
+def save_model(folder: Path, config: GPTConfig, weights: Mapping[str, Tensor], model_class: type[GPT] = GPT) -> None:
+    """Write `model.safetensors` and `config.json`. `weights` are fp32, named as in `model.named_parameters()`, tied ones only once."""
+    _check_weights(f"the weights for {folder}", model_class(config), weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "model.safetensors", {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+    (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file whose mode follows the umask, like any other file."""
     from safetensors.torch import save_file
 
-    _check_weights(f"weights for {folder}", kind(config), weights)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, {"format": "pt"})  # replaces the file by a private one, 0600
+    path.chmod(mode)
 
 
 def load_config(folder: Path) -> GPTConfig:
@@ -317,36 +324,37 @@ def load_config(folder: Path) -> GPTConfig:
 
 
 def load_model(folder: Path) -> GPT:
-    """The policy of a folder that `save_model` wrote, in fp32 on the CPU and in evaluation mode."""
+    """Load the policy that `save_model` wrote to a folder, in fp32 on the CPU and in evaluation mode."""
     return _load(GPT, folder)
 
 
 def load_reward_model(folder: Path) -> RewardModel:
-    """As `load_model`, of a reward model's folder. Its scores are the raw ones: the manifest has their mean and deviation."""
+    """Load a reward model like `load_model`. Its scores are raw: the manifest has their mean and deviation."""
     return _load(RewardModel, folder)
 
 
-def _load(kind: type[M], folder: Path) -> M:
+def _load(model_class: type[M], folder: Path) -> M:
     from safetensors.torch import load_file
 
-    model = kind(load_config(folder))
+    model = model_class(load_config(folder))
     path = folder / "model.safetensors"
     weights = load_file(path)
-    _check_weights(str(path), model, weights)
+    _check_weights(f"the weights in {path}", model, weights)
     set_weights(model, weights)
     return model.eval()
 
 
-def _check_weights(where: str, model: GPT, weights: Mapping[str, Tensor]) -> None:
-    wanted = {name: (torch.float32, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+def _check_weights(source: str, model: GPT, weights: Mapping[str, Tensor]) -> None:
+    expected = {name: (torch.float32, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
-    faults = [f"{name} is missing" for name in wanted if name not in found]
-    faults += [f"{name} is unknown" for name in found if name not in wanted]
-    faults += [f"{name} is {found[name]}, wanted {wanted[name]}" for name in wanted if name in found and found[name] != wanted[name]]
-    if faults:
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in expected]
+    differing = [name for name in expected if name in found and found[name] != expected[name]]
+    problems += [f"{name}: expected {expected[name]}, found {found[name]}" for name in differing]
+    if problems:
         raise ValueError(
-            f"{where}: not those of the model that config.json describes: {'; '.join(faults[:5])}"
-            f"{f'; and {len(faults) - 5} more' if len(faults) > 5 else ''}. Take config.json and model.safetensors from one folder"
+            f"{source} do not match the model that config.json describes: {'; '.join(problems[:5])}"
+            f"{f'; and {len(problems) - 5} more' if len(problems) > 5 else ''}. Use config.json and model.safetensors from one folder"
         )
 
 
@@ -356,6 +364,6 @@ def _norm(config: ModelShape) -> nn.Module:
     return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
 
 
-def _empty(kind: type[nn.Module], *sizes: int, **options: bool) -> Any:
-    # Torch's own initialisation would draw from the global generator, only to be written over.
-    return nn.utils.skip_init(kind, *sizes, **options)
+def _empty(module_class: type[nn.Module], *sizes: int, **options: bool) -> Any:
+    # Torch's own initialisation would draw from the global generator, only to be overwritten.
+    return nn.utils.skip_init(module_class, *sizes, **options)

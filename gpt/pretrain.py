@@ -1,9 +1,9 @@
-"""Pretraining: next-token prediction on windows of a token stream, from nothing or from saved weights.
+"""Pretraining: next-token prediction on windows of a token stream, from random or from saved weights.
 
-`train` is what every rank of the gang runs. A stopped run goes on to the same bits: the batch and the dropout of a step
-follow from (seed, step) alone, and the engine's checkpoint holds the rest.
+`train` runs on every rank of the gang. A stopped run resumes to the same bits: the batch and the dropout of a step depend only on
+(seed, step), and the engine's checkpoint holds the rest.
 
-Left out: curricula and packing; mixtures are made at ingest. Radford et al. 2019 (GPT-2); Brown et al. 2020, appendix B.
+Left out: curricula and packing; ingest makes the mixtures. Radford et al. 2019 (GPT-2); Brown et al. 2020, appendix B.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from gpt.batching import TrainingBatches, evenly, held_out_batch, held_out_windows, micro_batch_rows, open_tokens
+from gpt.batching import TrainingBatches, evenly, held_out_batch, held_out_windows, open_tokens
 from gpt.engine import Engine, Rank
 from gpt.folders import save_trained
+from gpt.loop import Trained, check_grad_norm, log_is_due, new_engine, own_rows, save_or_stop
 from gpt.losses import lm_loss
-from gpt.model import GPT, count_parameters, load_model, parameter_groups, with_dropout
+from gpt.model import GPT, count_parameters, load_model, with_dropout
 from gpt.pace import Pace
 from gpt.random_streams import stream_seed
-from gpt.schedule import check_grad_norm, lr_at
+from gpt.schedule import lr_at
 from gpt.settings import GPTConfig, PretrainSettings
 
 
@@ -36,28 +36,26 @@ def train(
     init: Path | None,
     seed: int,
     output: Path,
-) -> dict[str, Any] | None:
-    """Train on the token folders and write the model to `output`; the model's metadata, or None when stopped before the end.
+) -> Trained | None:
+    """Train on the token folders and write the model to `output`. Return None if stopped before the last step.
 
-    `init` is the folder of a model whose weights training starts from.
+    `init` is the folder of the model whose weights training starts from, if any.
     """
     with rank.section("start", config.start_deadline_s):
-        tokenizer = _common_tokenizer(tokens)
         train_files = [open_tokens(folder / "train.bin", dtype, vocab_size) for folder in tokens]
         held_out_files = [open_tokens(folder / "held_out.bin", dtype, vocab_size) for folder in tokens]
         model = _first_model(config, vocab_size, init, seed)
         seq_len = model.config.seq_len
         batches = TrainingBatches(train_files, seq_len=seq_len, global_batch_size=config.global_batch_size, seed=seed)
-        accumulation_steps = config.gradient_accumulation_steps(rank.world_size)
-        row_slices = micro_batch_rows(rank.rank, rank.world_size, config.global_batch_size, accumulation_steps)
+        row_slices = own_rows(rank, config)
         tokens_per_step = config.global_batch_size * seq_len
         n_parameters = count_parameters(model)
-        engine = rank.engine("policy", model, parameter_groups(model, config.weight_decay), config)
+        engine = new_engine(rank, "policy", model, config)
         start = rank.restore()
 
     pace = Pace()
     for step in range(start, config.steps):
-        # Before the step, not after the one before it: so a run that resumes from this step's checkpoint evaluates it too.
+        # Before this step rather than after the previous one, so that a run that resumes from a checkpoint here evaluates it too.
         if step and step % config.eval_every == 0:
             evaluate(rank, config, engine, held_out_files, seq_len, step)
 
@@ -67,8 +65,8 @@ def train(
             loss_sum = torch.zeros((), device=rank.device)
             for micro_step, rows in enumerate(row_slices):
                 batch = batches.micro_batch(step, rows).to(rank.device)
-                # Dropout draws from torch's own generator, which nobody could restore under every engine. Named by its
-                # step instead, it needs no restoring: step 500 draws the same whether or not step 499 ran in this process.
+                # Dropout draws from torch's global generator, whose state cannot be restored under every engine. Seeded per step, it
+                # needs no restoring: step 500 draws the same whether or not step 499 ran in this process.
                 torch.manual_seed(stream_seed(seed, "dropout", step, rank.rank, micro_step))
                 loss = lm_loss(engine(batch.token_ids), batch.targets, batch.loss_mask, global_count=tokens_per_step)
                 engine.backward(loss)
@@ -79,26 +77,22 @@ def train(
             pace.add(tokens=tokens_per_step, seconds=time.monotonic() - started_at_s)
 
         finished = step + 1
-        if finished % config.log_every == 0 or finished == config.steps:
+        if log_is_due(config, finished):
             values = {"train/lr": lr, "train/grad_norm": grad_norm, **pace.metrics()}
             rank.log(finished, sums={"train/loss": loss_sum}, values=values)
-        stopping = finished < config.steps and rank.should_stop()
-        # After the last step too, whose evaluation is still to come.
-        if stopping or finished == config.steps or finished % config.checkpoint_every == 0:
-            with rank.section("checkpoint", config.step_deadline_s):
-                rank.save(finished)
-        if stopping:
+        if save_or_stop(rank, config, finished):
             return None
 
     evaluate(rank, config, engine, held_out_files, seq_len, config.steps)
     with rank.section("checkpoint", config.step_deadline_s):
-        save_trained(rank, engine.full_weights(), model.config, tokenizer, output)
-    return {"role": "policy", "parameters": n_parameters, "steps": config.steps, "tokens_seen": config.steps * tokens_per_step}
+        save_trained(rank, engine.full_weights(), model.config, tokens[0] / "tokenizer.json", output)
+    tokens_seen = config.steps * tokens_per_step
+    return Trained({"role": "policy", "parameters": n_parameters, "steps": config.steps, "tokens_seen": tokens_seen})
 
 
 @torch.no_grad()
 def evaluate(rank: Rank, config: PretrainSettings, engine: Engine, files: Sequence[np.ndarray], seq_len: int, step: int) -> None:
-    """Log val/loss, nats per token over the same held-out windows each time, spread evenly and shared by the ranks."""
+    """Log val/loss in nats per token, over the same evenly spaced held-out windows each time. The ranks share them."""
     windows = held_out_windows([len(tokens) for tokens in files], seq_len, stride=seq_len)
     if not windows:
         return
@@ -108,36 +102,25 @@ def evaluate(rank: Rank, config: PretrainSettings, engine: Engine, files: Sequen
         engine.module.eval()
         loss_sum = torch.zeros((), device=rank.device)
         per_pass = config.micro_batch(rank.world_size) * rank.world_size
-        # All ranks make the same number of passes, some perhaps with nothing that counts: a sharded forward is collective.
+        # All ranks make the same number of passes, even if nothing in one counts: a sharded forward pass is collective.
         for first in range(0, len(windows), per_pass):
-            mine = windows[first : first + per_pass][rank.rank :: rank.world_size]
-            batch = held_out_batch(files, mine or windows[:1], seq_len).to(rank.device)
-            loss_mask = batch.loss_mask if mine else torch.zeros_like(batch.loss_mask)
+            own = windows[first : first + per_pass][rank.rank :: rank.world_size]
+            batch = held_out_batch(files, own or windows[:1], seq_len).to(rank.device)
+            loss_mask = batch.loss_mask if own else torch.zeros_like(batch.loss_mask)
             loss_sum += lm_loss(engine(batch.token_ids), batch.targets, loss_mask, global_count=global_count)
         rank.log(step, sums={"val/loss": loss_sum})
 
 
 def _first_model(config: PretrainSettings, vocab_size: int, init: Path | None, seed: int) -> GPT:
-    wanted = GPTConfig(**config.shape().model_dump(), vocab_size=vocab_size)
+    shape = GPTConfig(**config.shape().model_dump(), vocab_size=vocab_size)
     if init is None:
-        model = GPT(wanted, torch.Generator().manual_seed(stream_seed(seed, "init")))
-    else:
-        earlier = load_model(init)
-        theirs, ours = earlier.config.model_dump(), wanted.model_dump()
-        differing = [name for name in ours if name != "dropout" and ours[name] != theirs[name]]
-        if differing:
-            raise ValueError(
-                f"the model to start from has {', '.join(f'{name} = {theirs[name]}' for name in differing)}; this stage asks for "
-                f"{', '.join(f'{name} = {ours[name]}' for name in differing)}. Set the same shape, or start from nothing"
-            )
-        model = with_dropout(earlier, wanted.dropout)
-    model.activation_checkpointing = config.activation_checkpointing
-    return model
-
-
-def _common_tokenizer(tokens: Sequence[Path]) -> Path:
-    paths = [folder / "tokenizer.json" for folder in tokens]
-    for path in paths[1:]:
-        if path.read_bytes() != paths[0].read_bytes():
-            raise ValueError(f"{path} differs from {paths[0]}: tokens of two tokenizers can't be mixed; tokenize both with one of them")
-    return paths[0]
+        return GPT(shape, torch.Generator().manual_seed(stream_seed(seed, "init")))
+    model = load_model(init)
+    expected, found = shape.model_dump(), model.config.model_dump()
+    differing = [name for name in expected if name != "dropout" and expected[name] != found[name]]
+    if differing:
+        raise ValueError(
+            f"the model to start from has another shape: expected {', '.join(f'{name} = {expected[name]}' for name in differing)}, found "
+            f"{', '.join(f'{name} = {found[name]}' for name in differing)}. Set the same shape here, or start without a model"
+        )
+    return with_dropout(model, shape.dropout)

@@ -1,10 +1,10 @@
-"""Continuing prompts: a batched sampler with a cache of keys and values, and the same for one prompt as a stream.
+"""Continue prompts: a batched sampler with a key-value cache, and the same for one prompt as a stream.
 
-Each sequence draws from a stream of its own, one uniform number per token, through the inverse distribution function. So
-its text depends on no neighbour in the batch, but for draws within rounding of a boundary. What a model reads when a
-text has outgrown its seq_len is a function of the text's length alone (`context_start`), for the same reason.
+Each sequence draws from its own stream, one uniform number per token, through the inverse distribution function. Its text therefore
+does not depend on its neighbours in the batch, except for draws within rounding of a boundary. For the same reason, what the model reads
+of a text that exceeds seq_len depends only on the text's length (`context_start`).
 
-Left out: top-k and top-p. The probability of what was drawn is then exactly the model's at that temperature.
+Left out: top-k and top-p. Without them, the probability of a draw is exactly the model's at that temperature.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from gpt.random_streams import uniforms
 
 @dataclass
 class Response:
-    """What was drawn after one prompt: `Response(token_ids=[72, 105, 259], logprobs=[-1.2, -0.4, -0.1], stopped=True)`."""
+    """What was sampled after a prompt: `Response(token_ids=[72, 105, 259], logprobs=[-1.2, -0.4, -0.1], stopped=True)`."""
 
     token_ids: list[int] = field(default_factory=list)
-    """With the stop token, where one was drawn."""
+    """Includes the stop token if one was drawn."""
     logprobs: list[float] = field(default_factory=list)
-    """Of each token, in nats, under the distribution that it was drawn from."""
+    """Each token's logprob in nats under the distribution that it was drawn from."""
     stopped: bool = False
-    """False: it was cut off after `max_tokens`."""
+    """True: it ended with a stop token. False: it was cut off after `max_tokens`."""
 
 
 def sample(
@@ -40,7 +40,7 @@ def sample(
     temperature: float,
     stop_ids: Collection[int] = (),
 ) -> list[Response]:
-    """One response per prompt. `streams[i]` is prompt i's own: `stream_seed(seed, "sample", step, prompt, sample)`.
+    """Sample one response per prompt. `streams[i]` is the seed of prompt i's stream: `stream_seed(seed, "sample", step, prompt, sample)`.
 
     Temperature 0 takes the likeliest token each time.
     """
@@ -55,14 +55,14 @@ def sample(
 def sample_stream(
     model: GPT, prompt: Sequence[int], *, stream: int, max_tokens: int, temperature: float, stop_ids: Collection[int] = ()
 ) -> Iterator[int]:
-    """The tokens of `sample` for this one prompt, as they are drawn."""
+    """Yield the tokens that `sample` would return for this prompt, as they are drawn."""
     for _, token_id, _ in _draws(model, [prompt], [stream], max_tokens, temperature, stop_ids):
         yield token_id
 
 
 def sample_token(logits: Tensor, draws: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Inverse distribution function: logits (B, V), draws (B,) in [0, 1) -> token ids (B,) and their logprobs (B,)."""
-    # In fp64, so that the running sum over a large vocabulary doesn't decide.
+    """Apply the inverse distribution function: logits (B, V), draws (B,) in [0, 1) -> token ids (B,) and their logprobs (B,)."""
+    # In fp64, so that rounding in the running sum over a large vocabulary does not decide.
     logprobs = (logits.double() / (temperature or 1.0)).log_softmax(dim=-1)  # (B, V)
     if temperature == 0.0:
         token_ids = logits.argmax(dim=-1)
@@ -74,45 +74,45 @@ def sample_token(logits: Tensor, draws: Tensor, *, temperature: float) -> tuple[
 
 
 def context_start(n_tokens: int, seq_len: int) -> int:
-    """First token that the model reads of a text of `n_tokens`: 0 while it fits, then the oldest half window is dropped at a time."""
-    dropped_at_once = seq_len - seq_len // 2
+    """The first token that the model reads of a text of `n_tokens`: 0 while it fits, then half a window is dropped at a time."""
+    dropped = seq_len - seq_len // 2
     overflow = max(0, n_tokens - seq_len)
-    return -(-overflow // dropped_at_once) * dropped_at_once
+    return -(-overflow // dropped) * dropped
 
 
 def _draws(
     model: GPT, prompts: Sequence[Sequence[int]], streams: Sequence[int], max_tokens: int, temperature: float, stop_ids: Collection[int]
 ) -> Iterator[tuple[int, int, float]]:
-    """(row, token id, logprob) as they are drawn; a row ends with a stop token or with its `max_tokens`-th token."""
-    assert not model.training, "sampling wants model.eval(): dropout would change the probabilities"
+    """Yield (row, token id, logprob) as they are drawn. A row ends with a stop token or with its `max_tokens`-th token."""
+    assert not model.training, "call model.eval() before sampling: dropout would change the probabilities"
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {row + 1} of {len(prompts)} is empty; begin it with a token, such as <|document|>")
+            raise ValueError(f"prompt {row + 1} of {len(prompts)} is empty; start it with a token, such as <|document|>")
     if not prompts or not max_tokens:
         return
     device = model.token_embedding.weight.device
     draws = torch.stack([torch.from_numpy(uniforms(stream, max_tokens)) for stream in streams]).to(device)  # (B, max_tokens)
     texts = [list(prompt) for prompt in prompts]
-    rows = list(range(len(prompts)))  # those still being written; rows[i] is the cache's row i
+    rows = list(range(len(prompts)))  # prompts that are still being continued; rows[i] is the cache's row i
     longest = max(len(text) for text in texts) + max_tokens
     logits, cache = _read(model, [texts[row] for row in rows], min(longest, model.config.seq_len))
-    for place in range(max_tokens):
-        drawn, logprobs = sample_token(logits, draws[rows, place], temperature=temperature)
+    for position in range(max_tokens):
+        drawn, logprobs = sample_token(logits, draws[rows, position], temperature=temperature)
         for row, token_id, logprob in zip(rows, drawn.tolist(), logprobs.tolist(), strict=True):
             texts[row].append(token_id)
             yield row, token_id, logprob
-        going = [i for i, row in enumerate(rows) if texts[row][-1] not in stop_ids]
-        if place + 1 == max_tokens or not going:
+        unfinished = [i for i, row in enumerate(rows) if texts[row][-1] not in stop_ids]
+        if position + 1 == max_tokens or not unfinished:
             return
-        if len(going) < len(rows):
-            rows = [rows[i] for i in going]
-            cache.keep(going)
+        if len(unfinished) < len(rows):
+            rows = [rows[i] for i in unfinished]
+            cache.keep(unfinished)
         logits = _read_last(model, cache, [texts[row] for row in rows])
 
 
 @torch.no_grad()
 def _read(model: GPT, texts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Cache]:
-    """Read texts from their context's start: logits (B, V) after the last token of each, and the cache of `room` tokens to go on with."""
+    """Read texts from the start of their contexts: logits (B, V) after each one's last token, and a cache with room for `room` tokens."""
     seq_len = model.config.seq_len
     device = model.token_embedding.weight.device
     contexts = [text[context_start(len(text), seq_len) :] for text in texts]
@@ -129,13 +129,13 @@ def _read(model: GPT, texts: Sequence[Sequence[int]], room: int) -> tuple[Tensor
 
 @torch.no_grad()
 def _read_last(model: GPT, cache: Cache, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Read each text's newest token, or its context afresh where the cache is full: logits (B, V)."""
+    """Read each text's newest token, or all of its context again where the cache is full: logits (B, V)."""
     seq_len = model.config.seq_len
     full = [i for i, length in enumerate(cache.lengths) if length == seq_len]
     fresh_logits = None
     if full:
         fresh_logits, fresh = _read(model, [texts[i] for i in full], seq_len)
-        # The pass below reads one token in every row: here the last again, which writes the same keys to the same place.
+        # The pass below reads one token in every row. In these rows it repeats the last one, which writes the same keys again.
         fresh.lengths = [length - 1 for length in fresh.lengths]
         cache.put(full, fresh)
     newest = torch.tensor([[text[-1]] for text in texts], device=model.token_embedding.weight.device)  # (B, 1)

@@ -1,27 +1,27 @@
 """The settings that the training loops read, as frozen models without torch.
 
-A stage's Config extends these, so a loop and the pipeline file speak of one set of names.
-Importing this module must stay cheap: `gptline plan` does so.
+A stage's Config extends these, so a loop and the pipeline file use the same names.
+Importing this module must stay cheap, because `gptline plan` does it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, field_validator, model_validator
 from pydantic_core import CoreSchema, core_schema
 
 
 class Settings(BaseModel):
-    """A frozen set of settings that refuses what it does not know."""
+    """A frozen set of settings that refuses unknown names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class _OperationalMark:
-    """Marks a field that says how work is carried out, not what comes out: it is not part of a stage's key."""
+    """Marks a field that changes how work is done but not its result: it is not part of a stage's key."""
 
     def __repr__(self) -> str:
         return "operational"
@@ -31,11 +31,11 @@ OPERATIONAL = _OperationalMark()
 
 
 def check_effect(settings: Settings, names: Sequence[str], where: str) -> None:
-    """ValueError where one of these settings has another value than its own, though `where` ("without a reward") none has an effect."""
+    """Raise ValueError if one of these settings differs from its default, although none has an effect `where` ("without a reward")."""
     fields = type(settings).model_fields
-    given = [f"{name} = {value!r}" for name, value in settings if name in names and value != fields[name].default]
-    if given:
-        raise ValueError(f"{' and '.join(given)} would have no effect {where}; leave {'it' if len(given) == 1 else 'them'} out")
+    changed = [f"{name} = {value!r}" for name, value in settings if name in names and value != fields[name].default]
+    if changed:
+        raise ValueError(f"{' and '.join(changed)} would have no effect {where}; remove {'it' if len(changed) == 1 else 'them'}")
 
 
 T = TypeVar("T")
@@ -43,14 +43,14 @@ Operational = Annotated[T, OPERATIONAL]
 
 
 class UserFunction(str):
-    """A setting that names a function in a file of the user's own, "./reward.py:score": its code is part of a stage's key."""
+    """A setting that names a function in a user's file, "./reward.py:score". The function's code is part of the stage's key."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(cls, core_schema.str_schema())
 
 
-# Far above what anyone trains: a digit too many is a fault of the file, not a MemoryError late in the line.
+# Far above what anyone trains, so that a digit too many is an error in the file rather than a MemoryError late in the pipeline.
 Count = Annotated[int, Field(ge=1, le=2**12)]
 Width = Annotated[int, Field(ge=1, le=2**17)]
 Size = Annotated[int, Field(ge=1, le=2**24)]
@@ -58,7 +58,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelShape(Settings):
-    """A transformer's architecture, less the vocabulary that its tokenizer decides.
+    """A transformer's architecture, except for the vocabulary size, which the tokenizer determines.
 
     `ModelShape(n_layer=2, n_head=4, n_embd=64, seq_len=64)` is a small GPT-2.
     """
@@ -66,7 +66,7 @@ class ModelShape(Settings):
     n_layer: Count
     n_head: Count
     n_kv_head: Count | None = None
-    """Key and value heads; fewer than `n_head` is grouped-query attention. None: as many as `n_head`."""
+    """Key and value heads; fewer than `n_head` means grouped-query attention. None: as many as `n_head`."""
     n_embd: Width
     """Width C of the residual stream."""
     seq_len: Size
@@ -112,7 +112,7 @@ class ModelShape(Settings):
 
 
 class GPTConfig(ModelShape):
-    """A transformer's whole architecture: what `config.json` beside the weights holds."""
+    """A transformer's whole architecture, as stored in `config.json` beside the weights."""
 
     vocab_size: Size
 
@@ -133,7 +133,7 @@ PRESETS: dict[str, ModelShape] = {
 
 
 class TrainSettings(Settings):
-    """What every training loop reads: how long, how large, how fast, how exact, and on what."""
+    """Settings of every training loop: its length, batches, optimizer, precision, engine and deadlines."""
 
     steps: int = Field(ge=1)
     """Optimizer steps."""
@@ -149,7 +149,7 @@ class TrainSettings(Settings):
     final_lr_share: float = Field(default=0.1, ge=0, le=1)
     """Learning rate of the last step as a share of `lr`."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """AdamW's decay, on matrices alone."""
+    """AdamW's weight decay, on matrices only."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
@@ -167,11 +167,12 @@ class TrainSettings(Settings):
     log_every: Operational[int] = Field(default=10, ge=1)
     checkpoint_every: Operational[int] = Field(default=200, ge=1)
     max_restarts: Operational[int] = Field(default=2, ge=0)
-    """How often a gang that lost a rank starts again from its newest checkpoint."""
+    """How often a gang that lost a rank is restarted from its newest checkpoint."""
     start_deadline_s: Operational[float] = Field(default=300, gt=0)
-    """Longest time from the gang's start to its first step; and how long a gang waits for room that no node has."""
+    """Most seconds from the gang's start to its first step, not counting the encoding of records, which has this long for every 1,000
+    records. Also how long a gang waits for resources that no node has."""
     step_deadline_s: Operational[float] = Field(default=600, gt=0)
-    """Longest time for one step, evaluation or checkpoint."""
+    """Most seconds for one step, evaluation or checkpoint."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> TrainSettings:
@@ -180,7 +181,7 @@ class TrainSettings(Settings):
         return self
 
     def rank_batch_size(self, world_size: int) -> int:
-        """Sequences of one optimizer step that one rank computes."""
+        """Sequences that one rank computes per optimizer step."""
         share, rest = divmod(self.global_batch_size, world_size)
         if rest:
             raise ValueError(
@@ -206,7 +207,7 @@ class TrainSettings(Settings):
 
 
 class EvaluatedSettings(TrainSettings):
-    """Of a loop that looks at held-out data as it goes."""
+    """Settings of a loop that evaluates on held-out data during training."""
 
     eval_every: Operational[int] = Field(default=100, ge=1)
 
@@ -217,7 +218,7 @@ class PretrainSettings(EvaluatedSettings):
     preset: str
     """A key of `PRESETS`."""
     n_layer: Count | None = None
-    """This and what follows take the place of the preset's own values where they are given."""
+    """This setting and those up to `tied` override the preset's values if given."""
     n_head: Count | None = None
     n_kv_head: Count | None = None
     n_embd: Width | None = None
@@ -232,15 +233,15 @@ class PretrainSettings(EvaluatedSettings):
     tied: bool | None = None
 
     eval_tokens: Operational[int] = Field(default=65536, ge=1)
-    """Held-out tokens that `val/loss` looks at, the same ones each time; the `evaluate` stage reads them all."""
+    """Held-out tokens that `val/loss` is measured on, the same ones each time; the `evaluate` stage reads all of them."""
 
     @field_validator("preset")
     @classmethod
     def _preset_exists(cls, preset: str) -> str:
         if preset not in PRESETS:
             close = get_close_matches(preset, PRESETS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"no preset {preset!r}; {hint}There are {', '.join(PRESETS)}")
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}.{hint}")
         return preset
 
     @model_validator(mode="after")
@@ -248,34 +249,50 @@ class PretrainSettings(EvaluatedSettings):
         try:
             self.shape()
         except ValidationError as error:
-            # Pydantic would print a second report inside its own. Each size is in its bounds here: what is wrong is how they go together.
-            raise ValueError("; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())) from None
+            # Pydantic would print a second report inside its own. Here each size is within its bounds, but they do not fit together.
+            raise ValueError("; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())) from None
         return self
 
     def shape(self) -> ModelShape:
-        given = {name: getattr(self, name) for name in ModelShape.model_fields if getattr(self, name) is not None}
-        return ModelShape(**{**PRESETS[self.preset].model_dump(), **given})
+        overrides = {name: getattr(self, name) for name in ModelShape.model_fields if getattr(self, name) is not None}
+        return ModelShape(**{**PRESETS[self.preset].model_dump(), **overrides})
 
 
 class SftSettings(EvaluatedSettings):
     """`SftSettings(steps=400, global_batch_size=16, lr=1e-3)`; a batch is made of whole conversations."""
 
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
-    """In place of the policy's own."""
+    """Overrides the policy's own dropout during this training."""
     eval_conversations: Operational[int] = Field(default=256, ge=1)
-    """Held-out conversations that `val/loss` looks at, the same ones each time."""
+    """Held-out conversations that `val/loss` is measured on, the same ones each time."""
 
 
 class RewardSettings(EvaluatedSettings):
-    """`RewardSettings(steps=200, global_batch_size=16, lr=5e-4)`; a batch is made of whole pairs and of ratings."""
+    """`RewardSettings(steps=200, global_batch_size=16, lr=5e-4)`; a batch is made of whole pairs and ratings."""
 
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
-    """In place of the policy's own."""
+    """Overrides the policy's own dropout during this training."""
     centering_coef: float = Field(default=0.01, ge=0)
-    """Weight of the square of a pair's two scores together. Pairs alone leave each prompt's level open, and scores of different prompts
-    could not be compared."""
+    """Weight of the squared sum of a pair's two scores. Pairs only determine differences within a prompt; centering makes scores of
+    different prompts comparable."""
     eval_items: Operational[int] = Field(default=256, ge=1)
-    """Held-out pairs and ratings that `val/loss` looks at, the same ones each time; the figures at the end are of all of them."""
+    """Held-out pairs and ratings that `val/loss` is measured on, the same ones each time; the final figures use all of them."""
+
+
+class AlgorithmTraits(NamedTuple):
+    """What is known of an RL algorithm without torch."""
+
+    value_model: bool
+    """A value model learns beside the policy, and its expectation is the baseline."""
+    clipped: bool
+    """The probability ratio is clipped, so rollouts may be learned from more than once."""
+
+
+ALGORITHMS = {
+    "ppo": AlgorithmTraits(value_model=True, clipped=True),
+    "reinforce": AlgorithmTraits(value_model=False, clipped=False),
+}
+"""The values of `RlSettings.algorithm`; `gpt/rl/credit.py` has a function for each."""
 
 
 class RlSettings(TrainSettings):
@@ -285,29 +302,29 @@ class RlSettings(TrainSettings):
     """
 
     algorithm: Literal["ppo", "reinforce"] = "ppo"
-    """"reinforce" is the theory's beginning: no value model, no clipping, no reuse of rollouts."""
+    """"reinforce" is the simplest: no value model, no clipping, no reuse of rollouts."""
     prompts_per_step: int = Field(ge=1)
     responses_per_prompt: int = Field(default=1, ge=1)
     max_response_tokens: int = Field(ge=1)
     temperature: float = Field(default=1.0, gt=0)
-    """Of sampling and of training alike."""
+    """Temperature at which responses are sampled, and at which their logprobs are computed in training."""
     ppo_epochs: int = Field(default=1, ge=1)
     """How often each rollout is learned from."""
     clip_eps: float = Field(default=0.2, gt=0)
     value_clip_eps: float = Field(default=0.2, gt=0)
     value_lr: float | None = Field(default=None, gt=0)
-    """Highest learning rate of the value model. None: as the policy's."""
+    """Highest learning rate of the value model. None: the same as `lr`."""
     value_warmup_steps: int = Field(default=0, ge=0)
-    """First steps in which the value model alone learns."""
+    """First steps, in which only the value model learns."""
     kl_coef: float = Field(default=0.05, ge=0)
-    """Price in reward of a nat that a token's logprob lies above the reference policy's. 0: no reference policy."""
+    """Reward subtracted per nat by which a token's logprob exceeds the reference policy's. 0: no reference policy."""
     entropy_coef: float = Field(default=0.0, ge=0)
     gamma: float = Field(default=1.0, gt=0, le=1)
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     missing_end_score: float = -1.0
-    """What a response is worth that was cut off, whatever it says, or that could not be judged."""
+    """Score of a response that was cut off, whatever it says, or that could not be scored."""
     max_failed_share: float = Field(default=0.05, ge=0, le=1)
-    """Highest share of a step's responses that may be beyond judging, such as those that a reward function fails on."""
+    """Highest share of a step's responses that may fail to be scored, for example because a reward function raises."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> RlSettings:
@@ -315,24 +332,30 @@ class RlSettings(TrainSettings):
         if rollouts % self.global_batch_size:
             raise ValueError(
                 f"prompts_per_step * responses_per_prompt = {self.prompts_per_step} * {self.responses_per_prompt} = {rollouts} is not "
-                f"a multiple of global_batch_size = {self.global_batch_size}, the rollouts of an update"
+                f"a multiple of global_batch_size = {self.global_batch_size}, the rollouts per update"
             )
         if self.zero_stage == 3:
-            raise ValueError("zero_stage = 3 shards the weights that sampling needs whole at every token; RL takes 0, 1 or 2")
-        if self.algorithm == "reinforce" and (self.ppo_epochs > 1 or rollouts != self.global_batch_size):
+            raise ValueError("zero_stage = 3 shards the weights that sampling needs whole at every token; expected 0, 1 or 2 for RL")
+        traits = self.traits()
+        if not traits.clipped and (self.ppo_epochs > 1 or rollouts != self.global_batch_size):
             raise ValueError(
-                'algorithm = "reinforce" learns once from the rollouts of its own policy: ppo_epochs = 1 and global_batch_size = '
-                f"prompts_per_step * responses_per_prompt = {rollouts}, found {self.ppo_epochs} and {self.global_batch_size}"
+                f'algorithm = "{self.algorithm}" learns from each rollout once, in one update: expected ppo_epochs = 1 and '
+                f"global_batch_size = prompts_per_step * responses_per_prompt = {rollouts}, found {self.ppo_epochs} and "
+                f"{self.global_batch_size}"
             )
-        if self.algorithm == "ppo" and self.value_warmup_steps >= self.steps:
+        if traits.value_model and self.value_warmup_steps >= self.steps:
             raise ValueError(
-                f"value_warmup_steps = {self.value_warmup_steps} of steps = {self.steps} are the value model's alone, which leaves the "
-                "policy none to learn in; give fewer value_warmup_steps, or more steps"
+                f"value_warmup_steps = {self.value_warmup_steps} leaves the policy none of steps = {self.steps} to learn in; "
+                "lower value_warmup_steps, or raise steps"
             )
-        if self.algorithm == "reinforce":
-            of_ppo = ("clip_eps", "value_clip_eps", "value_lr", "value_warmup_steps", "gae_lambda")
-            check_effect(self, of_ppo, 'with algorithm = "reinforce", which clips nothing and has no value model')
+        unused: tuple[str, ...] = () if traits.clipped else ("clip_eps",)
+        if not traits.value_model:
+            unused += ("value_clip_eps", "value_lr", "value_warmup_steps", "gae_lambda")
+        check_effect(self, unused, f'with algorithm = "{self.algorithm}"')
         return self
+
+    def traits(self) -> AlgorithmTraits:
+        return ALGORITHMS[self.algorithm]
 
     def rollouts_per_step(self) -> int:
         return self.prompts_per_step * self.responses_per_prompt

@@ -1,73 +1,70 @@
-"""Supervised fine-tuning: a policy learns to answer from conversations, and where an answer ends.
+"""Supervised fine-tuning: a policy learns from conversations how to answer, and where an answer ends.
 
-`train` is what every rank of the gang runs. What counts in the loss is what the assistant wrote and its end token: the targets
-where gpt.chat's loss mask is True. A stopped run goes on to the same bits, for the reasons that gpt/pretrain.py gives.
+`train` runs on every rank of the gang. Only what the assistant wrote counts in the loss, end tokens included: the targets where
+`gpt.chat`'s loss mask is True. A stopped run resumes to the same bits, for the reasons given in gpt/pretrain.py.
 
-Left out: packing (a micro-batch is padded to its own longest conversation), and weights that make conversations count alike
-whatever their length. Ouyang et al. 2022 (arXiv:2203.02155), section 3.5.
+Left out: packing (a micro-batch is padded to its longest conversation), and weights that make conversations count equally
+regardless of length. Ouyang et al. 2022 (arXiv:2203.02155), section 3.5.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt.batching import Batch, ShuffledRows, evenly, micro_batch_rows, padded
+from gpt.batching import Batch, ShuffledRows, evenly, padded
 from gpt.chat import Conversation, encode_conversation
 from gpt.engine import Engine, Rank
-from gpt.folders import read_records, save_trained
+from gpt.folders import records_in_sections, save_trained
+from gpt.loop import Trained, check_grad_norm, log_is_due, new_engine, own_rows, save_or_stop
 from gpt.losses import lm_loss
-from gpt.model import GPT, count_parameters, load_config, load_model, parameter_groups, with_dropout
+from gpt.model import GPT, count_parameters, load_config, load_model, with_dropout
 from gpt.pace import Pace
 from gpt.random_streams import stream_seed
-from gpt.schedule import check_grad_norm, lr_at
+from gpt.schedule import lr_at
 from gpt.settings import SftSettings
 from gpt.tokenizer import Tokenizer
 
 
-def train(rank: Rank, config: SftSettings, policy: Path, conversations: Sequence[Path], seed: int, output: Path) -> dict[str, Any] | None:
-    """Train the policy of a folder and write the model to `output`; the model's metadata, or None when stopped before the end.
+def train(rank: Rank, config: SftSettings, policy: Path, conversations: Sequence[Path], seed: int, output: Path) -> Trained | None:
+    """Train the policy in a folder and write the model to `output`. Return None if stopped before the last step.
 
-    Of the training conversations the metadata counts those trained on, those of them that were cut at a turn to fit the policy's
-    seq_len, and those left out since not even their first answer fits; `tokens_trained` are the counting tokens of all steps.
+    The metadata counts the training conversations that were used, those among them that were cut at a turn to fit the policy's
+    seq_len, and those left out because even their first answer does not fit. `tokens_trained` counts the tokens in the loss of all steps.
     """
     with rank.section("start", config.start_deadline_s):
         tokenizer = Tokenizer.load(policy / "tokenizer.json")
         pad_id = tokenizer.special["pad"]
         model = _first_model(config, policy)
-        max_tokens = model.config.seq_len + 1  # the last token is a target alone
-        encoded = [encode_conversation(tokenizer, record["messages"], max_tokens) for record in read_records(conversations, "train")]
-        examples = [each for each in encoded if each is not None]
-        if not examples:
-            raise ValueError(
-                f"no conversation to train on in {' and '.join(map(str, conversations))}: of {len(encoded)} none has a first answer that "
-                f"ends within the policy's seq_len + 1 = {max_tokens} tokens; give shorter ones, or a policy with a longer seq_len"
-            )
-        held_out_encoded = (
-            encode_conversation(tokenizer, record["messages"], max_tokens) for record in read_records(conversations, "held_out")
+    max_tokens = model.config.seq_len + 1  # the last token is only a target
+    examples, n_too_long = encode(tokenizer, records_in_sections(rank, conversations, "train", config.start_deadline_s), max_tokens)
+    held_out, _ = encode(tokenizer, records_in_sections(rank, conversations, "held_out", config.start_deadline_s), max_tokens)
+    n_all, n_cut = len(examples) + n_too_long, sum(each.cut for each in examples)
+    if not examples:
+        raise ValueError(
+            f"no conversation in {' and '.join(map(str, conversations))} can be used: in none of {n_all} does the first answer end within "
+            f"the policy's seq_len + 1 = {max_tokens} tokens; use shorter conversations, or a policy with a longer seq_len"
         )
-        held_out = [each for each in held_out_encoded if each is not None]
-        n_cut, n_too_long = sum(each.cut for each in examples), len(encoded) - len(examples)
-        if n_cut or n_too_long:
-            rank.warn(
-                f"of {len(encoded)} conversations {n_cut} are cut after the last answer that ends within the policy's seq_len + 1 = "
-                f"{max_tokens} tokens, and {n_too_long}, whose first answer does not, are left out"
-            )
+    if n_cut or n_too_long:
+        rank.warn(
+            f"of {n_all} conversations, {n_cut} are cut after the last answer that ends within the policy's seq_len + 1 = {max_tokens} "
+            f"tokens, and {n_too_long} are left out because even their first answer does not"
+        )
+    with rank.section("start", config.start_deadline_s):
         n_counting = [sum(each.loss_mask) for each in examples]
         shuffled = ShuffledRows(len(examples), batch_size=config.global_batch_size, seed=seed, name="sft")
-        accumulation_steps = config.gradient_accumulation_steps(rank.world_size)
-        row_slices = micro_batch_rows(rank.rank, rank.world_size, config.global_batch_size, accumulation_steps)
+        row_slices = own_rows(rank, config)
         n_parameters = count_parameters(model)
-        engine = rank.engine("policy", model, parameter_groups(model, config.weight_decay), config)
+        engine = new_engine(rank, "policy", model, config)
         start = rank.restore()
 
     pace = Pace()
     for step in range(start, config.steps):
-        # Before the step, not after the one before it: so a run that resumes from this step's checkpoint evaluates it too.
+        # Before this step rather than after the previous one, so that a run that resumes from a checkpoint here evaluates it too.
         if step and step % config.eval_every == 0:
             evaluate(rank, config, engine, held_out, pad_id, step)
 
@@ -79,7 +76,7 @@ def train(rank: Rank, config: SftSettings, policy: Path, conversations: Sequence
             loss_sum = torch.zeros((), device=rank.device)
             for micro_step, rows in enumerate(row_slices):
                 batch = conversation_batch([examples[of_step[row]] for row in rows], pad_id).to(rank.device)
-                # Named by its step, dropout needs no generator restored (see gpt/pretrain.py).
+                # Seeded per step, dropout needs no generator restored (see gpt/pretrain.py).
                 torch.manual_seed(stream_seed(seed, "sft dropout", step, rank.rank, micro_step))
                 loss = lm_loss(engine(batch.token_ids), batch.targets, batch.loss_mask, global_count=tokens_of_step)
                 engine.backward(loss)
@@ -90,32 +87,36 @@ def train(rank: Rank, config: SftSettings, policy: Path, conversations: Sequence
             pace.add(tokens=tokens_of_step, seconds=time.monotonic() - started_at_s)
 
         finished = step + 1
-        if finished % config.log_every == 0 or finished == config.steps:
+        if log_is_due(config, finished):
             values = {"train/lr": lr, "train/grad_norm": grad_norm, **pace.metrics()}
             rank.log(finished, sums={"train/loss": loss_sum}, values=values)
-        stopping = finished < config.steps and rank.should_stop()
-        # After the last step too, whose evaluation is still to come.
-        if stopping or finished == config.steps or finished % config.checkpoint_every == 0:
-            with rank.section("checkpoint", config.step_deadline_s):
-                rank.save(finished)
-        if stopping:
+        if save_or_stop(rank, config, finished):
             return None
 
     evaluate(rank, config, engine, held_out, pad_id, config.steps)
     with rank.section("checkpoint", config.step_deadline_s):
-        # With the dropout that the policy came with: another one for this stage should not reach the stages after it.
+        # With the policy's own dropout: a dropout set for this stage should not reach later ones.
         save_trained(rank, engine.full_weights(), load_config(policy), policy / "tokenizer.json", output)
-    return {
-        "role": "policy",
-        "parameters": n_parameters,
-        "steps": config.steps,
-        "tokens_trained": sum(n_counting[example] for step in range(config.steps) for example in shuffled.of_step(step)),
-        "conversations": {"train": len(examples), "cut": n_cut, "too_long": n_too_long},
-    }
+    return Trained(
+        {
+            "role": "policy",
+            "parameters": n_parameters,
+            "steps": config.steps,
+            "tokens_trained": sum(n_counting[example] for step in range(config.steps) for example in shuffled.of_step(step)),
+            "conversations": {"train": len(examples), "cut": n_cut, "too_long": n_too_long},
+        }
+    )
+
+
+def encode(tokenizer: Tokenizer, records: Iterable[Mapping[str, Any]], max_tokens: int) -> tuple[list[Conversation], int]:
+    """Encode the conversations that fit, cut at a turn where necessary, and count those that don't fit at all."""
+    encoded = [encode_conversation(tokenizer, record["messages"], max_tokens) for record in records]
+    fitting = [each for each in encoded if each is not None]
+    return fitting, len(encoded) - len(fitting)
 
 
 def conversation_batch(conversations: Sequence[Conversation], pad_id: int) -> Batch:
-    """Whole conversations, padded on the right to the longest of them. What counts follows from their masks, never from `pad_id`."""
+    """Whole conversations, padded on the right to the longest. Their masks say which tokens count, never `pad_id`."""
     token_ids = padded([each.token_ids for each in conversations], pad_id)  # (B, T + 1)
     loss_mask = padded([each.loss_mask for each in conversations], False).bool()  # (B, T + 1)
     return Batch(token_ids[:, :-1], token_ids[:, 1:], loss_mask[:, 1:])
@@ -123,7 +124,7 @@ def conversation_batch(conversations: Sequence[Conversation], pad_id: int) -> Ba
 
 @torch.no_grad()
 def evaluate(rank: Rank, config: SftSettings, engine: Engine, held_out: Sequence[Conversation], pad_id: int, step: int) -> None:
-    """Log val/loss, nats per counting token of the same held-out conversations each time, spread evenly and shared by the ranks."""
+    """Log val/loss in nats per counting token, over the same evenly spaced held-out conversations each time. The ranks share them."""
     if not held_out:
         return
     chosen = evenly(held_out, config.eval_conversations)
@@ -132,18 +133,15 @@ def evaluate(rank: Rank, config: SftSettings, engine: Engine, held_out: Sequence
         engine.module.eval()
         loss_sum = torch.zeros((), device=rank.device)
         per_pass = config.micro_batch(rank.world_size) * rank.world_size
-        # All ranks make the same number of passes, some perhaps with nothing that counts: a sharded forward is collective.
+        # All ranks make the same number of passes, even if nothing in one counts: a sharded forward pass is collective.
         for first in range(0, len(chosen), per_pass):
-            mine = chosen[first : first + per_pass][rank.rank :: rank.world_size]
-            batch = conversation_batch(mine or chosen[:1], pad_id).to(rank.device)
-            loss_mask = batch.loss_mask if mine else torch.zeros_like(batch.loss_mask)
+            own = chosen[first : first + per_pass][rank.rank :: rank.world_size]
+            batch = conversation_batch(own or chosen[:1], pad_id).to(rank.device)
+            loss_mask = batch.loss_mask if own else torch.zeros_like(batch.loss_mask)
             loss_sum += lm_loss(engine(batch.token_ids), batch.targets, loss_mask, global_count=global_count)
         rank.log(step, sums={"val/loss": loss_sum})
 
 
 def _first_model(config: SftSettings, policy: Path) -> GPT:
     model = load_model(policy)
-    if config.dropout is not None:
-        model = with_dropout(model, config.dropout)
-    model.activation_checkpointing = config.activation_checkpointing
-    return model
+    return model if config.dropout is None else with_dropout(model, config.dropout)

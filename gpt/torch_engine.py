@@ -1,6 +1,6 @@
-"""The plain Engine: torch alone, no sharding. What `--inline` runs, and what the sharded engine is compared with.
+"""The plain Engine: only torch, no sharding. `--inline` uses it, and tests compare the sharded engine with it.
 
-fp32 masters; bf16 and fp16 by autocast; AdamW; gradients summed over ranks by one all-reduce per step.
+fp32 masters; bf16 and fp16 by autocast; AdamW; gradients are summed over ranks by one all-reduce per step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILE = "torch_engine.pt"
 
 
 class TorchEngine:
-    """With `world_size` > 1 the process group must stand, and all ranks must begin with the same weights."""
+    """With `world_size` > 1, torch's process group must exist and all ranks must start with the same weights."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class TorchEngine:
         world_size: int = 1,
     ) -> None:
         if settings.precision == "fp16" and device.type == "cpu":
-            raise ValueError('precision = "fp16" needs a GPU, and this rank computes on the CPU; take "bf16" or "fp32"')
+            raise ValueError('precision = "fp16" needs a GPU, and this rank has only a CPU; set "bf16" or "fp32"')
         self.module = model.to(device)
         self._device = device
         self._world_size = world_size
@@ -46,7 +46,7 @@ class TorchEngine:
             eps=settings.eps,
             fused=True,
         )
-        # fp16's small gradients would vanish; for the other precisions this passes everything through.
+        # Without it, small gradients would vanish in fp16. Disabled, it passes everything through.
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,7 +76,7 @@ class TorchEngine:
         return {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in self.module.named_parameters()}
 
     def save(self, folder: Path) -> None:
-        """Every rank holds the same state, so rank 0 alone writes it."""
+        """Write the state on rank 0 only, since all ranks hold the same."""
         if self._world_size == 1 or torch.distributed.get_rank() == 0:
             state = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
             torch.save(state, folder / FILE)
@@ -93,7 +93,7 @@ class TorchEngine:
 
 
 def _sum_over_ranks(gradients: Sequence[Tensor]) -> None:
-    """In place, as one message."""
+    """Sum in place, as one message."""
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     torch.distributed.all_reduce(flat)
     for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):

@@ -1,7 +1,7 @@
-"""The kinds of artifact: what a stage's signature is written in.
+"""The artifact types, which stages use in their signatures.
 
-An artifact is a folder and its manifest; its digest is the manifest's. Each class is one kind and a contract: which files the folder
-holds and which metadata its manifest, at the least. Who made it, when and where stands in the action record, never here.
+An artifact is a folder with a manifest, and its digest is the manifest's. Each class is one artifact type and a contract: which files the
+folder contains and which metadata its manifest contains, at least. Who made it, when and where is in the action record, never here.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ class Artifact:
 
     kind: ClassVar[str]
     files: ClassVar[tuple[str, ...]] = ()
-    """What the folder holds, at the least."""
+    """Files that the folder must contain."""
     required: ClassVar[dict[str, Any]] = {}
-    """What the metadata holds, at the least, by example."""
+    """Metadata that the manifest must contain, each with an example value."""
     path: Path
     digest: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
 class Records(Artifact):
-    """What ingest makes: `train.jsonl` and `held_out.jsonl`, a record a line, and `rejects.jsonl`."""
+    """What ingest makes: `train.jsonl` and `held_out.jsonl` with one record per line, and `rejects.jsonl`."""
 
     files = ("train.jsonl", "held_out.jsonl")
 
@@ -54,7 +54,7 @@ class Documents(Records):
 class Conversations(Records):
     """`{"messages": [{"role", "content"}, ...], "source", ...fields}`.
 
-    Roles are system (first, if at all), user and assistant in turn; the last message is an assistant's.
+    The roles are system (only first), then user and assistant in turn; the last message is an assistant's.
     """
 
     kind = "conversations"
@@ -69,21 +69,21 @@ class Preferences(Records):
 
 
 class Ratings(Records):
-    """Responses that were scored: `{"prompt": [messages], "response": "...", "score": 0.0 to 1.0, "source", ...fields}`."""
+    """Rated responses: `{"prompt": [messages], "response": "...", "score": 0.0 to 1.0, "source", ...fields}`."""
 
     kind = "ratings"
     required: ClassVar[dict[str, Any]] = {"train": {"ratings": 3}, "held_out": {"ratings": 1}}
 
 
 class Prompts(Records):
-    """What is to be answered: `{"prompt": [messages], "reference": "..." or null, "source", ...fields}`."""
+    """Prompts to answer: `{"prompt": [messages], "reference": "..." or null, "source", ...fields}`."""
 
     kind = "prompts"
     required: ClassVar[dict[str, Any]] = {"train": {"prompts": 3}, "held_out": {"prompts": 1}}
 
 
 class Tokenizer(Artifact):
-    """`tokenizer.json`, which `gpt.tokenizer` opens."""
+    """`tokenizer.json`, which `gpt.tokenizer` reads."""
 
     kind = "tokenizer"
     files = ("tokenizer.json",)
@@ -107,7 +107,7 @@ class Model(Artifact):
 
 
 class Report(Artifact):
-    """`report.json`: figures and samples of an evaluation."""
+    """`report.json`: an evaluation's figures and samples."""
 
     kind = "report"
     files = ("report.json",)

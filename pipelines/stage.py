@@ -1,6 +1,6 @@
-"""What a stage is given: `StageContext`, the one argument through which it reaches the machines and the store.
+"""What a stage's author imports: `StageConfig`, and `StageContext`, the argument through which a stage reaches machines and store.
 
-`pipelines.run.execute.Context` is what a stage gets; it is in no key, so an edit there reruns nothing.
+The runner passes an implementation of StageContext that is part of no stage's key, so an edit there reruns nothing.
 """
 
 from __future__ import annotations
@@ -14,75 +14,95 @@ from gpt.settings import Settings
 from pipelines.artifacts import Artifact, Model
 
 A = TypeVar("A", bound=Artifact)
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file of the outside world that a stage reads; its content is part of the stage's key."""
+    """A file outside the store that a stage reads. Its content is part of the stage's key."""
 
     name: str
-    """How records and rejects call it: relative to the pipeline's `data`."""
+    """Its name in records and rejects, relative to the pipeline's `data`."""
     path: Path
     sha256: str = ""
     part: int = 0
-    """Which of a mixture's sources named it."""
+    """Index of the mixture's source that named it."""
 
 
 class StageConfig(Settings):
-    """Base of every kind's Config."""
+    """Base class of every stage kind's Config."""
 
     def sources(self, data: Path) -> list[Source]:
-        """The outside files that this stage will read, in order; ValueError says what is missing. `data` is the pipeline's data folder."""
+        """List the outside files that this stage will read, in order; ValueError says what is missing. `data` is the pipeline's folder."""
         return []
 
 
 class StageFailure(Exception):
-    """A failure that a person can mend: its message is printed as it is, without a traceback."""
+    """A failure that the user can fix. Its message is printed as it is, without a traceback."""
 
 
-def require_role(model: Model, role: str, wanted: str) -> None:
-    """StageFailure where the model has another role; `wanted` says who wants which: "sft wants a policy, such as pretrain makes"."""
+def require_role(model: Model, role: str, reason: str) -> None:
+    """Raise StageFailure if the model has another role. `reason` names the input: "sft trains a policy, such as pretrain makes"."""
     if model.metadata["role"] != role:
-        raise StageFailure(f"model {model.digest[:12]} has the role {model.metadata['role']}; {wanted}")
+        raise StageFailure(f"model {model.digest[:12]}: expected role {role}, found {model.metadata['role']}; {reason}")
+
+
+def require_same_tokenizer(first: Artifact, *others: Artifact) -> None:
+    """Raise StageFailure unless the tokenizer of every other model or tokens artifact is that of the first."""
+    expected = first.metadata["tokenizer"]
+    for other in others:
+        found = other.metadata["tokenizer"]
+        if found != expected:
+            raise StageFailure(
+                f"{other.kind} {other.digest[:12]}: expected tokenizer {expected[:12]}, the one of {first.kind} {first.digest[:12]}, "
+                f"found {found[:12]}; token ids mean nothing under another tokenizer, so rebuild one of the two with the other's"
+            )
 
 
 class StageContext(Protocol):
-    """The stage's side of the line."""
+    """What a stage may ask of the runner."""
 
     seed: int
     output: Path
-    """An empty folder; `publish` makes an artifact of what is in it."""
+    """A folder, empty at first. `publish` turns its content into an artifact."""
     device: str
-    """"cuda" for a stage that holds a GPU, else "cpu"; a gang's ranks have their own."""
+    """"cuda" for a stage that holds a GPU, else "cpu"; a gang's ranks have their own device."""
     sources: list[Source]
-    """What `config.sources` named, with the content's sha256 that the key holds."""
+    """What `config.sources` listed, each with its content's sha256, which is part of the key."""
 
     def open(self, source: Source) -> BinaryIO:
-        """Open a source; the bytes read are hashed, and the stage fails if they are not those that were planned."""
+        """Open a source. The bytes read are hashed, and the stage fails if they differ from those that were planned."""
         ...
 
     def function(self, reference: str) -> Callable[..., Any]:
-        """What a setting of type `UserFunction` names: `stage.function(config.reward)`. Other processes can import it, so it may be handed
-        to `gang` and pickled. ValueError where no such setting has this value.
+        """Load the function that a setting of type `UserFunction` names: `stage.function(config.reward)`. Other processes can import it,
+        so it may be pickled and passed to `gang`. ValueError if no such setting has this value.
         """
         ...
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """How far the stage is, for people."""
+        """Show how far the stage is. This is also where a stage that was asked to stop ends."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Show a sentence to the user, for example that something was left out."""
         ...
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """A point of a curve (names are area/name_unit)."""
+        """Record a point of a curve for each metric (names are area/name_unit)."""
         ...
 
     def figure(self, name: str, value: float) -> None:
-        """A number for the action record, the tables and the gates: `eval/bits_per_byte`."""
+        """Record a number for the action record, the tables and the gates: `eval/bits_per_byte`."""
         ...
 
-    def gang(self, function: Callable[..., dict[str, Any] | None], *arguments: Any) -> dict[str, Any]:
-        """Run `function(rank, *arguments)` on every rank of this stage's gang; what rank 0 returned."""
+    def gang(self, function: Callable[..., R | None], *arguments: Any) -> R:
+        """Run `function(rank, *arguments)` on every rank of this stage's gang, and return what rank 0 returned.
+
+        The function returns None if and only if it was stopped; anything else must be picklable.
+        """
         ...
 
     def publish(self, kind: type[A], **metadata: Any) -> A:
-        """Freeze `output` as an artifact of this kind. Metadata is part of its digest: no clocks, places or makers."""
+        """Freeze `output` as an artifact of this type. Metadata is part of its digest, so it holds no clocks, paths or host names."""
         ...

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from cluster.events import Curves, Point, Points, Progress, StageEvent
+from cluster.events import Curves, Notice, Point, Points, Progress, StageEvent
 from cluster.metric_names import check_metric_name
 from gpt.settings import Settings, TrainSettings
 from pipelines.artifacts import Artifact
@@ -27,6 +27,7 @@ from pipelines.store.runs import RunFolder
 from pipelines.store.store import Store
 
 A = TypeVar("A", bound=Artifact)
+R = TypeVar("R")
 
 PROGRESS_EVERY_S = 0.5
 REJECTS = "rejects.jsonl"
@@ -80,6 +81,9 @@ class Context:
             self._shown_at_s = time.monotonic()
             self._emit(Progress(_count(done), _count(total), unit))
 
+    def note(self, text: str) -> None:
+        self._emit(Notice(text))
+
     def log(self, step: int, values: dict[str, float]) -> None:
         time_ms = now_ms()
         curves = {name: [Point(int(step), _number(name, value), time_ms)] for name, value in values.items()}
@@ -89,7 +93,7 @@ class Context:
     def figure(self, name: str, value: float) -> None:
         self.outcome = replace(self.outcome, figures=self.outcome.figures | {name: _number(name, value)})
 
-    def gang(self, function: Callable[..., dict[str, Any] | None], *arguments: Any) -> dict[str, Any]:
+    def gang(self, function: Callable[..., R | None], *arguments: Any) -> R:
         from cluster.gang import run_gang, run_inline
         from cluster.gang_spec import GangSpec
 
@@ -118,7 +122,7 @@ class Context:
         self.outcome = replace(self.outcome, restarts=result.restarts, resumed_from_step=result.resumed_from_step)
         if result.stopped:
             raise Stopped
-        return cast(dict[str, Any], result.value)
+        return cast(R, result.value)
 
     def publish(self, kind: type[A], **metadata: Any) -> A:
         if not any(self.output.iterdir()):

@@ -1,46 +1,50 @@
-"""Evaluate: what a model does with text and questions that it was not trained on, beside what others do with the same.
+"""Evaluate: measure a model on text and questions that it was not trained on, beside compressors, a baseline and a reward model.
 
-With documents: its loss on the held-out ones, beside what compressors need for them, and some of its own text. With questions: how
-many of the held-out ones it answers right, beside a baseline's answers, and what a reward model says of both.
+With documents: its loss on the held-out ones, what compressors need for them, and samples of the model's own text. With questions: how
+many of the held-out ones it answers correctly, the same for a baseline, and how a reward model scores both.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from pipelines.artifacts import Documents, Model, Prompts, Report
-from pipelines.stage import Source, StageConfig, StageContext, StageFailure, require_role
+from pipelines.stage import Source, StageConfig, StageContext, StageFailure, require_role, require_same_tokenizer
+
+DOCUMENTS_PER_BATCH = 256
 
 
 class EvaluateConfig(StageConfig):
     stride: int | None = Field(default=None, ge=1)
     """Tokens that a window scores; the rest of it is context. None: half of the model's seq_len."""
     compressors: bool = True
-    """Also say what xz -9e needs for the held-out text alone, and PPMd after it has read the training text."""
+    """Also report what xz -9e needs for the held-out text by itself, and PPMd after the training text."""
     prompts: tuple[str, ...] = ("", "", "")
     """What the model continues, for the report; an empty one begins a document. `[]`: no samples."""
     sample_tokens: int = Field(default=120, ge=1)
     temperature: float = Field(default=0.8, ge=0)
-    """Of these samples; questions are answered at temperature 0, and again at 1."""
+    """Temperature of these samples. Questions are answered at temperature 0, and again at 1."""
 
     questions_file: str | None = None
-    """Questions of your own, which take the place of the held-out prompts: JSON lines of {"question": "...", "answer": "..."}, relative to
-    the pipeline's `data`."""
+    """Your own questions, which replace the held-out prompts: JSON lines of {"question": "...", "answer": "..."}, relative to the
+    pipeline's `data`."""
     refusal: str | None = None
-    """The one answer that declines: questions whose right answer it is are counted apart."""
+    """The one answer that declines to answer. Questions with this reference are counted separately."""
     number_marker: str | None = Field(default=None, min_length=1)
-    """"####": also count the answers whose number behind it is the reference's, as the verifier of an rl stage does."""
+    """"####": also count the answers whose number after it equals the reference's, like the verifier of an rl stage."""
     answer_tokens: int = Field(default=64, ge=1)
-    """Most tokens of an answer; a longer one is cut off, and then not right."""
+    """Most tokens of an answer. A longer one is cut off, and then it is never right."""
     best_of: int | None = Field(default=None, ge=2)
-    """Also draw so many answers to each question, and take the one that the reward model likes best."""
+    """Also draw this many answers to each question, and count the one that the reward model scores highest."""
     missing_end_score: float = -1.0
-    """What an answer that was cut off is scored, whatever it says."""
+    """Score of an answer that was cut off, whatever it says."""
     samples: int = Field(default=12, ge=0)
     """Questions that the report shows with their answers."""
 
@@ -57,33 +61,31 @@ def evaluate(
     baseline: Model | None,
     stage: StageContext,
 ) -> Report:
-    """The report has figures and samples; the figures stand in the action record too."""
-    for each, role in ((model, "policy"), (baseline, "policy"), (reward_model, "reward")):
-        if each:
-            require_role(each, role, f"here evaluate wants a {role} model")
-        if each and each.metadata["tokenizer"] != model.metadata["tokenizer"]:
-            raise StageFailure(
-                f"model {each.digest[:12]} has tokenizer {each.metadata['tokenizer'][:12]}, model {model.digest[:12]} has "
-                f"{model.metadata['tokenizer'][:12]}; they can be compared only with one and the same"
-            )
+    """Write a report with figures and samples. The action record has the figures too."""
+    for name, given, role in (("model", model, "policy"), ("baseline", baseline, "policy"), ("reward_model", reward_model, "reward")):
+        if given:
+            require_role(given, role, f"the input {name} of evaluate takes a {role} model")
+            require_same_tokenizer(model, given)
     if config.best_of and not reward_model:
-        raise StageFailure("best_of needs a reward model to say which is best: inputs = { ..., reward_model = ['reward_model'] }")
-    asked = list(_of_file(stage) if config.questions_file else _held_out(questions or []))
+        raise StageFailure(
+            "best_of needs a reward model to choose the best answer: add reward_model = 'reward_model' to the inputs, or remove best_of"
+        )
+    asked = list(_questions_of_file(stage) if config.questions_file else _held_out_questions(questions or []))
     if not documents and not asked:
-        raise StageFailure("evaluate has nothing to ask: give it documents, questions or a questions_file")
+        raise StageFailure("evaluate has nothing to measure: add documents or questions to its inputs, or set questions_file")
     report: dict[str, Any] = {"figures": {}, "samples": []}
     if documents:
-        _of_documents(config, model, documents, stage, report)
+        _evaluate_text(config, model, documents, stage, report)
     if asked:
-        _of_answers(config, model, baseline, reward_model, asked, stage, report)
+        _evaluate_answers(config, model, baseline, reward_model, asked, stage, report)
     for name, value in report["figures"].items():
         stage.figure(name, value)
     (stage.output / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return stage.publish(Report, model=model.digest, **{name: value for name, value in report.items() if isinstance(value, int)})
 
 
-def _of_documents(config: EvaluateConfig, model: Model, documents: list[Documents], stage: StageContext, report: dict[str, Any]) -> None:
-    """Every held-out token is scored once; bits per byte divide by the raw bytes of the documents."""
+def _evaluate_text(config: EvaluateConfig, model: Model, documents: list[Documents], stage: StageContext, report: dict[str, Any]) -> None:
+    """Score every held-out token once. Bits per byte divide by the documents' own bytes."""
     import numpy as np
 
     from gpt.evaluation import bits_per_byte, held_out_nats, ppmd_bits_per_byte, xz_bits_per_byte
@@ -92,26 +94,24 @@ def _of_documents(config: EvaluateConfig, model: Model, documents: list[Document
     from gpt.sampling import sample
     from gpt.tokenizer import Tokenizer
 
-    texts = [text for each in documents for text in each.texts("held_out")]
-    held_out = "".join(texts).encode()
-    if not held_out:
-        named = " and ".join(f"documents {each.digest[:12]}" for each in documents)
+    if not any(text for each in documents for text in each.texts("held_out")):
         raise StageFailure(
-            f"{named} hold no held-out text, so there is nothing to evaluate on; "
+            f"there is no held-out text in {' and '.join(f'documents {each.digest[:12]}' for each in documents)}; "
             'set hold_out in the ingest stage, e.g. hold_out = { share = 0.02, by = "record" }'
         )
     encoder = Tokenizer.load(model.path / "tokenizer.json")
     end = encoder.special["document"]
-    token_ids = np.array([token for ids in encoder.encode_batch(texts) for token in (*ids, end)], dtype=np.int64)
     network = load_model(model.path).to(stage.device)
-    nats, count = held_out_nats(network, token_ids, document_id=end, stride=config.stride)
-    figures = {
-        "eval/loss": nats / count,
-        "eval/bits_per_byte": bits_per_byte(nats, len(held_out)),
-    }
+    with tempfile.TemporaryDirectory(dir=stage.output) as folder:
+        path = Path(folder, "held_out.bin")
+        n_documents, n_bytes = _write_tokens(encoder, documents, path, stage)
+        tokens = np.memmap(path, np.dtype("<u4"), mode="r")
+        nats, count = held_out_nats(network, tokens, stride=config.stride, on_progress=partial(_show, stage, "tokens"))
+        del tokens
+    figures = {"eval/loss": nats / count, "eval/bits_per_byte": bits_per_byte(nats, n_bytes)}
     if config.compressors:
-        train = "".join(text for each in documents for text in each.texts("train")).encode()
-        figures["eval/xz_bits_per_byte"] = xz_bits_per_byte(held_out)
+        train, held_out = (partial(_bytes_of, documents, split, stage) for split in ("train", "held_out"))
+        figures["eval/xz_bits_per_byte"] = xz_bits_per_byte(held_out())
         figures["eval/ppmd_bits_per_byte"] = ppmd_bits_per_byte(train, held_out)
     responses = sample(
         network,
@@ -126,23 +126,57 @@ def _of_documents(config: EvaluateConfig, model: Model, documents: list[Document
         for prompt, response in zip(config.prompts, responses, strict=True)
     ]
     report["figures"] |= figures
-    report |= {"tokens": count, "bytes": len(held_out), "documents": len(texts)}
+    report |= {"tokens": count, "bytes": n_bytes, "documents": n_documents}
 
 
-def _held_out(questions: list[Prompts]) -> Iterator[dict[str, Any]]:
-    """`{"prompt": [messages], "reference": "..."}` of each question that training has not seen."""
+def _write_tokens(encoder: Any, documents: list[Documents], path: Path, stage: StageContext) -> tuple[int, int]:
+    """Write <|document|> and the held-out documents' ids, each followed by <|document|>. Return the numbers of documents and bytes."""
+    import numpy as np
+
+    end = encoder.special["document"]
+    n_documents = n_bytes = 0
+    with open(path, "wb") as file:
+        np.array([end], "<u4").tofile(file)
+        for each in documents:
+            for text, token_ids in encoder.encode_stream(each.texts("held_out"), DOCUMENTS_PER_BATCH):
+                np.array([*token_ids, end], "<u4").tofile(file)
+                n_documents += 1
+                n_bytes += len(text.encode())
+                stage.progress(n_documents, _count(documents, "held_out"), "documents")
+    return n_documents, n_bytes
+
+
+def _bytes_of(documents: list[Documents], split: str, stage: StageContext) -> Iterator[bytes]:
+    done = 0
+    for each in documents:
+        for text in each.texts(split):
+            yield text.encode()
+            done += 1
+            stage.progress(done, _count(documents, split), "documents")
+
+
+def _count(documents: list[Documents], split: str) -> int:
+    return sum(each.metadata[split]["documents"] for each in documents)
+
+
+def _show(stage: StageContext, unit: str, done: int, total: int) -> None:
+    stage.progress(done, total, unit)
+
+
+def _held_out_questions(questions: list[Prompts]) -> Iterator[dict[str, Any]]:
+    """Yield `{"prompt": [messages], "reference": "..."}` for each question that training has not seen."""
     for each in questions:
         held_out = list(each.records("held_out"))
         if not held_out:
             raise StageFailure(
-                f"prompts {each.digest[:12]} hold nothing out, so there is no question in them that training has not seen; set "
+                f"there are no held-out questions in prompts {each.digest[:12]}, so training has seen all of them; set "
                 'hold_out = { share = 0.1, by = "prompt" } in the stage that makes them, and in those that teach the same questions'
             )
         yield from held_out
 
 
-def _of_file(stage: StageContext) -> Iterator[dict[str, Any]]:
-    """The same of each line of the user's own file."""
+def _questions_of_file(stage: StageContext) -> Iterator[dict[str, Any]]:
+    """Yield the same for each line of the user's own file."""
     for source in stage.sources:
         with stage.open(source) as file:
             for number, line in enumerate(file.read().decode("utf-8-sig").split("\n"), start=1):
@@ -153,12 +187,13 @@ def _of_file(stage: StageContext) -> Iterator[dict[str, Any]]:
                     question, answer = str(record["question"]), record["answer"]
                 except (ValueError, TypeError, KeyError) as error:
                     raise StageFailure(
-                        f'{source.name}, line {number}: {type(error).__name__}: {error}; wanted {{"question": "...", "answer": "..."}}'
+                        f'{source.name}, line {number}: expected {{"question": "...", "answer": "..."}}, found {line.strip()[:60]!r} '
+                        f"({type(error).__name__}: {error})"
                     ) from None
                 yield {"prompt": [{"role": "user", "content": question}], "reference": None if answer is None else str(answer)}
 
 
-def _of_answers(
+def _evaluate_answers(
     config: EvaluateConfig,
     model: Model,
     baseline: Model | None,
@@ -167,13 +202,13 @@ def _of_answers(
     stage: StageContext,
     report: dict[str, Any],
 ) -> None:
-    """Each question is answered twice, by the likeliest tokens and by a draw at temperature 1."""
+    """Answer each question twice: with the likeliest tokens, and with a draw at temperature 1."""
     import torch
 
     from gpt.answers import Examiner, questions_with_room
     from gpt.model import load_config, load_model
-    from gpt.reward import RewardScorer
-    from gpt.scorers import reference_number
+    from gpt.numbers import reference_number
+    from gpt.reward_scorer import RewardScorer
     from gpt.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(model.path / "tokenizer.json")
@@ -182,8 +217,8 @@ def _of_answers(
     marker = config.number_marker
     if marker is not None and all(reference_number(each.get("reference"), marker) is None for each in questions):
         raise StageFailure(
-            f"number_marker = {marker!r}, but none of {len(questions)} questions has a number for its right answer; wanted references "
-            "that are a number, or a text with one behind the marker. Give such questions, or remove number_marker"
+            f"number_marker = {marker!r} needs references with a number, and none of {len(questions)} questions has one: expected a "
+            "number, or a text with one after the marker. Add such questions, or remove number_marker"
         )
     device = torch.device(stage.device)
     scorer = None
@@ -198,6 +233,7 @@ def _of_answers(
         number_marker=marker,
         scorer=scorer,
         missing_end_score=config.missing_end_score,
+        on_progress=partial(_show, stage, "answers"),
     )
     answered = examiner.answers_of(load_model(model.path).to(device))
     figures = examiner.figures(answered)

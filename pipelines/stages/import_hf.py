@@ -1,6 +1,6 @@
-"""Import: a GPT-2 of `transformers` becomes a model, to train further, to evaluate or to sample from.
+"""Import a model: a `transformers` GPT-2 becomes a policy, to train further, to evaluate or to sample from.
 
-What `hf:<folder>` stands for where a model is wanted. Left out: downloads; the folder is there already.
+This is what `hf:<folder>` means where an input takes a model. Left out: downloads; the folder must exist already.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pipelines.stage import Source, StageConfig, StageContext, StageFailure
 
 class ImportHfConfig(StageConfig):
     folder: str
-    """What transformers' `save_pretrained` wrote; relative to the pipeline's `data`."""
+    """A folder that transformers' `save_pretrained` wrote, relative to the pipeline's `data`."""
 
     def sources(self, data: Path) -> list[Source]:
-        """config.json, the weights, tokenizer.json; ValueError also for a config.json that our model can't be."""
+        """List config.json, the weights and tokenizer.json; ValueError also for a config.json that describes another architecture."""
         folder = Path(os.path.abspath(data / Path(self.folder).expanduser()))
         names = checkpoint_files(folder)
         read_config(folder)
@@ -28,20 +28,22 @@ class ImportHfConfig(StageConfig):
 
 
 def import_hf(config: ImportHfConfig, tokenizer: Tokenizer, stage: StageContext) -> Model:
-    """`tokenizer` is what `import_hf_tokenizer` made of the same folder: the model is known to fit tokens that were made with it."""
-    from gpt.hf import read_checkpoint
+    """Import a folder's model; `tokenizer` is what `import_hf_tokenizer` made of the same folder. An exported assistant stays one."""
+    from gpt.chat import FORMAT
+    from gpt.hf import is_assistant, read_checkpoint
 
-    with tempfile.TemporaryDirectory(dir=stage.output) as copy:  # the store's disk has room for what it is to hold
+    with tempfile.TemporaryDirectory(dir=stage.output) as copy:  # on the store's disk, which must have room for the model anyway
         for index, source in enumerate(stage.sources):
             stage.progress(index, len(stage.sources), "files")
-            with stage.open(source) as theirs, open(Path(copy, source.path.name), "wb") as file:
-                shutil.copyfileobj(theirs, file, 1 << 20)
+            with stage.open(source) as original, open(Path(copy, source.path.name), "wb") as file:
+                shutil.copyfileobj(original, file, 1 << 20)
         try:
             n_parameters = read_checkpoint(Path(copy), stage.output)
+            chat = {"chat_format": FORMAT} if is_assistant(Path(copy)) else {}
         except ValueError as error:
             raise StageFailure(f"{config.folder}: {error}") from error
     if (tokenizer.path / "tokenizer.json").read_bytes() != (stage.output / "tokenizer.json").read_bytes():
         raise StageFailure(
-            f"tokenizer {tokenizer.digest[:12]} is not that of {config.folder}; take what import_hf_tokenizer makes of the same folder"
+            f"tokenizer {tokenizer.digest[:12]} is not the one of {config.folder}; use what import_hf_tokenizer makes of the same folder"
         )
-    return stage.publish(Model, role="policy", tokenizer=tokenizer.digest, parameters=n_parameters)
+    return stage.publish(Model, role="policy", tokenizer=tokenizer.digest, parameters=n_parameters, **chat)

@@ -1,6 +1,6 @@
-"""Import of a tokenizer: the tokenizer.json of a GPT-2 of `transformers` in our format, with our special tokens.
+"""Import a tokenizer: the tokenizer.json of a `transformers` GPT-2 in our format, with our special tokens added.
 
-What `hf:<folder>` stands for where a tokenizer is wanted, and what the model's import refers to.
+This is what `hf:<folder>` means where an input takes a tokenizer, and the tokenizer of an imported model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pipelines.stage import Source, StageConfig, StageContext, StageFailure
 
 class ImportHfTokenizerConfig(StageConfig):
     folder: str
-    """What transformers' `save_pretrained` wrote; relative to the pipeline's `data`."""
+    """A folder that transformers' `save_pretrained` wrote, relative to the pipeline's `data`."""
 
     def sources(self, data: Path) -> list[Source]:
         folder = Path(os.path.abspath(data / Path(self.folder).expanduser()))
@@ -23,7 +23,7 @@ class ImportHfTokenizerConfig(StageConfig):
 
 
 def import_hf_tokenizer(config: ImportHfTokenizerConfig, stage: StageContext) -> Tokenizer:
-    """The manifest is that of a tokenizer made here: one that was exported comes back as the same artifact."""
+    """The manifest is like that of a tokenizer trained here, so an exported tokenizer comes back as the same artifact."""
     from gpt.hf import read_tokenizer
 
     with stage.open(stage.sources[0]) as file:

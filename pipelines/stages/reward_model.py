@@ -18,17 +18,17 @@ def reward_model(
     ratings: list[Ratings] | None,
     stage: StageContext,
 ) -> Model:
-    """Items of several datasets count by their number; the metadata keeps the mean and deviation by which scores are normalised."""
+    """Train on the pairs and ratings of all datasets, each once per epoch. The metadata has what normalises scores: mean and deviation."""
     from gpt.reward import train
 
-    require_role(policy, "policy", "reward_model starts from a policy")
+    require_role(policy, "policy", "reward_model starts from a policy, such as an sft stage makes")
     if not preferences and not ratings:
         raise StageFailure(
             "reward_model has neither preferences nor ratings to learn from; "
-            'name one of the two, or both: inputs = { policy = "sft", preferences = "pairs" }'
+            'add one of them, or both: inputs = { policy = "sft", preferences = "pairs" }'
         )
     pairs, rated = [each.path for each in preferences or []], [each.path for each in ratings or []]
-    metadata = stage.gang(train, config, policy.path, pairs, rated, stage.seed, stage.output)
-    for name, value in metadata.pop("figures").items():
+    trained = stage.gang(train, config, policy.path, pairs, rated, stage.seed, stage.output)
+    for name, value in trained.figures.items():
         stage.figure(name, value)
-    return stage.publish(Model, tokenizer=policy.metadata["tokenizer"], **metadata)
+    return stage.publish(Model, tokenizer=policy.metadata["tokenizer"], **trained.metadata)

@@ -1,4 +1,4 @@
-"""RL: a policy learns from what its own responses are worth to a reward model, a reward function or a verifier."""
+"""RL: a policy learns from the scores that a reward model, a reward function or a verifier gives its own responses."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pydantic import Field, model_validator
 
 from gpt.settings import Operational, RlSettings, UserFunction, check_effect
 from pipelines.artifacts import Model, Prompts
-from pipelines.stage import StageConfig, StageContext, StageFailure, require_role
+from pipelines.stage import StageConfig, StageContext, StageFailure, require_role, require_same_tokenizer
 
 
 class RlConfig(StageConfig, RlSettings):
     reward: UserFunction | None = None
-    """A function of your own, "./reward.py:score": what `score(prompt, response, record)` returns is added to the other scores."""
+    """Your own function, "./reward.py:score". What `score(prompt, response, record)` returns is added to the other scores."""
     reward_timeout_s: Operational[float] = Field(default=5.0, gt=0)
-    """Longest time for one call of it."""
+    """Most seconds for one call of the reward function."""
     reward_memory_gib: Operational[float] = Field(default=2.0, gt=0)
-    """Of the process that it runs in, one beside each rank."""
+    """Memory limit of the process in which the reward function runs, one beside each rank."""
     verifier: Literal["number"] | None = None
-    """"number": a response whose number is the reference's is scored 1, another one 0."""
+    """"number": scores a response 1 if its number equals the reference's, else 0."""
     number_marker: str = Field(default="####", min_length=1)
-    """The number is what follows this for the last time."""
+    """The number is the one that follows the last occurrence of this text."""
 
     @model_validator(mode="after")
-    def _judges_are_there(self) -> RlConfig:
+    def _settings_have_scorers(self) -> RlConfig:
         if self.reward is None:
             check_effect(self, ("reward_timeout_s", "reward_memory_gib"), "without a reward function")
         if self.verifier is None:
@@ -34,9 +34,11 @@ class RlConfig(StageConfig, RlSettings):
 
 
 def rl(config: RlConfig, policy: Model, prompts: list[Prompts], reward_model: Model | None, stage: StageContext) -> Model:
-    """Scores of a reward model, a reward function and a verifier are added up; there must be one of them at least."""
-    from gpt.rl import RewardModelScorer, Scorer, train
-    from gpt.scorers import FunctionScorer, NumberScorer
+    """Add up the scores of a reward model, a reward function and a verifier; at least one of them is required."""
+    from gpt.rl.loop import train
+    from gpt.rl.scorers import NumberScorer, RewardModelScorer
+    from gpt.rl.scoring import Scorer
+    from gpt.rl.user_reward import FunctionScorer
 
     _check_models(policy, reward_model)
     scorers: list[Scorer] = []
@@ -56,34 +58,29 @@ def rl(config: RlConfig, policy: Model, prompts: list[Prompts], reward_model: Mo
         scorers.append(NumberScorer(config.number_marker))
     if not scorers:
         raise StageFailure(
-            "rl has nothing that says what a response is worth; name one or several: inputs = { ..., reward_model = 'reward_model' }, "
+            "rl has nothing to score responses with; add at least one: inputs = { ..., reward_model = 'reward_model' }, "
             "reward = './reward.py:score' or verifier = 'number'"
         )
-    metadata = stage.gang(train, config, policy.path, [each.path for each in prompts], scorers, stage.seed, stage.output)
-    for name, value in metadata.pop("figures").items():
+    trained = stage.gang(train, config, policy.path, [each.path for each in prompts], scorers, stage.seed, stage.output)
+    for name, value in trained.figures.items():
         stage.figure(name, value)
-    return stage.publish(Model, tokenizer=policy.metadata["tokenizer"], **metadata)
+    return stage.publish(Model, tokenizer=policy.metadata["tokenizer"], **trained.metadata)
 
 
 def _check_models(policy: Model, reward_model: Model | None) -> None:
-    require_role(policy, "policy", "what learns in rl is a policy, such as an sft stage makes")
-    if reward_model is None:
-        return
-    require_role(reward_model, "reward", "rl wants a reward model as reward_model, such as a reward_model stage makes")
-    if reward_model.metadata["tokenizer"] != policy.metadata["tokenizer"]:
-        raise StageFailure(
-            f"reward model {reward_model.digest[:12]} has tokenizer {reward_model.metadata['tokenizer'][:12]}, policy {policy.digest[:12]} "
-            f"has {policy.metadata['tokenizer'][:12]}; the reward model reads the policy's own tokens: train one from this policy"
-        )
+    require_role(policy, "policy", "rl trains a policy, such as an sft stage makes")
+    if reward_model is not None:
+        require_role(reward_model, "reward", "the input reward_model takes what a reward_model stage makes")
+        require_same_tokenizer(policy, reward_model)
 
 
 def _check_references(prompts: list[Prompts], marker: str) -> None:
-    from gpt.scorers import reference_number
+    from gpt.numbers import reference_number
 
     references = [record.get("reference") for each in prompts for record in each.records("train")]
     without = [reference for reference in references if reference_number(reference, marker) is None]
     if without:
         raise StageFailure(
-            f"verifier = 'number' needs a number in every reference: {len(without)} of {len(references)} training prompts have none, "
-            f"the first {without[0]!r}; wanted a number, or a text with one behind number_marker = {marker!r}"
+            f"verifier = 'number' needs a number in every reference, and {len(without)} of {len(references)} training prompts have none: "
+            f"expected a number, or a text with one after number_marker = {marker!r}, found first {without[0]!r}"
         )

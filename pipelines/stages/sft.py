@@ -12,11 +12,11 @@ class SftConfig(StageConfig, SftSettings):
 
 
 def sft(config: SftConfig, policy: Model, conversations: list[Conversations], stage: StageContext) -> Model:
-    """Conversations of several datasets count by their number; the tokenizer is the policy's."""
+    """Train on the conversations of all datasets, each once per epoch, with the policy's tokenizer."""
     from gpt.chat import FORMAT
     from gpt.sft import train
 
-    require_role(policy, "policy", "sft wants a policy, such as a pretrain stage makes")
+    require_role(policy, "policy", "sft trains a policy, such as a pretrain stage makes")
     folders = [each.path for each in conversations]
-    metadata = stage.gang(train, config, policy.path, folders, stage.seed, stage.output)
-    return stage.publish(Model, tokenizer=policy.metadata["tokenizer"], chat_format=FORMAT, **metadata)
+    trained = stage.gang(train, config, policy.path, folders, stage.seed, stage.output)
+    return stage.publish(Model, tokenizer=policy.metadata["tokenizer"], chat_format=FORMAT, **trained.metadata)

@@ -1,9 +1,8 @@
-"""Tokenize: documents become one flat row of token ids for each split, <|document|> after each document."""
+"""Tokenize: the documents of each split become one flat array of token ids, with <|document|> after each document."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 
 from pydantic import Field
 
@@ -14,11 +13,11 @@ from pipelines.stage import StageConfig, StageContext
 
 class TokenizeConfig(StageConfig):
     documents_per_batch: Operational[int] = Field(default=256, ge=1)
-    """Documents that are encoded at a time."""
+    """Documents that are encoded together."""
 
 
 def tokenize(config: TokenizeConfig, documents: list[Documents], tokenizer: Tokenizer, stage: StageContext) -> Tokens:
-    """Ids are unsigned, of 16 bits where the vocabulary allows it, and little-endian."""
+    """Ids are little-endian unsigned integers, of 16 bits if the vocabulary allows it, else 32."""
     import numpy as np
 
     from gpt.tokenizer import Tokenizer as Encoder
@@ -32,26 +31,14 @@ def tokenize(config: TokenizeConfig, documents: list[Documents], tokenizer: Toke
         tokens = n_documents = n_bytes = 0
         with open(stage.output / f"{split}.bin", "wb") as file:
             for each in documents:
-                for texts in _batches(each, split, config.documents_per_batch):
-                    for token_ids in encoder.encode_batch(texts):
-                        row = np.array([*token_ids, encoder.special["document"]], dtype=dtype)
-                        row.tofile(file)
-                        tokens += len(row)
-                    n_documents += len(texts)
-                    n_bytes += sum(len(text.encode()) for text in texts)
-                    done += len(texts)
+                for text, token_ids in encoder.encode_stream(each.texts(split), config.documents_per_batch):
+                    row = np.array([*token_ids, encoder.special["document"]], dtype=dtype)
+                    row.tofile(file)
+                    tokens += len(row)
+                    n_documents += 1
+                    n_bytes += len(text.encode())
+                    done += 1
                     stage.progress(done, total, "documents")
         counts[split] = {"tokens": tokens, "documents": n_documents, "bytes": n_bytes}
     shutil.copyfile(tokenizer.path / "tokenizer.json", stage.output / "tokenizer.json")
     return stage.publish(Tokens, **counts, dtype=dtype.name, vocab_size=encoder.vocab_size, tokenizer=tokenizer.digest)
-
-
-def _batches(documents: Documents, split: str, size: int) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in documents.texts(split):
-        batch.append(text)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

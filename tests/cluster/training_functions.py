@@ -13,12 +13,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 import gpt.reward
-import gpt.rl
+import gpt.rl.loop
 from cluster.checkpoint import newest_checkpoint
 from cluster.deepspeed_engine import DeepSpeedEngine
 from cluster.rank import ProcessRank
 from gpt.model import GPT, RewardModel, load_model, load_reward_model, save_model
-from gpt.rl import Rollout, Scores
+from gpt.rl.scoring import Rollout, Scores
 from gpt.settings import GPTConfig, RewardSettings, RlSettings
 from gpt.tokenizer import byte_tokenizer
 
@@ -89,10 +89,10 @@ def train_rl(
         identity={},
     )
     process_rank._checkpoints.mkdir(exist_ok=True)
-    metadata = gpt.rl.train(process_rank, config, folder / "policy", [folder / "prompts"], [scorer], 1, folder / name / "model")
+    trained = gpt.rl.loop.train(process_rank, config, folder / "policy", [folder / "prompts"], [scorer], 1, folder / name / "model")
     models = {engine: process_rank._engines[engine].full_weights() for engine in process_rank._engines}
     return {
-        "metadata": metadata,
+        "metadata": None if trained is None else {**trained.metadata, "figures": trained.figures},
         "weights": {f"{engine} {weight}": tensor for engine, weights in models.items() for weight, tensor in weights.items()},
         "points": {
             (name, point.step): point.value
@@ -117,8 +117,8 @@ def train_reward_model(folder: Path, name: str, rank: int, world_size: int, make
         stop_requested=lambda: False,
         identity={},
     )
-    metadata = gpt.reward.train(process_rank, config, folder / "policy", [folder / "preferences"], [], 1, folder / name / "model")
-    return {"metadata": metadata, "weights": process_rank._engines["reward"].full_weights()}
+    trained = gpt.reward.train(process_rank, config, folder / "policy", [folder / "preferences"], [], 1, folder / name / "model")
+    return {"metadata": {**trained.metadata, "figures": trained.figures}, "weights": process_rank._engines["reward"].full_weights()}
 
 
 def main(rank: int, world_size: int, folder: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-# The ranks of a test go to other processes, which know this module by its plain name, as the tests do.
+# A test's ranks are sent to other processes, which import this module by its plain name, as the tests do.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from ranks import FakeRank
@@ -18,7 +18,7 @@ from ranks import FakeRank
 
 @pytest.fixture
 def make_rank(tmp_path: Path) -> Callable[..., FakeRank]:
-    """`make_rank("a")` begins a run; called again with the same name, it goes on from that run's checkpoints."""
+    """`make_rank("a")` begins a run; another call with the same name resumes from that run's checkpoints."""
 
     def make(name: str = "run", stop_after: int | None = None) -> FakeRank:
         folder = tmp_path / "checkpoints" / name
@@ -45,4 +45,4 @@ def make_tokens(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    torch.set_num_threads(1)  # models this small only wait for a second one
+    torch.set_num_threads(1)  # models this small gain nothing from a second one

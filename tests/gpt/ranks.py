@@ -1,4 +1,4 @@
-"""Ranks for tests: one that stands alone, and two that are processes of their own, since a process has one group at a time."""
+"""Ranks for tests: a single one, and two in separate processes, since a process has one process group at a time."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from gpt.settings import TrainSettings
 from gpt.torch_engine import TorchEngine
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 class Killed(BaseException):
-    """What nothing catches."""
+    """Nothing catches this, so it ends a loop like a signal."""
 
 
 class FakeRank:
-    """One process, the plain engine, checkpoints in a folder, every metric kept. Stops after `stop_after` finished steps of its own."""
+    """One process with the plain engine and checkpoints in a folder. It keeps every metric, and stops after `stop_after` finished steps."""
 
     rank = 0
     world_size = 1
@@ -38,7 +40,7 @@ class FakeRank:
         self.sections: list[str] = []
         self.saved: list[int] = []
         self.killed_in: tuple[str, int] | None = None
-        """A section's name, and the step that is saved when it comes."""
+        """The name of the section in which it is killed, and the last saved step at that time."""
         self._boundaries_left = stop_after
         self._engines: dict[str, TorchEngine] = {}
 
@@ -115,11 +117,11 @@ class RankOfTwo(FakeRank):
 
 
 def as_two_ranks(function: Callable[..., None], *arguments: str | Path) -> None:
-    """`function(rank, *arguments)` in two processes; the arguments arrive as strings."""
+    """Run `function(rank, *arguments)` in two processes; the arguments arrive as strings."""
     path = Path(sys.modules[function.__module__].__file__ or "")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, path.stem, function.__name__, f"{folder}/store"]
-        ranks = [subprocess.Popen([*map(str, (*command, rank, *arguments))], cwd=path.parents[2]) for rank in (0, 1)]
+        command = [sys.executable, __file__, path, function.__name__, f"{folder}/store"]
+        ranks = [subprocess.Popen([*map(str, (*command, rank, *arguments))], cwd=ROOT) for rank in (0, 1)]
         try:
             assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
         finally:
@@ -129,10 +131,10 @@ def as_two_ranks(function: Callable[..., None], *arguments: str | Path) -> None:
 
 
 if __name__ == "__main__":
-    module, name, store, rank, *arguments = sys.argv[1:]
-    sys.path.insert(0, os.getcwd())
+    path, name, store, rank, *arguments = sys.argv[1:]
+    sys.path[:0] = [os.getcwd(), str(Path(path).parent)]
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
-    getattr(importlib.import_module(module), name)(int(rank), *arguments)
+    getattr(importlib.import_module(Path(path).stem), name)(int(rank), *arguments)
     torch.distributed.barrier()
-    os._exit(0)  # gloo's threads may abort a process that ends in the usual way, when its work is long done
+    os._exit(0)  # at a normal exit gloo's threads may abort the process, although its work is done

@@ -56,7 +56,7 @@ def test_log_probabilities_of_whole_responses_are_those_of_one_row_at_a_time_how
         expected.append(sum(logprobs[place, row[place + 1]].item() for place in range(len(each.prompt_ids) - 1, len(row) - 1)))
     most = []
     hook = model.output.register_forward_hook(lambda module, inputs, logits: most.append(logits.shape[:-1].numel()))
-    monkeypatch.setattr("gpt.answers.LOGITS", held)
+    monkeypatch.setattr("gpt.answers.LOGITS_AT_ONCE", held)
     found = response_logprobs(model, answers).tolist()
     hook.remove()
     assert found == pytest.approx(expected, abs=1e-4)

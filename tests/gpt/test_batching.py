@@ -80,7 +80,7 @@ def test_streams_of_different_names_differ():
 
 
 def test_a_file_shorter_than_a_window_is_refused():
-    with pytest.raises(ValueError, match=r"training tokens 2 of 2: 4 tokens are less than one window of seq_len \+ 1 = 5"):
+    with pytest.raises(ValueError, match=r"training tokens 2 of 2: expected at least one window of seq_len \+ 1 = 5 tokens, found 4"):
         batches(9, 4)
 
 
@@ -91,13 +91,13 @@ def test_a_file_of_exactly_one_window_is_read_whole():
 def test_a_token_beyond_the_vocabulary_is_named_with_its_place(tmp_path):
     np.array([1, 2, 30, 4], "<u2").tofile(tmp_path / "train.bin")
     assert open_tokens(tmp_path / "train.bin", "uint16", 31).tolist() == [1, 2, 30, 4]
-    with pytest.raises(ValueError, match=r"train\.bin: token 2 is 30, but the tokenizer has only the ids 0 to 29"):
+    with pytest.raises(ValueError, match=r"train\.bin: expected the tokenizer's ids 0 to 29, found 30 at token 2"):
         open_tokens(tmp_path / "train.bin", "uint16", 30)
 
 
 def test_a_file_that_ends_inside_a_token_is_refused(tmp_path):
     (tmp_path / "train.bin").write_bytes(b"abc")
-    with pytest.raises(ValueError, match="3 bytes are not whole uint16 tokens"):
+    with pytest.raises(ValueError, match="expected uint16 tokens of 2 bytes each, found 3 bytes"):
         open_tokens(tmp_path / "train.bin", "uint16", 300)
 
 

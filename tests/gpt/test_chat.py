@@ -65,5 +65,5 @@ def test_text_that_spells_a_special_token_stays_text():
 
 
 def test_a_role_that_nobody_has_is_refused():
-    with pytest.raises(ValueError, match="role 'tool' is unknown; wanted system, user, assistant"):
+    with pytest.raises(ValueError, match="expected one of the roles system, user, assistant, found 'tool'"):
         encode_prompt(TOKENIZER, [{"role": "tool", "content": "a"}])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from gpt.chat import encode_conversation, encode_prompt
-from gpt.hf import MARK, export_gpt2, read_checkpoint, read_tokenizer, write_checkpoint
+from gpt.hf import MARK, export_gpt2, is_assistant, read_checkpoint, read_tokenizer, write_checkpoint
 from gpt.hf_folder import checkpoint_files, read_config
 from gpt.model import GPT, load_model, save_model
 from gpt.sampling import sample
@@ -61,17 +63,38 @@ def test_transformers_gives_the_same_token_ids_also_for_text_that_spells_special
     assert theirs.pad_token_id == tokenizer.special["pad"]
 
 
-@pytest.mark.parametrize(("preset", "fault"), [("llama-nano", "positions = 'rope'"), ("transformer-nano", "norm_first = False")])
+@pytest.mark.parametrize(
+    ("preset", "fault"), [("llama-nano", "positions = 'learned', found 'rope'"), ("transformer-nano", "norm_first = True, found False")]
+)
 def test_other_architectures_are_refused_with_what_differs(preset, fault, tmp_path):
     model = GPT(GPTConfig(**PRESETS[preset].model_dump(), vocab_size=BPE.vocab_size))
-    with pytest.raises(ValueError, match=f"{fault}.* only gpt2-"):
+    with pytest.raises(ValueError, match=f"only gpt2-.* expected {fault}"):
         export_gpt2(model, BPE, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_tokenizer_that_is_not_the_model_s_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="the tokenizer has 262 tokens, the model 3"):
+    with pytest.raises(ValueError, match=r"expected a tokenizer of 3\d\d tokens, as the model has, found 262"):
         export_gpt2(gpt2(BPE), byte_tokenizer(), tmp_path)
+
+
+def test_exported_files_can_be_read_by_whom_the_umask_allows(tmp_path):
+    before = os.umask(0o027)
+    try:
+        export_gpt2(gpt2(BPE), BPE, tmp_path / "export", chat=True)
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "export").iterdir()} == dict.fromkeys(
+        (
+            "chat_template.jinja",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ),
+        "0o640",
+    )
 
 
 # ---- an assistant ----
@@ -223,6 +246,7 @@ def test_what_generate_writes_greedily_is_what_our_sampler_writes_and_both_end_w
 
 def test_a_model_that_continues_text_has_no_chat_template(tmp_path):
     export_gpt2(gpt2(BPE), BPE, tmp_path)
+    assert not is_assistant(tmp_path)
     assert not (tmp_path / "chat_template.jinja").exists()
     assert MARK not in (tmp_path / "tokenizer.json").read_text()
     assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads(BPE._definition)
@@ -236,6 +260,7 @@ def test_an_assistant_that_was_exported_comes_back_bit_for_bit(tokenizer, saved_
     if saved_by_them:
         open_theirs(folder, saved_by_them=True)
         (folder / "again" / "tokenizer.json").replace(folder / "tokenizer.json")
+    assert is_assistant(folder)
     read_checkpoint(folder, tmp_path / "back")
     back = load_model(tmp_path / "back")
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), back.parameters(), strict=True))
@@ -355,23 +380,23 @@ def test_all_settings_that_our_model_does_not_have_are_told_at_once(tmp_path, sa
     }
     save_foreign(tmp_path)
     edit_json(tmp_path / "config.json", lambda config: config.update(changes))
-    with pytest.raises(ValueError, match="can't be") as raised:
+    with pytest.raises(ValueError, match="does not implement") as raised:
         read_checkpoint(tmp_path, tmp_path / "ours")
     for name, value in changes.items():
-        assert f"{name} = {json.dumps(value)}" in str(raised.value)
-    assert '(wanted "gelu_new" or "gelu_pytorch_tanh")' in str(raised.value)
+        assert re.search(rf"expected {name} [^;]*, found {json.dumps(value)}", str(raised.value)), name
+    assert 'expected activation_function = "gelu_new" or "gelu_pytorch_tanh", found "gelu"' in str(raised.value)
     assert not (tmp_path / "ours").exists()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, 'model_type = "llama"; only gpt2'),
+        ({"model_type": "llama"}, 'expected model_type = "gpt2", found "llama"; no other'),
         ({"n_head": 3}, "n_embd = 8 is not a multiple of n_head = 3"),
         ({"n_inner": -1}, "n_hidden: .*greater than or equal to 1"),
         ({"n_layer": 1}, "5 more|transformer.h.1.* is unknown"),
-        ({"n_inner": 7}, r"transformer.h.0.mlp.c_fc.bias is of shape \(32,\), wanted \(7,\)"),
-        ({"vocab_size": 269}, "tokenizer.json has 270 tokens, the model rows for 269"),
+        ({"n_inner": 7}, r"transformer.h.0.mlp.c_fc.bias: expected shape \(7,\), found \(32,\)"),
+        ({"vocab_size": 269}, "expected at most 269 tokens in tokenizer.json, as many as the model has rows, found 270"),
     ],
 )
 def test_a_config_that_describes_something_else_is_refused(change, message, tmp_path, save_foreign):
@@ -394,10 +419,10 @@ def test_settings_that_an_old_config_does_not_name_are_those_of_gpt2(tmp_path, s
     [
         (lambda w: {k: v for k, v in w.items() if k != "transformer.ln_f.bias"}, "transformer.ln_f.bias is missing"),
         (lambda w: w | {"score.weight": torch.zeros(2, 8)}, "transformer.score.weight is unknown"),
-        (lambda w: w | {"transformer.wpe.weight": torch.zeros(16, 8)}, r"wpe.weight is of shape \(16, 8\), wanted \(32, 8\)"),
-        (lambda w: w | {"transformer.ln_f.bias": torch.zeros(8, dtype=torch.int8)}, "ln_f.bias is torch.int8, wanted float32"),
+        (lambda w: w | {"transformer.wpe.weight": torch.zeros(16, 8)}, r"wpe.weight: expected shape \(32, 8\), found \(16, 8\)"),
+        (lambda w: w | {"transformer.ln_f.bias": torch.zeros(8, dtype=torch.int8)}, "ln_f.bias: expected float32, .*, found torch.int8"),
         (lambda w: w | {"lm_head.weight": torch.zeros(300, 8)}, "lm_head.weight differs from wte.weight"),
-        (lambda w: w | {"wpe.weight": torch.zeros(32, 8)}, "transformer.wpe.weight is there twice"),
+        (lambda w: w | {"wpe.weight": torch.zeros(32, 8)}, "found transformer.wpe.weight twice"),
     ],
     ids=["missing", "unknown", "shape", "dtype", "tied", "twice"],
 )
@@ -411,7 +436,7 @@ def test_weights_of_another_model_are_refused_by_name(edit, message, tmp_path, s
 def test_damaged_weights_are_refused(tmp_path, save_foreign):
     save_foreign(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
-    with pytest.raises(ValueError, match=r"model.safetensors can't be read as safetensors"):
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read as safetensors"):
         read_checkpoint(tmp_path, tmp_path / "ours")
 
 
@@ -423,26 +448,29 @@ def merge_to_the_end(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.update(normalizer={"type": "NFC"}), "its normalizer is NFC, wanted none"),
-        (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "its pre_tokenizer is Whitespace, wanted ByteLevel alone"),
-        (lambda c: c.update(pre_tokenizer=None), "its pre_tokenizer is none"),
-        (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "add_prefix_space = true, wanted false"),
-        (lambda c: c["pre_tokenizer"].update(use_regex=False), "use_regex = false, wanted true"),
-        (lambda c: c["model"].update(dropout=0.1), "its model has dropout = 0.1"),
-        (lambda c: c["model"].update(ignore_merges=True), "its model has ignore_merges = true"),
+        (lambda c: c.update(normalizer={"type": "NFC"}), "expected no normalizer, found NFC"),
+        (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "expected only ByteLevel as pre_tokenizer, found Whitespace"),
+        (lambda c: c.update(pre_tokenizer=None), "expected only ByteLevel as pre_tokenizer, found none"),
+        (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "add_prefix_space = false, found true"),
+        (lambda c: c["pre_tokenizer"].update(use_regex=False), "use_regex = true, .*, found false"),
+        (lambda c: c["model"].update(dropout=0.1), "expected no model.dropout, found 0.1"),
+        (lambda c: c["model"].update(ignore_merges=True), "expected no model.ignore_merges, found true"),
         (lambda c: c["model"]["vocab"].update({"x x": 270}), "1 of its tokens are not spelled in bytes, such as 'x x'"),
-        (lambda c: c["model"]["vocab"].update({"xx": 300}), "don't have the ids 0 to 270"),
+        (lambda c: c["model"]["vocab"].update({"xx": 300}), "do not have the ids 0 to 270"),
         (lambda c: c["model"]["vocab"].update({"aa": c["model"]["vocab"].pop("Ā")}), "no token for 1 of the 256 bytes"),
         (lambda c: c["added_tokens"].append({**c["added_tokens"][0], "id": 270, "content": "\n"}), "spells the same text as token"),
         (merge_to_the_end, r"a merge leads to '<\|endoftext\|>'"),
-        (lambda c: c.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "is WordLevel; only byte-level BPE"),
-        (lambda c: c.pop("model"), "can't be read"),
+        (
+            lambda c: c.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}),
+            "expected byte-level BPE like GPT-2's, found WordLevel",
+        ),
+        (lambda c: c.pop("model"), "cannot be read"),
     ],
 )
 def test_a_tokenizer_that_ours_can_not_be_is_refused(edit, message, tmp_path, save_foreign):
     save_foreign(tmp_path)
     edit_json(tmp_path / "tokenizer.json", edit)
-    with pytest.raises(ValueError, match=f"this tokenizer.json .*{message}"):
+    with pytest.raises(ValueError, match=f"this tokenizer.json.*{message}"):
         read_checkpoint(tmp_path, tmp_path / "ours")
 
 
@@ -454,7 +482,7 @@ def test_the_files_of_a_checkpoint_are_its_config_weights_and_tokenizer(tmp_path
     assert checkpoint_files(tmp_path / "parts") == ["config.json", "model.safetensors.index.json", *parts, "tokenizer.json"]
     (tmp_path / "parts" / parts[1]).unlink()
     (tmp_path / "parts" / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=f"there is no .*/{parts[1]}; there is no .*/tokenizer.json"):
+    with pytest.raises(ValueError, match=f"/{parts[1]} is missing; .*/tokenizer.json is missing"):
         checkpoint_files(tmp_path / "parts")
     (tmp_path / "parts" / "model.safetensors.index.json").write_text('{"weight_map": {"transformer.wte.weight": "../other.safetensors"}}')
     with pytest.raises(ValueError, match="no weight_map that names files beside it"):
@@ -464,10 +492,10 @@ def test_the_files_of_a_checkpoint_are_its_config_weights_and_tokenizer(tmp_path
 def test_pickled_weights_and_a_tokenizer_in_two_files_are_refused_with_what_to_do(tmp_path):
     for name in ("pytorch_model.bin", "vocab.json", "merges.txt", "config.json"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(ValueError, match=r"pickled \(pytorch_model.bin\).*safe_serialization=True.*only vocab.json; write one"):
+    with pytest.raises(ValueError, match=r"pickled \(pytorch_model.bin\).*safe_serialization=True.*only vocab.json; make one"):
         checkpoint_files(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no .*/config.json; there is no .*/model.safetensors; there is no .*/tokenizer.json"):
+    with pytest.raises(ValueError, match=r"/config.json is missing; .*/model.safetensors is missing; .*/tokenizer.json is missing"):
         checkpoint_files(tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"there is no folder .*/nowhere"):
+    with pytest.raises(ValueError, match=r"/nowhere is not a folder"):
         checkpoint_files(tmp_path / "nowhere")

@@ -206,7 +206,7 @@ def test_the_2017_paper_scales_embeddings_by_the_root_of_their_width():
 
 
 def test_a_sequence_longer_than_the_window_is_refused():
-    with pytest.raises(ValueError, match="33 tokens are more than the model's seq_len = 32"):
+    with pytest.raises(ValueError, match="expected at most seq_len = 32 tokens, found 33"):
         new("gpt2-nano")(some_tokens(1, 33))
 
 
@@ -267,8 +267,14 @@ def test_saving_twice_gives_the_same_bytes(tmp_path):
     [
         (lambda weights: weights.pop("final_norm.bias"), r"final_norm\.bias is missing"),
         (lambda weights: weights.update(extra=torch.zeros(1)), "extra is unknown"),
-        (lambda weights: weights.update({"final_norm.bias": torch.zeros(31)}), r"final_norm\.bias is \(torch\.float32, \(31,\)\), wanted"),
-        (lambda weights: weights.update({"final_norm.bias": torch.zeros(32).half()}), r"final_norm\.bias is \(torch\.float16, "),
+        (
+            lambda weights: weights.update({"final_norm.bias": torch.zeros(31)}),
+            r"final_norm\.bias: .*, found \(torch\.float32, \(31,\)\)",
+        ),
+        (
+            lambda weights: weights.update({"final_norm.bias": torch.zeros(32).half()}),
+            r"final_norm\.bias: .*, found \(torch\.float16, ",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_their_config_are_named(change, complaint, tmp_path):

@@ -4,16 +4,15 @@ import math
 import random
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from ranks import FakeRank, Killed
 from safetensors.torch import load_file
 
+from gpt.loop import Trained, check_grad_norm
 from gpt.model import GPT, load_model, parameter_groups, save_model
 from gpt.pretrain import train
-from gpt.schedule import check_grad_norm
 from gpt.settings import PRESETS, GPTConfig, ModelShape, PretrainSettings
 
 VOCAB = 16
@@ -37,12 +36,12 @@ def test_a_model_learns_a_repeating_text_far_below_its_unigram_entropy(make_rank
     # Each of the 16 tokens is as frequent as the others: ln 16 = 2.77 nats. The next one is certain: 0 nats.
     tokens = make_tokens(list(range(VOCAB)) * 40, list(range(VOCAB)) * 3)
     rank = make_rank()
-    metadata = train(rank, settings(steps=120, dropout=0.0), [tokens], "uint16", VOCAB, None, 1, tmp_path / "model")
+    trained = train(rank, settings(steps=120, dropout=0.0), [tokens], "uint16", VOCAB, None, 1, tmp_path / "model")
 
     val_loss = rank.curve("val/loss")
     assert val_loss[120] < 0.3 < math.log(VOCAB) - 0.1 < rank.curve("train/loss")[2]
     n_parameters = sum(p.numel() for p in load_model(tmp_path / "model").parameters())
-    assert metadata == {"role": "policy", "parameters": n_parameters, "steps": 120, "tokens_seen": 120 * 4 * 8}
+    assert trained.metadata == {"role": "policy", "parameters": n_parameters, "steps": 120, "tokens_seen": 120 * 4 * 8}
     assert (tmp_path / "model" / "tokenizer.json").read_text() == "{}"
 
 
@@ -74,7 +73,7 @@ def test_a_run_killed_in_its_last_evaluation_takes_no_step_again_and_ends_in_the
     whole, first, second = make_rank("whole"), make_rank("killed"), make_rank("killed")
     first.killed_in = ("evaluate", 7)
 
-    def run(rank: FakeRank) -> dict[str, Any] | None:
+    def run(rank: FakeRank) -> Trained | None:
         return train(rank, settings(), [tokens], "uint16", VOCAB, None, 1, tmp_path / rank.folder.name)
 
     metadata_of_whole = run(whole)
@@ -164,15 +163,8 @@ def test_a_model_of_another_shape_is_refused_with_both_shapes(make_rank, make_to
     config = GPTConfig(n_layer=2, n_head=2, n_embd=16, seq_len=8, vocab_size=VOCAB)
     model = GPT(config, torch.Generator().manual_seed(1))
     save_model(tmp_path / "other", config, dict(model.named_parameters()))
-    with pytest.raises(ValueError, match=r"has n_layer = 2; this stage asks for n_layer = 1\."):
+    with pytest.raises(ValueError, match=r"expected n_layer = 1, found n_layer = 2\."):
         train(make_rank(), settings(), [make_tokens(sequence(100))], "uint16", VOCAB, tmp_path / "other", 1, tmp_path / "model")
-
-
-def test_tokens_of_two_tokenizers_are_refused(make_rank, make_tokens, tmp_path):
-    one, two = make_tokens(sequence(100), name="one"), make_tokens(sequence(100), name="two")
-    (two / "tokenizer.json").write_text("[]")
-    with pytest.raises(ValueError, match="two tokenizers"):
-        train(make_rank(), settings(), [one, two], "uint16", VOCAB, None, 1, tmp_path / "model")
 
 
 def test_bf16_learns_too_and_its_artifact_is_fp32(make_rank, make_tokens, tmp_path):
@@ -214,7 +206,7 @@ def test_every_field_of_a_shape_can_be_set_for_pretraining():
 
 
 def test_a_misspelt_preset_is_answered_with_the_nearest_one():
-    with pytest.raises(ValueError, match=r"no preset 'gpt-nano'; did you mean 'gpt2-nano'\?"):
+    with pytest.raises(ValueError, match=r"unknown preset 'gpt-nano'; expected one of gpt2-nano, .*\. Did you mean 'gpt2-nano'\?"):
         settings(preset="gpt-nano")
 
 
@@ -226,7 +218,7 @@ def test_an_impossible_shape_is_refused_when_the_settings_are_read():
 def test_a_training_that_diverges_ends_before_it_saves_what_is_left_of_it(make_rank, make_tokens, tmp_path):
     rank = make_rank()
     config = settings(lr=1e30, warmup_steps=0, checkpoint_every=1)
-    with pytest.raises(ValueError, match=r"the gradient norm of step (\d+) is (nan|inf), .* a lower lr \(it is 1e\+30\), ") as caught:
+    with pytest.raises(ValueError, match=r"the gradient norm of step (\d+) is (nan|inf): .* Lower lr \(now 1e\+30\) or ") as caught:
         train(rank, config, [make_tokens(sequence(100))], "uint16", VOCAB, None, 1, tmp_path / "model")
     (diverged_at,) = re.findall(r"norm of step (\d+)", str(caught.value))
     assert rank.saved == list(range(1, int(diverged_at)))

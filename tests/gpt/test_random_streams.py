@@ -8,7 +8,7 @@ from gpt.random_streams import stream_seed
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_streams_of_other_names_or_places_have_other_seeds_and_the_same_one_has_the_same():
+def test_streams_with_different_names_have_different_seeds_and_equal_names_have_equal_seeds():
     streams = [
         (1, "dropout", 3, 0, 0),
         (1, "dropout", 3, 0, 1),
@@ -22,10 +22,11 @@ def test_streams_of_other_names_or_places_have_other_seeds_and_the_same_one_has_
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_no_two_training_loops_draw_from_a_stream_of_one_name():
-    of_loop = {}
-    for loop in ("pretrain", "sft", "reward", "rl"):
-        code = (ROOT / "gpt" / f"{loop}.py").read_text(encoding="utf-8")
-        of_loop[loop] = set(re.findall(r'(?:stream_seed\(seed, |ShuffledRows\(.*name=)"([^"]+)"', code))
-    assert of_loop["sft"] == {"sft", "sft dropout"}
-    assert len(set.union(*of_loop.values())) == sum(map(len, of_loop.values()))
+def test_no_two_training_loops_share_the_name_of_a_stream():
+    names: dict[str, set[str]] = {}
+    for loop, pattern in {"pretrain": "pretrain.py", "sft": "sft.py", "reward": "reward.py", "rl": "rl/*.py"}.items():
+        code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "gpt").glob(pattern))
+        names[loop] = set(re.findall(r'(?:stream_seed\(seed, |ShuffledRows\(.*name=)"([^"]+)"', code))
+    assert names["sft"] == {"sft", "sft dropout"}
+    assert names["rl"] == {"rl", "sample", "update"}
+    assert len(set.union(*names.values())) == sum(map(len, names.values()))

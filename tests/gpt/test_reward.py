@@ -14,22 +14,23 @@ from ranks import FakeRank, Killed, RankOfTwo, as_two_ranks
 from safetensors.torch import load_file
 
 from gpt.chat import encode_prompt, encode_response
+from gpt.folders import read_records
+from gpt.loop import Trained
 from gpt.model import GPT, RewardModel, load_config, load_model, load_reward_model, save_model
 from gpt.random_streams import stream_seed
 from gpt.reward import (
     Pair,
     Rating,
-    RewardScorer,
     all_scores,
     conversations,
-    end_scores,
     held_out_figures,
     read_items,
     score_scale,
     train,
-    value_model,
 )
-from gpt.rl import RewardModelScorer, Rollout
+from gpt.reward_scorer import RewardScorer, end_scores, value_model
+from gpt.rl.scorers import RewardModelScorer
+from gpt.rl.scoring import Rollout
 from gpt.settings import GPTConfig, RewardSettings
 from gpt.tokenizer import byte_tokenizer
 from gpt.torch_engine import TorchEngine
@@ -105,24 +106,24 @@ def test_a_preference_for_a_over_b_is_learned_and_holds_for_prompts_never_seen(p
     held_out = [pair(letter, "aa", "bb", kind="seen in training") for letter in "cd"]
     held_out += [pair(letter, "aa", "bb", kind="New!") for letter in "xyz"]
     rank = make_rank()
-    metadata = train(rank, settings(steps=40), policy, [make_records(PAIRS, held_out)], [], 1, tmp_path / "model")
+    trained = train(rank, settings(steps=40), policy, [make_records(PAIRS, held_out)], [], 1, tmp_path / "model")
 
-    assert metadata["figures"] == {"eval/pair_accuracy": 1.0, "eval/pair_accuracy_new": 1.0, "eval/pair_accuracy_seen_in_training": 1.0}
+    assert trained.figures == {"eval/pair_accuracy": 1.0, "eval/pair_accuracy_new": 1.0, "eval/pair_accuracy_seen_in_training": 1.0}
     assert rank.curve("val/loss")[40] < 0.05 < 0.2 < rank.curve("val/loss")[2]
     model = load_reward_model(tmp_path / "model")
     assert slow_score(model, conversation("w", "aa")) > slow_score(model, conversation("w", "bb")) + 2
-    assert metadata["role"] == "reward"
-    assert metadata["steps"] == 40
-    assert metadata["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert metadata["train"] == {"pairs": 12, "ratings": 0, "too_long": 0, "alike": 0}
-    assert metadata["held_out"] == {"pairs": 5, "ratings": 0, "too_long": 0, "alike": 0}
+    assert trained.metadata["role"] == "reward"
+    assert trained.metadata["steps"] == 40
+    assert trained.metadata["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert trained.metadata["train"] == {"pairs": 12, "ratings": 0, "too_long": 0, "alike": 0}
+    assert trained.metadata["held_out"] == {"pairs": 5, "ratings": 0, "too_long": 0, "alike": 0}
     assert (tmp_path / "model" / "tokenizer.json").read_text() == (policy / "tokenizer.json").read_text()
 
 
 def test_ratings_are_learned_as_log_odds(policy, make_records, make_rank, tmp_path):
     held_out = [rating(letter, *rated) for letter in "xyz" for rated in (("aa", 0.9), ("bb", 0.2))]
-    metadata = train(make_rank(), settings(steps=40), policy, [], [make_records(RATINGS, held_out)], 1, tmp_path / "model")
-    assert metadata["figures"] == {"eval/rating_auc": 1.0}
+    trained = train(make_rank(), settings(steps=40), policy, [], [make_records(RATINGS, held_out)], 1, tmp_path / "model")
+    assert trained.figures == {"eval/rating_auc": 1.0}
     model = load_reward_model(tmp_path / "model")
     assert slow_score(model, conversation("w", "aa")) > 1 > -1 > slow_score(model, conversation("w", "bb"))
 
@@ -132,9 +133,9 @@ def test_pairs_and_ratings_are_learned_from_together(policy, make_records, make_
     rated = [rating(letter, *each) for letter in LETTERS for each in (("ee", 1.0), ("ff", 0.0))]
     pairs, ratings = make_records(PAIRS, PAIRS, "pairs"), make_records(rated, rated, "ratings")
     rank = make_rank()
-    metadata = train(rank, settings(steps=80), policy, [pairs], [ratings], 1, tmp_path / "model")
-    assert metadata["figures"] == {"eval/pair_accuracy": 1.0, "eval/rating_auc": 1.0}
-    assert metadata["train"] == {"pairs": 12, "ratings": 24, "too_long": 0, "alike": 0}
+    trained = train(rank, settings(steps=80), policy, [pairs], [ratings], 1, tmp_path / "model")
+    assert trained.figures == {"eval/pair_accuracy": 1.0, "eval/rating_auc": 1.0}
+    assert trained.metadata["train"] == {"pairs": 12, "ratings": 24, "too_long": 0, "alike": 0}
     assert rank.curve("val/loss")[80] < 0.2
 
 
@@ -166,7 +167,7 @@ def test_a_run_killed_in_its_last_evaluation_takes_no_step_again_and_ends_in_the
     whole, first, second = make_rank("whole"), make_rank("killed"), make_rank("killed")
     first.killed_in = ("evaluate", 5)
 
-    def run(rank: FakeRank) -> dict[str, Any] | None:
+    def run(rank: FakeRank) -> Trained | None:
         return train(rank, settings(), policy, [pairs], [ratings], 1, tmp_path / rank.folder.name)
 
     metadata_of_whole = run(whole)
@@ -188,7 +189,7 @@ def test_what_is_logged_and_when(policy, make_records, make_rank, tmp_path):
     assert sorted(rank.curve("train/loss")) == sorted(rank.curve("train/tokens_per_s")) == [2, 4, 5]
     assert sorted(rank.curve("val/loss")) == [2, 4, 5]
     assert rank.saved == [2, 4, 5]
-    assert set(rank.sections) == {"start", "step", "checkpoint", "evaluate"}
+    assert set(rank.sections) == {"start", "encode", "step", "checkpoint", "evaluate"}
     # A step has 4 pairs of 2 * (4 + 3) tokens: <|user|>, a letter, <|end|>, <|assistant|>, two letters, <|end|>.
     for step, per_second in rank.curve("train/tokens_per_s").items():
         assert per_second * rank.curve("time/step_s")[step] == pytest.approx(4 * 2 * 7)
@@ -222,27 +223,27 @@ def test_the_centering_term_is_logged_beside_the_loss_and_its_weight_changes_the
 
 def test_without_held_out_items_there_is_no_validation_loss_and_no_figure(policy, make_records, make_rank, tmp_path):
     rank = make_rank()
-    metadata = train(rank, settings(), policy, [make_records(PAIRS)], [], 1, tmp_path / "model")
+    trained = train(rank, settings(), policy, [make_records(PAIRS)], [], 1, tmp_path / "model")
     assert rank.curve("val/loss") == {}
-    assert metadata["figures"] == {}
+    assert trained.figures == {}
 
 
 def test_the_metadata_has_the_mean_and_the_deviation_of_all_training_scores(policy, make_records, make_rank, tmp_path):
     pairs = [pair("q", "a" * n, "b" * n) for n in range(1, 10)]
     ratings = [rating("q", "c" * n, n / 10) for n in range(1, 10)]
-    metadata = train(
+    trained = train(
         make_rank(), settings(), policy, [make_records(pairs, name="pairs")], [make_records(ratings, name="ratings")], 1, tmp_path / "model"
     )
     model = load_reward_model(tmp_path / "model")
     scores = [slow_score(model, conversation("q", letter * n)) for letter in "abc" for n in range(1, 10)]
-    assert metadata["score_mean"] == pytest.approx(statistics.fmean(scores), rel=1e-5)
-    assert metadata["score_std"] == pytest.approx(statistics.pstdev(scores), rel=1e-5)
+    assert trained.metadata["score_mean"] == pytest.approx(statistics.fmean(scores), rel=1e-5)
+    assert trained.metadata["score_std"] == pytest.approx(statistics.pstdev(scores), rel=1e-5)
 
 
 def test_what_a_bf16_training_says_of_its_scores_is_true_of_the_fp32_model_that_it_leaves(policy, make_records, make_rank, tmp_path):
     texts = ["a" * n for n in range(1, 10)]
     pairs, ratings = make_records(PAIRS, PAIRS, "pairs"), make_records([rating("q", text, len(text) / 10) for text in texts], (), "ratings")
-    metadata = train(make_rank(), settings(precision="bf16"), policy, [pairs], [ratings], 1, tmp_path / "model")
+    trained = train(make_rank(), settings(precision="bf16"), policy, [pairs], [ratings], 1, tmp_path / "model")
     scorer = RewardScorer(tmp_path / "model", mean=0.0, std=1.0, device=CPU)
 
     def raw(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
@@ -251,13 +252,13 @@ def test_what_a_bf16_training_says_of_its_scores_is_true_of_the_fp32_model_that_
 
     of_pairs = raw([*LETTERS, *LETTERS], ["aa"] * 12 + ["bb"] * 12)
     scores = torch.cat([of_pairs, raw(["q"] * 9, texts)])
-    assert metadata["score_mean"] == pytest.approx(scores.mean().item(), rel=0, abs=1e-6)
-    assert metadata["score_std"] == pytest.approx(scores.std(correction=0).item(), rel=0, abs=1e-6)
-    assert metadata["figures"]["eval/pair_accuracy"] == (of_pairs[:12] > of_pairs[12:]).double().mean()
+    assert trained.metadata["score_mean"] == pytest.approx(scores.mean().item(), rel=0, abs=1e-6)
+    assert trained.metadata["score_std"] == pytest.approx(scores.std(correction=0).item(), rel=0, abs=1e-6)
+    assert trained.figures["eval/pair_accuracy"] == (of_pairs[:12] > of_pairs[12:]).double().mean()
 
 
 def test_equal_scores_are_refused_since_they_tell_nothing_apart(policy, make_records, make_rank, tmp_path):
-    with pytest.raises(ValueError, match="all scores are equal: 1 training responses"):
+    with pytest.raises(ValueError, match="the scores are equal: over 1 training responses"):
         train(make_rank(), settings(), policy, [], [make_records([rating("q", "a", 1.0)])], 1, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -265,11 +266,11 @@ def test_equal_scores_are_refused_since_they_tell_nothing_apart(policy, make_rec
 def test_a_scale_is_the_mean_and_the_biased_deviation_and_scores_that_differ_by_rounding_or_are_no_numbers_have_none():
     assert score_scale(torch.tensor([1.0, 3.0], dtype=torch.float64)) == (2.0, 1.0)
     for scores, fault in (
-        ([100.0, 100.00001], "equal: 2 training"),
-        ([math.nan, 1.0], "no numbers: 2 training"),
-        ([math.inf, 1.0], "no num"),
+        ([100.0, 100.00001], "equal: over 2 training"),
+        ([math.nan, 1.0], "not finite: over 2 training"),
+        ([math.inf, 1.0], "not finite"),
     ):
-        with pytest.raises(ValueError, match=f"all scores are {fault}"):
+        with pytest.raises(ValueError, match=f"the scores are {fault}"):
             score_scale(torch.tensor(scores, dtype=torch.float64))
 
 
@@ -287,7 +288,7 @@ def test_what_is_too_long_or_has_nothing_to_prefer_is_left_out_whole_and_counted
     fits, too_long = "a" * 11, "a" * 12
     pairs = make_records([pair("q", fits, "b"), pair("q", too_long, "b"), pair("q", "b", too_long), pair("q", "a", "a")], name="pairs")
     ratings = make_records([rating("q", fits, 0.5), rating("long prompts", "a", 0.5)], name="ratings")
-    items, counts = read_items(TOKENIZER, [pairs], [ratings], "train", 16)
+    items, counts = read_items(TOKENIZER, read_records([pairs], "train"), read_records([ratings], "train"), 16)
     assert items == [Pair(conversation("q", fits), conversation("q", "b")), Rating(conversation("q", fits), 0.5)]
     assert counts == {"pairs": 1, "ratings": 1, "too_long": 3, "alike": 1}
     assert len(conversation("q", fits)) == 16
@@ -297,8 +298,8 @@ def test_what_is_left_out_is_told(policy, make_records, make_rank, tmp_path):
     rank, records = make_rank(), make_records([*PAIRS, pair("q", "a" * 100, "b"), pair("q", "a", "a")])
     train(rank, settings(), policy, [records], [], 1, tmp_path / "model")
     assert rank.warnings == [
-        f"of {len(PAIRS) + 2} training records 1 are left out, being longer than the policy's seq_len = 16 tokens, and 1 whose two "
-        "responses are equal"
+        f"2 of {len(PAIRS) + 2} training records are left out: 1 are longer than the policy's seq_len = 16 tokens, and 1 are pairs of "
+        "equal responses"
     ]
 
 
@@ -329,9 +330,9 @@ def test_the_share_of_pairs_in_order_counts_a_tie_as_half_and_kinds_apart():
     }
 
 
-def test_a_kind_is_written_in_a_metrics_letters(make_records):
+def test_a_kind_is_written_in_a_metrics_letters():
     kinds = ["Helpful & honest", "安全", 3, None]
-    items, _ = read_items(TOKENIZER, [make_records([pair("q", "a", "b", kind=kind) for kind in kinds])], [], "train", 16)
+    items, _ = read_items(TOKENIZER, [pair("q", "a", "b", kind=kind) for kind in kinds], [], 16)
     assert [item.kind for item in items] == ["helpful_honest", "other", "3", None]
 
 
@@ -419,20 +420,20 @@ def test_the_loss_of_a_step_is_the_same_however_its_rows_are_split(policy, make_
             torch.testing.assert_close(ends[size][2][name], tensor, rtol=0, atol=2e-5)
 
 
-def train_and_score(rank: Any, folder: Path, scored: Path, output: Path) -> tuple[dict[str, Any], torch.Tensor]:
+def train_and_score(rank: Any, folder: Path, scored: Path, output: Path) -> tuple[Trained, torch.Tensor]:
     """Its metadata; and what all ranks say of 40 conversations under given weights, in 3 passes: one rank has none in the last."""
     config = settings(dropout=0.0, eps=1e-3, log_every=1)
-    metadata = train(rank, config, folder / "policy", [folder / "pairs"], [folder / "ratings"], 1, output)
+    trained = train(rank, config, folder / "policy", [folder / "pairs"], [folder / "ratings"], 1, output)
     engine = TorchEngine(load_reward_model(scored), [{"params": load_reward_model(scored).parameters()}], config, device=CPU)
     rows = [conversation("q", "ab" * (1 + n % 4) + "c" * (n % 3)) for n in range(40)]
-    return metadata, all_scores(rank, config, engine, rows)
+    return trained, all_scores(rank, config, engine, rows)
 
 
 def train_and_score_as_two(rank: int, folder: str) -> None:
     both = RankOfTwo(rank, Path(folder))
-    metadata, scores = train_and_score(both, Path(folder), Path(folder) / "scored", Path(folder) / "both")
+    trained, scores = train_and_score(both, Path(folder), Path(folder) / "scored", Path(folder) / "both")
     if rank == 0:
-        torch.save((metadata, scores, list(both.curve("train/loss").values())), Path(folder) / "of_two.pt")
+        torch.save(((trained.metadata, trained.figures), scores, list(both.curve("train/loss").values())), Path(folder) / "of_two.pt")
 
 
 def test_two_ranks_change_training_by_rounding_alone_and_the_scores_of_given_weights_not_at_all(policy, make_records, make_rank, tmp_path):
@@ -440,14 +441,14 @@ def test_two_ranks_change_training_by_rounding_alone_and_the_scores_of_given_wei
     make_records(RATINGS, RATINGS[:5], "ratings")
     saved_reward_model(tmp_path / "scored")
     alone = make_rank()
-    metadata, scores = train_and_score(alone, tmp_path, tmp_path / "scored", tmp_path / "alone")
+    trained, scores = train_and_score(alone, tmp_path, tmp_path / "scored", tmp_path / "alone")
     as_two_ranks(train_and_score_as_two, tmp_path)
-    metadata_of_two, scores_of_two, losses = torch.load(tmp_path / "of_two.pt")
+    (metadata_of_two, figures_of_two), scores_of_two, losses = torch.load(tmp_path / "of_two.pt")
     assert torch.equal(scores_of_two, scores)
     assert losses == pytest.approx(list(alone.curve("train/loss").values()), rel=1e-5)
-    assert metadata_of_two["figures"] == metadata["figures"]
+    assert figures_of_two == trained.figures
     for name in ("score_mean", "score_std"):
-        assert metadata_of_two[name] == pytest.approx(metadata[name], abs=2e-5)
+        assert metadata_of_two[name] == pytest.approx(trained.metadata[name], abs=2e-5)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "both"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 import gpt.sft
 from gpt.batching import padded
 from gpt.chat import encode_conversation, encode_prompt, encode_response
+from gpt.loop import Trained
 from gpt.model import GPT, load_config, load_model, save_model
 from gpt.random_streams import stream_seed
 from gpt.sampling import sample
@@ -210,7 +210,7 @@ def test_a_run_killed_in_its_last_evaluation_takes_no_step_again_and_ends_in_the
     whole, first, second = make_rank("whole"), make_rank("killed"), make_rank("killed")
     first.killed_in = ("evaluate", 7)
 
-    def run(rank: FakeRank) -> dict[str, Any] | None:
+    def run(rank: FakeRank) -> Trained | None:
         return train(rank, settings(), policy, [conversations], 1, tmp_path / rank.folder.name)
 
     metadata_of_whole = run(whole)
@@ -245,9 +245,9 @@ def test_what_is_logged_and_when_and_what_the_model_says_of_itself(make_rank, ma
         make_conversations([("a", "bcdefgh")], name="two"),
     ]
     rank = make_rank()
-    metadata = train(rank, settings(steps=6, global_batch_size=2), policy, conversations, 1, tmp_path / "model")
+    trained = train(rank, settings(steps=6, global_batch_size=2), policy, conversations, 1, tmp_path / "model")
     # 6 steps of 2 conversations see both of them 6 times: 6 * (4 + 8) = 72 tokens that count.
-    assert metadata == {
+    assert trained.metadata == {
         "role": "policy",
         "parameters": sum(parameter.numel() for parameter in load_model(policy).parameters()),
         "steps": 6,
@@ -255,8 +255,8 @@ def test_what_is_logged_and_when_and_what_the_model_says_of_itself(make_rank, ma
         "conversations": {"train": 2, "cut": 1, "too_long": 1},
     }
     assert rank.warnings == [
-        "of 3 conversations 1 are cut after the last answer that ends within the policy's seq_len + 1 = 12 tokens, and 1, whose first "
-        "answer does not, are left out"
+        "of 3 conversations, 1 are cut after the last answer that ends within the policy's seq_len + 1 = 12 tokens, and 1 are left out "
+        "because even their first answer does not"
     ]
     assert (tmp_path / "model" / "tokenizer.json").read_text() == (policy / "tokenizer.json").read_text()
     assert sorted(rank.curve("train/loss")) == [2, 4, 6]
@@ -265,12 +265,12 @@ def test_what_is_logged_and_when_and_what_the_model_says_of_itself(make_rank, ma
     assert rank.curve("train/lr")[2] == pytest.approx(1e-2 * 2 / 3)
     for step in (2, 4, 6):  # both conversations in every step: 12 tokens
         assert rank.curve("train/tokens_per_s")[step] == pytest.approx(12 / rank.curve("time/step_s")[step])
-    assert set(rank.sections) == {"start", "step", "checkpoint", "evaluate"}
+    assert set(rank.sections) == {"start", "encode", "step", "checkpoint", "evaluate"}
 
 
 def test_where_no_answer_fits_one_is_told_so(make_rank, make_policy, make_conversations, tmp_path):
     conversations = make_conversations([("a", "bcdefghi"), ("a", "bcdefghij")])
-    message = r"of 2 none has a first answer that ends within the policy's seq_len \+ 1 = 12 tokens; give shorter ones"
+    message = r"in none of 2 does the first answer end within the policy's seq_len \+ 1 = 12 tokens; use shorter conversations"
     with pytest.raises(ValueError, match=message):
         train(make_rank(), settings(), make_policy(seq_len=11), [conversations], 1, tmp_path / "model")
 
@@ -346,7 +346,7 @@ def test_recomputing_activations_changes_nothing(monkeypatch, make_rank, make_po
 def test_a_training_that_diverges_ends_with_words_before_it_saves(make_rank, make_policy, make_conversations, tmp_path):
     rank = make_rank()
     config = settings(lr=1e30, warmup_steps=0, checkpoint_every=1)
-    with pytest.raises(ValueError, match=r"the gradient norm of step 2 is nan, .* a lower lr"):
+    with pytest.raises(ValueError, match=r"the gradient norm of step 2 is nan: .* Lower lr"):
         train(rank, config, make_policy(), [make_conversations(UNEQUAL)], 1, tmp_path / "model")
     assert rank.saved == [1]
 

@@ -7,8 +7,18 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
-from gpt.tokenizer import MIN_VOCAB_SIZE, SPECIAL_NAMES, Tokenizer, byte_tokenizer, special_text, train_bpe
+from gpt.tokenizer import (
+    MAX_TRAINED_WORD_BYTES,
+    MIN_VOCAB_SIZE,
+    SPECIAL_NAMES,
+    Tokenizer,
+    byte_tokenizer,
+    special_text,
+    train_bpe,
+    training_words,
+)
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "明月几时有，把酒问青天。" * 3, "<|end|> " * 50]
 BPE = train_bpe(TEXTS, 300)
@@ -61,8 +71,32 @@ def test_a_vocabulary_has_the_size_asked_for_or_what_the_text_can_give():
     assert train_bpe(["ab ab"], 1000).vocab_size == MIN_VOCAB_SIZE + 2  # "ab", " ab"
 
 
+@pytest.mark.parametrize(
+    "word", ["acgt" * 50_000, "明月" * 30_000, "=" * 10_000, " " * 10_000], ids=["letters", "chinese", "signs", "spaces"]
+)
+def test_no_word_that_merges_are_learned_from_is_longer_than_the_limit_and_no_byte_is_lost(word):
+    # Learning takes time quadratic in a word's length, so this bounds it: 200,000 letters are 196 words.
+    words = [text for text, _ in training_words().pre_tokenize_str(f"a {word}")]
+    assert max(map(len, words)) == MAX_TRAINED_WORD_BYTES
+    assert sum(map(len, words)) == len(f"a {word}".encode())
+    assert len(words) <= len(word.encode()) // MAX_TRAINED_WORD_BYTES + 3
+
+
+def test_words_up_to_the_limit_are_those_of_gpt2s_pattern():
+    text = "The cat's 123 mats,\n\n  月几时有 " + "x" * (MAX_TRAINED_WORD_BYTES - 1)  # and the space before
+    assert training_words().pre_tokenize_str(text) == pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
+
+
+def test_a_stream_of_texts_is_encoded_in_batches_and_in_order(monkeypatch):
+    sizes: list[int] = []
+    encode_batch = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: (sizes.append(len(texts)), encode_batch(self, texts))[1])
+    assert list(BPE.encode_stream(iter(TEXTS), 3)) == [(text, BPE.encode(text)) for text in TEXTS]
+    assert sizes == [3, 1]
+
+
 def test_a_vocabulary_that_cannot_hold_the_bytes_is_refused():
-    with pytest.raises(ValueError, match="vocab_size = 100 is less than 262"):
+    with pytest.raises(ValueError, match=r"expected vocab_size of at least 262, .*, found 100"):
         train_bpe(TEXTS, 100)
 
 
@@ -94,7 +128,7 @@ def test_a_tokenizer_without_the_special_tokens_is_refused():
     import tokenizers
     from tokenizers import models
 
-    with pytest.raises(ValueError, match=r"no <\|user\|>, .* take a tokenizer\.json that the tokenizer stage made"):
+    with pytest.raises(ValueError, match=r"expected the special tokens <\|user\|>, .* use a tokenizer\.json that the tokenizer stage made"):
         Tokenizer(tokenizers.Tokenizer(models.BPE()).to_str())
 
 

@@ -84,7 +84,7 @@ def test_full_weights_are_a_copy():
 
 
 def test_fp16_on_a_cpu_is_refused():
-    with pytest.raises(ValueError, match='take "bf16" or "fp32"'):
+    with pytest.raises(ValueError, match='set "bf16" or "fp32"'):
         engine_of(Point(1.0), precision="fp16")
 
 

@@ -1,4 +1,4 @@
-"""`hf:<folder>`: somebody else's GPT-2 as a stage's input, or in a stage's place."""
+"""`hf:<folder>`: a GPT-2 from elsewhere as a stage's input, or instead of a stage."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ inputs = { model = ["pretrain"] }
 
 
 class Line:
-    """A pipeline in a folder of its own, with a GPT-2 beside it, run in this process without MLflow."""
+    """A pipeline in its own folder, with a GPT-2 beside it, that runs in this process without MLflow."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,12 +77,12 @@ class Line:
         return {each.stage: (each.word, each.reason) for each in Planner(graph, self.store, ROOT, given=graph.use).plan()}
 
     def run(self, graph: Graph) -> tuple[int, dict[str, str], dict[str, str]]:
-        """Exit code, each stage's end, each stage's artifact or error."""
-        shown: list[JournalEvent | Announcement] = []
-        code = Run(graph, self.store, Options("test", "test", use=graph.use, inline=True), shown.append).execute()
-        ended = [each for each in shown if isinstance(each, StageEnded)]
-        made = {each.stage: each.output or each.error for each in ended}
-        return code, {each.stage: each.status for each in ended}, made
+        """Return the exit code, each stage's final status, and each stage's artifact or error."""
+        events: list[JournalEvent | Announcement] = []
+        code = Run(graph, self.store, Options("test", "test", use=graph.use, inline=True), events.append).execute()
+        ended = [each for each in events if isinstance(each, StageEnded)]
+        results = {each.stage: each.output or each.error for each in ended}
+        return code, {each.stage: each.status for each in ended}, results
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_a_folder_becomes_two_stages_for_a_model_and_one_for_a_tokenizer(line: L
     assert "hf-gpt2-tokenizer" in alone.stages
 
 
-def test_two_spellings_of_one_folder_are_one_stage_and_two_folders_of_one_name_are_two(line: Line, save_foreign: Callable[..., Any]):
+def test_two_spellings_of_a_folder_are_one_stage_and_two_folders_of_the_same_name_are_two(line: Line, save_foreign: Callable[..., Any]):
     spelled = FURTHER.replace('model = ["hf:gpt2"]', f'model = ["hf:{line.folder}/x/../gpt2"]')
     assert [name for name in line.graph(spelled).stages if name.startswith("hf-")] == ["hf-gpt2-tokenizer", "hf-gpt2"]
     save_foreign(line.folder / "other" / "gpt2")
@@ -118,7 +118,7 @@ def test_two_spellings_of_one_folder_are_one_stage_and_two_folders_of_one_name_a
     assert line.graph(other).stages["pretrain"].inputs["model"] == ["hf-gpt2-2"]
 
 
-def test_a_folder_takes_no_name_that_is_taken_and_none_that_is_no_name(line: Line, save_foreign: Callable[..., Any]):
+def test_an_imports_stage_name_is_free_and_valid(line: Line, save_foreign: Callable[..., Any]):
     own = FURTHER + '[stages.hf-gpt2]\nuses = "export"\ninputs = { model = ["pretrain"] }\n'
     assert line.graph(own).stages["pretrain"].inputs["model"] == ["hf-gpt2-2"]
     save_foreign(line.folder / "my model (2)")
@@ -148,7 +148,7 @@ def test_a_foreign_gpt2_is_trained_further_on_tokens_of_its_own_tokenizer(line: 
     assert {word for word, _ in line.plan(line.graph(FURTHER)).values()} == {"reuse"}
 
 
-def test_one_byte_of_the_folder_changes_what_reads_it(line: Line):
+def test_a_changed_byte_in_the_folder_reruns_the_stages_that_read_it(line: Line):
     line.run(line.graph(FURTHER))
     weights = line.folder / "gpt2" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
@@ -161,7 +161,7 @@ def test_one_byte_of_the_folder_changes_what_reads_it(line: Line):
     }
 
 
-def test_what_was_exported_and_comes_back_has_the_same_tokenizer(line: Line):
+def test_an_exported_model_comes_back_with_the_same_tokenizer(line: Line):
     _, _, made = line.run(line.graph(FROM_NOTHING))
     exported = line.store.artifact(made["export"]).path
     back = FROM_NOTHING.replace('tokens = ["tokenize"]', f'tokens = ["tokenize"], model = ["hf:{exported}"]')
@@ -170,7 +170,7 @@ def test_what_was_exported_and_comes_back_has_the_same_tokenizer(line: Line):
     assert again[f"hf-{made['export'][:40]}-tokenizer"] == made["tokenizer"]
 
 
-def test_use_puts_a_folder_in_the_place_of_a_stage_and_what_that_stage_would_read_is_not_made(line: Line):
+def test_use_replaces_a_stage_by_a_folder_and_the_stages_before_it_do_not_run(line: Line):
     graph = line.graph(FROM_NOTHING, use={"pretrain": "hf:gpt2", "documents": "sha256:01234567"})
     assert graph.stages["pretrain"].kind.uses == "import_hf"
     assert graph.use == {"documents": "sha256:01234567"}
@@ -180,23 +180,23 @@ def test_use_puts_a_folder_in_the_place_of_a_stage_and_what_that_stage_would_rea
     assert json.loads((line.store.artifact(made["export"]).path / "config.json").read_text())["vocab_size"] == 275
 
 
-def test_a_tokenizer_s_place_can_be_taken_too(line: Line):
+def test_use_replaces_a_tokenizer_stage_too(line: Line):
     graph = line.graph(FROM_NOTHING, use={"tokenizer": "hf:gpt2"})
     assert graph.stages["tokenizer"].kind.uses == "import_hf_tokenizer"
     assert graph.stages["tokenize"].inputs["tokenizer"] == ["tokenizer"]
 
 
-def test_a_folder_in_the_place_of_anything_else_is_refused(line: Line):
+def test_a_folder_instead_of_anything_else_is_refused(line: Line):
     wrong = FURTHER.replace('documents = ["documents"]', 'documents = ["hf:gpt2"]')
     assert "stages.tokenize.inputs.documents: 'hf:gpt2' is a model or a tokenizer, wanted documents" in faults(line, wrong)
     told = faults(line, FROM_NOTHING, use={"tokenize": "hf:gpt2"})
     assert "--use tokenize=hf:gpt2: is a model or a tokenizer; tokenize makes tokens" in told
 
 
-def test_what_is_wrong_with_a_folder_is_told_once_and_where_it_is_named(line: Line):
+def test_a_problem_with_a_folder_is_reported_once_and_where_the_folder_is_named(line: Line):
     gone = faults(line, FURTHER.replace('model = ["hf:gpt2"]', 'model = ["hf:gone"]'))
     assert gone.count(str(line.folder / "gone")) == 1
-    assert f"stages.pretrain.inputs.model: there is no folder {line.folder}/gone" in gone
+    assert f"stages.pretrain.inputs.model: {line.folder}/gone is not a folder" in gone
     (line.folder / "gpt2" / "model.safetensors").rename(line.folder / "gpt2" / "pytorch_model.bin")
     used = faults(line, FROM_NOTHING, use={"pretrain": "hf:gpt2"})
     assert "--use pretrain=hf:gpt2: the weights in" in used
@@ -204,26 +204,26 @@ def test_what_is_wrong_with_a_folder_is_told_once_and_where_it_is_named(line: Li
     config = line.folder / "gpt2" / "config.json"
     config.write_text(config.read_text().replace("gelu_new", "relu"))
     (line.folder / "gpt2" / "pytorch_model.bin").rename(line.folder / "gpt2" / "model.safetensors")
-    assert 'activation_function = "relu" (wanted "gelu_new" or "gelu_pytorch_tanh")' in faults(line, FURTHER)
+    assert 'expected activation_function = "gelu_new" or "gelu_pytorch_tanh", found "relu"' in faults(line, FURTHER)
 
 
-def test_a_tokenizer_that_ours_can_not_be_fails_its_stage_in_words(line: Line):
+def test_an_unsupported_tokenizer_fails_its_stage_with_the_reason(line: Line):
     path = line.folder / "gpt2" / "tokenizer.json"
     path.write_text(path.read_text().replace('"normalizer": null', '"normalizer": {"type": "NFC"}'))
     code, status, made = line.run(line.graph(FURTHER))
     assert (code, status["hf-gpt2-tokenizer"], status["hf-gpt2"]) == (1, "failed", "blocked")
-    assert made["hf-gpt2-tokenizer"].startswith("gpt2: this tokenizer.json can't be imported: its normalizer is NFC")
+    assert made["hf-gpt2-tokenizer"].startswith("gpt2: this tokenizer.json cannot be imported: expected no normalizer, found NFC")
 
 
-def test_weights_that_do_not_fit_fail_the_stage_in_words(line: Line):
+def test_weights_that_do_not_fit_fail_the_stage_with_the_reason(line: Line):
     path = line.folder / "gpt2" / "config.json"
     path.write_text(path.read_text().replace('"n_layer": 2', '"n_layer": 3'))
     code, status, made = line.run(line.graph(FURTHER))
     assert (code, status["hf-gpt2"]) == (1, "failed")
-    assert made["hf-gpt2"].startswith("gpt2: the weights are not those of the GPT-2 that config.json describes: transformer.h.2.")
+    assert made["hf-gpt2"].startswith("gpt2: the weights do not match the GPT-2 that config.json describes: transformer.h.2.")
 
 
-def test_a_model_with_another_tokenizer_than_its_own_is_refused(line: Line):
+def test_a_model_with_another_folders_tokenizer_is_refused(line: Line):
     wrong = """
 [stages.bytes]
 uses = "tokenizer"
@@ -236,10 +236,10 @@ inputs = { tokenizer = ["bytes"] }
 """
     code, status, made = line.run(line.graph(wrong))
     assert (code, status["import_hf"]) == (1, "failed")
-    assert "is not that of gpt2; take what import_hf_tokenizer makes of the same folder" in made["import_hf"]
+    assert "is not the one of gpt2; use what import_hf_tokenizer makes of the same folder" in made["import_hf"]
 
 
-def test_a_folder_that_was_imported_is_a_reference_like_any_other(line: Line):
+def test_an_imported_folder_can_be_used_as_a_reference(line: Line):
     folder = line.folder / "gpt2"
     with pytest.raises(ValueError, match=r"was not imported into the store .* as it is now; name it in a pipeline's inputs or with --use"):
         resolve(line.store, f"hf:{folder}")
@@ -250,19 +250,28 @@ def test_a_folder_that_was_imported_is_a_reference_like_any_other(line: Line):
         resolve(line.store, f"hf:{folder}")
 
 
-def test_the_newest_model_of_a_pipeline_is_one_that_it_made(line: Line):
+def test_the_newest_model_of_a_pipeline_is_never_an_import(line: Line):
     beside = FROM_NOTHING + '[stages.theirs]\nuses = "export"\ninputs = { model = ["hf:gpt2"] }\n'
     _, _, made = line.run(line.graph(beside))
     assert list(line.graph(beside).stages)[-2:] == ["hf-gpt2", "theirs"]
     assert resolve(line.store, "model:further@newest") == made["pretrain"]
 
 
-def test_an_assistant_that_was_exported_comes_back_with_the_same_tokenizer(line: Line):
+def test_an_exported_assistant_comes_back_with_its_tokenizer_and_its_chat_format(line: Line):
     from gpt.hf import write_checkpoint
 
-    _, _, made = line.run(line.graph(FROM_NOTHING))
-    write_checkpoint(line.store.artifact(made["pretrain"]).path, line.folder / "assistant", chat=True)
+    _, _, first = line.run(line.graph(FROM_NOTHING))
+    write_checkpoint(line.store.artifact(first["pretrain"]).path, line.folder / "assistant", chat=True)
     back = FROM_NOTHING.replace('tokens = ["tokenize"]', 'tokens = ["tokenize"], model = ["hf:assistant"]')
-    code, _, again = line.run(line.graph(back))
+    back += '[stages.again]\nuses = "export"\ninputs = { model = ["hf:assistant"] }\n'
+    back += '[stages.plain]\nuses = "export"\ninputs = { model = ["hf:gpt2"] }\n'
+    code, _, second = line.run(line.graph(back))
     assert code == 0
-    assert again["hf-assistant-tokenizer"] == made["tokenizer"]
+    assert second["hf-assistant-tokenizer"] == first["tokenizer"]
+    assert line.store.artifact(second["hf-assistant"]).metadata["chat_format"] == "gptline-1"
+    again = line.store.artifact(second["again"]).path
+    assert {path.name: path.read_bytes() for path in again.iterdir() if path.name != "manifest.json"} == {
+        path.name: path.read_bytes() for path in (line.folder / "assistant").iterdir()
+    }
+    assert "chat_format" not in line.store.artifact(second["hf-gpt2"]).metadata
+    assert not (line.store.artifact(second["plain"]).path / "chat_template.jinja").exists()

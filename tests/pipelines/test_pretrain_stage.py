@@ -1,4 +1,4 @@
-"""The pretrain stage: which inputs it refuses to bring together. Its training is that of tests/gpt/test_pretrain.py."""
+"""The pretrain stage: which inputs it refuses to combine. tests/gpt/test_pretrain.py tests its training."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ TOKENS = Tokens(Path("tokens"), "a" * 64, {"dtype": "uint16", "vocab_size": 16, 
         (
             [TOKENS],
             Model(Path("model"), "e" * 64, {"role": "reward", "tokenizer": "f" * 64}),
-            r"^model eeeeeeeeeeee has the role reward; pretrain goes on from a policy, or begins from nothing$",
+            r"^model eeeeeeeeeeee: expected role policy, found reward; pretrain starts from a policy, or without a model$",
         ),
         (
             [TOKENS],
             Model(Path("model"), "e" * 64, {"role": "policy", "tokenizer": "d" * 64}),
-            "^model eeeeeeeeeeee was made with tokenizer dddddddddddd, tokens aaaaaaaaaaaa with ffffffffffff; tokenize the documents",
+            "^model eeeeeeeeeeee: expected tokenizer ffffffffffff, the one of tokens aaaaaaaaaaaa, found dddddddddddd; .*rebuild",
         ),
         (
             [TOKENS, Tokens(Path("other"), "b" * 64, {**TOKENS.metadata, "tokenizer": "d" * 64})],
             None,
-            "^tokens bbbbbbbbbbbb was made with tokenizer dddddddddddd, tokens aaaaaaaaaaaa with ffffffffffff",
+            "^tokens bbbbbbbbbbbb: expected tokenizer ffffffffffff, the one of tokens aaaaaaaaaaaa, found dddddddddddd",
         ),
     ],
 )
-def test_a_reward_model_and_what_another_tokenizer_made_are_refused(tokens: list[Tokens], model: Model | None, message: str):
+def test_a_reward_model_and_inputs_of_another_tokenizer_are_refused(tokens: list[Tokens], model: Model | None, message: str):
     with pytest.raises(StageFailure, match=message):
         pretrain(CONFIG, tokens, model, None)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The rl stage: what it takes, what it refuses, what it sends to the ranks, and one small run. Its loop is that of tests/gpt/test_rl.py."""
+"""The rl stage: its inputs, what it refuses, what it sends to the ranks, and a small run. tests/gpt/rl tests its loop."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from gpt.loop import Trained
 from pipelines.artifacts import Model, Prompts
 from pipelines.plan.config import load
 from pipelines.plan.graph import ROOT, Input, build, load_kind
@@ -36,22 +37,22 @@ def a_score(prompt: Any, response: str, record: Any) -> float:
 
 
 class Bench:
-    """As much of a StageContext as rl asks for; its gang trains nothing."""
+    """The part of StageContext that rl uses. Its gang trains nothing."""
 
     seed = 7
     output = Path("output")
 
     def __init__(self) -> None:
         self.figures: dict[str, float] = {}
-        self.given: tuple[Any, ...] = ()
+        self.arguments: tuple[Any, ...] = ()
 
     def function(self, reference: str) -> Callable[..., Any]:
         assert reference == "./reward.py:score"
         return a_score
 
-    def gang(self, function: Any, *arguments: Any) -> dict[str, Any]:
-        self.given = arguments
-        return {"role": "policy", "chat_format": "gptline-1", "steps": 1, "figures": {"reward/score_mean": 0.75}}
+    def gang(self, function: Any, *arguments: Any) -> Trained:
+        self.arguments = arguments
+        return Trained({"role": "policy", "chat_format": "gptline-1", "steps": 1}, {"reward/score_mean": 0.75})
 
     def figure(self, name: str, value: float) -> None:
         self.figures[name] = value
@@ -78,7 +79,7 @@ def run(config: RlConfig, policy: Model, prompts: list[Prompts], reward_model: M
     return bench, rl(config, policy, prompts, reward_model, bench)  # type: ignore[arg-type]
 
 
-def test_its_signature_asks_for_a_policy_and_prompts_and_takes_a_reward_model():
+def test_its_signature_takes_a_policy_prompts_and_optionally_a_reward_model():
     kind = load_kind("rl", Path())
     assert kind.trains()
     assert kind.inputs == {
@@ -88,14 +89,14 @@ def test_its_signature_asks_for_a_policy_and_prompts_and_takes_a_reward_model():
     }
 
 
-def test_the_ranks_are_sent_each_source_of_rewards_with_its_limits(make_prompts):
-    from gpt.rl import RewardModelScorer
-    from gpt.scorers import FunctionScorer, NumberScorer
+def test_the_ranks_receive_each_scorer_with_its_limits(make_prompts):
+    from gpt.rl.scorers import NumberScorer, RewardModelScorer
+    from gpt.rl.user_reward import FunctionScorer
 
     config = settings(reward="./reward.py:score", reward_timeout_s=3, verifier="number", number_marker="=", missing_end_score=-2)
     numbers, more = make_prompts("4"), make_prompts("2 + 2 = 4")
     bench, _ = run(config, POLICY, [numbers, more], REWARD_MODEL)
-    *others, scorers, seed, output = bench.given
+    *others, scorers, seed, output = bench.arguments
     assert others == [config, Path("policy"), [numbers.path, more.path]]
     assert (seed, output) == (7, Path("output"))
     assert scorers == [
@@ -107,42 +108,40 @@ def test_the_ranks_are_sent_each_source_of_rewards_with_its_limits(make_prompts)
 
 
 @pytest.mark.parametrize("changes", [{"reward": "./reward.py:score"}, {"verifier": "number"}, {}])
-def test_any_one_of_them_will_do(make_prompts, changes):
+def test_one_scorer_of_any_kind_suffices(make_prompts, changes):
     bench, _ = run(settings(**changes), POLICY, [make_prompts("4")], None if changes else REWARD_MODEL)
-    assert len(bench.given[3]) == 1
+    assert len(bench.arguments[3]) == 1
 
 
-def test_figures_go_to_the_action_and_the_rest_to_the_manifest(make_prompts):
+def test_figures_go_to_the_action_record_and_metadata_to_the_manifest(make_prompts):
     bench, model = run(settings(verifier="number"), POLICY, [make_prompts("4")])
     assert bench.figures == {"reward/score_mean": 0.75}
     assert model.metadata == {"role": "policy", "chat_format": "gptline-1", "steps": 1, "tokenizer": "t" * 64}
 
 
-def test_nothing_that_says_what_a_response_is_worth_is_refused(make_prompts):
-    with pytest.raises(
-        StageFailure, match=r"^rl has nothing that says what a response is worth; name one or several: .* verifier = 'number'$"
-    ):
+def test_a_stage_without_any_scorer_is_refused(make_prompts):
+    with pytest.raises(StageFailure, match=r"^rl has nothing to score responses with; add at least one: .* verifier = 'number'$"):
         run(settings(), POLICY, [make_prompts("4")])
 
 
 @pytest.mark.parametrize(
     ("policy", "reward_model", "words"),
     [
-        (REWARD_MODEL, None, "model bbbbbbbbbbbb has the role reward; what learns in rl is a policy, such as an sft stage makes"),
+        (REWARD_MODEL, None, "model bbbbbbbbbbbb: expected role policy, found reward; rl trains a policy, such as an sft stage makes"),
         (
             POLICY,
             POLICY,
-            "model aaaaaaaaaaaa has the role policy; rl wants a reward model as reward_model, such as a reward_model stage makes",
+            "model aaaaaaaaaaaa: expected role reward, found policy; the input reward_model takes what a reward_model stage makes",
         ),
         (
             POLICY,
             Model(Path("reward"), "b" * 64, {**SCORED, "tokenizer": "u" * 64}),
-            "reward model bbbbbbbbbbbb has tokenizer uuuuuuuuuuuu, policy aaaaaaaaaaaa has tttttttttttt; "
-            "the reward model reads the policy's own tokens: train one from this policy",
+            "model bbbbbbbbbbbb: expected tokenizer tttttttttttt, the one of model aaaaaaaaaaaa, found uuuuuuuuuuuu; "
+            "token ids mean nothing under another tokenizer, so rebuild one of the two with the other's",
         ),
     ],
 )
-def test_models_in_the_wrong_place_are_refused(make_prompts, policy, reward_model, words):
+def test_models_of_the_wrong_role_or_tokenizer_are_refused(make_prompts, policy, reward_model, words):
     with pytest.raises(StageFailure) as caught:
         run(settings(verifier="number"), policy, [make_prompts("4")], reward_model)
     assert str(caught.value) == words
@@ -151,50 +150,50 @@ def test_models_in_the_wrong_place_are_refused(make_prompts, policy, reward_mode
 @pytest.mark.parametrize(
     ("reference", "shown"), [(None, "None"), ("four", "'four'"), ("#### four", "'#### four'"), ("2 + 2 = 4", "'2 [+] 2 = 4'")]
 )
-def test_a_verifier_refuses_prompts_that_nothing_can_be_verified_of(make_prompts, reference, shown):
+def test_a_verifier_refuses_prompts_whose_reference_has_no_number(make_prompts, reference, shown):
     prompts = [make_prompts("4", "5"), make_prompts("6", reference, "x")]
-    words = f"2 of 5 training prompts have none, the first {shown}; wanted a number, or a text with one behind number_marker = '####'$"
+    words = f"2 of 5 training prompts have none: expected a number, or a text with one after number_marker = '####', found first {shown}$"
     with pytest.raises(StageFailure, match=words):
         run(settings(verifier="number"), POLICY, prompts)
     run(settings(reward="./reward.py:score"), POLICY, prompts)
 
 
-def test_a_record_without_a_reference_is_counted_with_those_that_have_no_number(make_prompts):
+def test_a_record_without_a_reference_counts_as_one_without_a_number(make_prompts):
     prompts = make_prompts("4")
     with open(prompts.path / "train.jsonl", "a") as lines:
         lines.write('{"prompt": [{"role": "user", "content": "?"}]}\n')
-    with pytest.raises(StageFailure, match="1 of 2 training prompts have none, the first None"):
+    with pytest.raises(StageFailure, match=r"1 of 2 training prompts have none: expected a number, .*, found first None"):
         run(settings(verifier="number"), POLICY, [prompts])
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"reward_timeout_s": 1.0}, "reward_timeout_s = 1.0 would have no effect without a reward function; leave it out"),
+        ({"reward_timeout_s": 1.0}, "reward_timeout_s = 1.0 would have no effect without a reward function; remove it"),
         ({"reward_memory_gib": 1.0, "verifier": "number"}, "reward_memory_gib = 1.0 would have no effect without a reward function"),
         ({"number_marker": "=", "reward": "./reward.py:score"}, "number_marker = '=' would have no effect without a verifier"),
     ],
 )
-def test_a_setting_of_a_judge_that_is_not_there_is_refused(changes, words):
+def test_a_setting_of_an_absent_scorer_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         settings(**changes)
 
 
-def test_the_limits_of_a_reward_function_are_in_no_key_and_what_it_is_worth_is(tmp_path: Path, line: Line):
+def test_the_key_has_the_scorers_and_their_code_but_not_a_reward_functions_limits(tmp_path: Path, line: Line):
     before = line.planned()
     assert {
         "config.reward",
         "config.verifier",
         "config.number_marker",
         "code.reward:score",
-        "code.gpt.scorers:FunctionScorer",
+        "code.gpt.rl.user_reward:FunctionScorer",
     } <= before.keys()
-    assert "code.gpt.reward_process:judge" in before
+    assert "code.gpt.rl.reward_process:judge" in before
     assert line.planned("stages.rl.reward_timeout_s=1", "stages.rl.reward_memory_gib=9") == before
 
 
 class Line:
-    """A pipeline of one rl stage, whose policy is a model of random weights."""
+    """A pipeline with one rl stage, whose policy has random weights."""
 
     TOML = """
 pipeline = "small"
@@ -234,7 +233,7 @@ log_every = 1
         (self.folder / "small.toml").write_text(self.TOML.format(policy=policy.digest, prompts=frozen.digest))
 
     def graph(self, *overrides: str) -> Any:
-        sys.modules.pop("gptline_user_reward", None)  # as in a process of its own
+        sys.modules.pop("gptline_user_reward", None)  # as in a new process
         return build(load(self.folder / "small.toml", overrides))
 
     def planned(self, *overrides: str) -> dict[str, Any]:
@@ -249,15 +248,15 @@ log_every = 1
 @pytest.fixture
 def line(tmp_path: Path, make_prompts: Callable[..., Prompts], monkeypatch: pytest.MonkeyPatch) -> Line:
     monkeypatch.setattr("pipelines.run.runner.start_tracking", lambda *_: NoTracker())
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two edits within a second would be one to Python
-    made = Line(tmp_path)
-    made.write(make_prompts("4", "4").path)
-    return made
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python would not notice the second of two edits within a second
+    line = Line(tmp_path)
+    line.write(make_prompts("4", "4").path)
+    return line
 
 
-def test_a_policy_of_random_weights_learns_to_end_what_it_says_since_only_then_it_is_paid(line: Line):
-    # A response that ends within 6 tokens is worth 1 (one message, the right reference), one that is cut off -1. At first an end token
-    # is one of 262: hardly any response ends.
+def test_a_policy_with_random_weights_learns_to_end_its_responses_because_only_those_are_rewarded(line: Line):
+    # A response that ends within 6 tokens scores 1 (one message, the right reference), and one that is cut off -1. At first an end token
+    # is one of 262, so hardly any response ends.
     assert line.run()[0] == 0
     (action,) = line.store.all_actions()
     score = {step: value for step, value, _ in action.curves["reward/score_mean"]}
@@ -273,11 +272,11 @@ def test_a_policy_of_random_weights_learns_to_end_what_it_says_since_only_then_i
     assert {path.name for path in made.path.iterdir()} >= set(Model.files)
 
 
-def test_a_reward_function_that_fails_too_often_ends_the_stage_with_its_own_words_and_line(line: Line):
+def test_a_reward_function_that_fails_too_often_ends_the_stage_and_its_error_and_line_are_named(line: Line):
     (line.folder / "reward.py").write_text("def score(prompt, response, record):\n    return 1 / 0\n")
     code, events = line.run("stages.rl.max_failed_share=0", "stages.rl.max_response_tokens=20")
     assert code == 1
     (error,) = [event.error for event in events if isinstance(event, StageEnded) and event.error]
-    assert "responses could not be scored, which is more than max_failed_share = 0" in error
+    assert "responses could not be scored, which exceeds max_failed_share = 0" in error
     assert "score() of reward.py on " in error
     assert "ZeroDivisionError: division by zero (reward.py, line 2)" in error

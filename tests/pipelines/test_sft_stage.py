@@ -1,4 +1,4 @@
-"""The sft stage: what it refuses, and what it says of its model. Its training is that of tests/gpt/test_sft.py."""
+"""The sft stage: what it refuses, and the metadata of its model. tests/gpt/test_sft.py tests its training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ CONFIG = SftConfig(steps=2, global_batch_size=2, lr=1e-3)
 
 
 class Bench:
-    """As much of a StageContext as sft asks for; its gang is one rank in this process, which never stops and keeps no checkpoints."""
+    """The part of StageContext that sft uses. Its gang is one rank in this process, which never stops and saves no checkpoints."""
 
     seed = 1
 
     def __init__(self, output: Path) -> None:
         self.output = output
 
-    def gang(self, function: Any, *arguments: Any) -> dict[str, Any]:
+    def gang(self, function: Any, *arguments: Any) -> Any:
         return function(OneRank(), *arguments)
 
     def publish(self, kind: type[Model], **metadata: Any) -> Model:
@@ -67,13 +67,15 @@ def conversations(folder: Path) -> Conversations:
     return Conversations(folder, "c" * 64)
 
 
-def test_a_reward_model_is_refused_with_the_role_that_it_has(tmp_path: Path):
+def test_a_reward_model_is_refused_and_its_role_is_named(tmp_path: Path):
     reward_model = Model(tmp_path / "nowhere", "e" * 64, {"role": "reward", "tokenizer": "f" * 64})
-    with pytest.raises(StageFailure, match=r"^model eeeeeeeeeeee has the role reward; sft wants a policy, such as a pretrain stage makes$"):
+    with pytest.raises(
+        StageFailure, match=r"^model eeeeeeeeeeee: expected role policy, found reward; sft trains a policy, such as a pretrain stage makes$"
+    ):
         sft(CONFIG, reward_model, [conversations(tmp_path / "b")], Bench(tmp_path))  # type: ignore[arg-type]
 
 
-def test_the_model_is_a_policy_of_the_same_tokenizer_that_speaks_in_turns(tmp_path: Path):
+def test_the_model_is_a_policy_with_the_same_tokenizer_and_a_chat_format(tmp_path: Path):
     import torch
 
     from gpt.model import GPT, count_parameters, save_model
@@ -85,9 +87,9 @@ def test_the_model_is_a_policy_of_the_same_tokenizer_that_speaks_in_turns(tmp_pa
     save_model(tmp_path / "policy", shape, dict(network.named_parameters()))
     byte_tokenizer().save(tmp_path / "policy" / "tokenizer.json")
     policy = Model(tmp_path / "policy", "e" * 64, {"role": "policy", "tokenizer": "f" * 64})
-    made = sft(CONFIG, policy, [conversations(tmp_path / "b"), conversations(tmp_path / "cd")], Bench(tmp_path / "out"))  # type: ignore[arg-type]
-    # Both conversations in each of the 2 steps, with "b" and "cd" and an end each: 2 * (2 + 3) = 10 tokens.
-    assert made.metadata == {
+    model = sft(CONFIG, policy, [conversations(tmp_path / "b"), conversations(tmp_path / "cd")], Bench(tmp_path / "out"))  # type: ignore[arg-type]
+    # Each of the 2 steps has both conversations, whose answers are "b" and "cd" with an end token each: 2 * (2 + 3) = 10 tokens.
+    assert model.metadata == {
         "role": "policy",
         "tokenizer": "f" * 64,
         "chat_format": "gptline-1",
@@ -96,4 +98,4 @@ def test_the_model_is_a_policy_of_the_same_tokenizer_that_speaks_in_turns(tmp_pa
         "tokens_trained": 10,
         "conversations": {"train": 2, "cut": 0, "too_long": 0},
     }
-    assert {path.name for path in made.path.iterdir()} == set(Model.files)
+    assert {path.name for path in model.path.iterdir()} == set(Model.files)

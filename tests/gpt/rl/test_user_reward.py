@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from decimal import Decimal
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,11 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from gpt import scorers
-from gpt.rl import Rollout, Scores
-from gpt.rl import score as total_scores
-from gpt.scorers import FunctionScorer, NumberScorer, number_after, reference_number
-from gpt.settings import RlSettings
+from gpt.rl import user_reward
+from gpt.rl.scoring import Rollout, Scores
+from gpt.rl.user_reward import FunctionScorer
 
 CPU = torch.device("cpu")
 PROMPT = [{"role": "user", "content": "What is 2 + 2?"}]
@@ -34,15 +31,6 @@ def score(prompt, response, record):
 """
 HOLDS_THE_GIL = "re.match('(a*)*b', 'a' * 40)"
 LIMITS: dict[str, Any] = dict(max_failures=100, timeout_s=20.0, memory_gib=1.0)
-
-
-class HalfBlind:
-    """1 for everything but "blind", about which it can't tell."""
-
-    def open(self, device: torch.device) -> None: ...
-
-    def scores(self, rollouts: Sequence[Rollout]) -> Scores:
-        return Scores(torch.tensor([math.nan if rollout.text == "blind" else 1.0 for rollout in rollouts]))
 
 
 def rollouts(*texts: str, **fields: Any) -> list[Rollout]:
@@ -133,8 +121,7 @@ def test_what_is_no_finite_number_has_failed(score, returned, shown):
     found = score(f"def score(prompt, response, record): return {returned}", "a")
     assert found.scores.tolist() == pytest.approx([math.nan], nan_ok=True)
     [failure] = found.failures.values()
-    assert failure.startswith(f"score() of reward.py on 'a': returned {shown}")
-    assert failure.endswith(", wanted a finite number")
+    assert failure.startswith(f"score() of reward.py on 'a': expected a finite number, found {shown}")
 
 
 def test_a_function_that_raises_on_every_second_response_fails_on_those_and_its_line_is_named(score):
@@ -151,34 +138,12 @@ def test_a_function_of_other_parameters_fails_on_everything(score):
     assert failure == "score() of reward.py on 'a': TypeError: score() takes 1 positional argument but 3 were given"
 
 
-def test_a_score_beyond_fp32_is_a_failure_to_the_loop(load):
-    scorer = FunctionScorer.of(load("def score(prompt, response, record): return float(response)").score, **LIMITS)
-    scorer.open(CPU)
-    config = RlSettings(steps=1, prompts_per_step=2, global_batch_size=2, max_response_tokens=1, lr=1e-3)
-    scores, failures = total_scores(config, [scorer, NumberScorer("#")], rollouts("0.5", "1e300"))
-    assert scores.tolist() == [0.5, config.missing_end_score]
-    assert failures == ["FunctionScorer scored '1e300' inf"]
-
-
-def test_what_one_of_two_can_not_judge_is_worth_a_response_without_an_end_and_has_failed_once(load):
-    # The verifier's 1 for a right number makes nothing better of it, in either order; both fail on the third response.
-    scorer = FunctionScorer.of(load("def score(prompt, response, record): return float(response)").score, **LIMITS)
-    scorer.open(CPU)
-    config = RlSettings(steps=1, prompts_per_step=3, global_batch_size=3, max_response_tokens=1, lr=1e-3, missing_end_score=-2.0)
-    for judges in ([scorer, HalfBlind()], [HalfBlind(), scorer]):
-        scores, failures = total_scores(config, judges, rollouts("0.5", "x", "blind"))
-        assert scores.tolist() == [1.5, -2.0, -2.0]
-        assert len(failures) == 2
-    assert failures[0] == "HalfBlind scored 'blind' nan"
-    assert failures[1].startswith("score() of reward.py on 'x': ValueError: could not convert string to float")
-
-
 @pytest.mark.parametrize(
     ("body", "failure"),
     [
         ("raise SystemExit(3)", "SystemExit: 3 (reward.py, line 5)"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt:  (reward.py, line 5)"),
-        ("raise Mute", "Mute: an exception without words (reward.py, line 5)"),
+        ("raise Mute", "Mute: an exception whose message cannot be read (reward.py, line 5)"),
         ("score(prompt, response, record)", "RecursionError: maximum recursion depth exceeded (reward.py, line 5)"),
         ("json.loads(response)", "JSONDecodeError: Expecting value: line 1 column 1 (char 0) (reward.py, line 5)"),
         ("bytearray(2 << 30)", "MemoryError:  (reward.py, line 5)"),
@@ -211,7 +176,7 @@ def test_a_process_that_ends_between_two_calls_fails_the_next_one_alone(load):
 def test_a_call_that_hangs_is_ended_and_the_next_one_is_scored(score, body):
     found = score(FAULTY.format(body=body), "x", "ok", timeout_s=2)
     assert found.scores.tolist() == pytest.approx([math.nan, 7.0], nan_ok=True)
-    assert list(found.failures.values()) == ["score() of reward.py on 'x': gave no answer within reward_timeout_s = 2 s"]
+    assert list(found.failures.values()) == ["score() of reward.py on 'x': did not return within reward_timeout_s = 2 s"]
 
 
 def test_memory_is_bounded_for_the_process_as_a_whole(score):
@@ -300,16 +265,16 @@ def test_a_decorated_function_is_the_one_that_is_called(score):
         ("raise OSError('no licence')", r"OSError: no licence \(reward.py, line 1\)"),
         ("import os; os._exit(4)", "ended its process with exit status 4"),
         ("kept = bytearray(3 << 30)", r"MemoryError:  \(reward.py, line 1\)"),
-        ("while True: pass", "gave no answer within 1 s"),
+        ("while True: pass", "did not return within 1 s"),
     ],
 )
 def test_a_file_that_can_not_be_imported_on_the_rank_is_told_with_its_line(load, monkeypatch, first_line, failure):
     if first_line.startswith("while"):
-        monkeypatch.setattr(scorers, "START_LIMIT_S", 1.0)
+        monkeypatch.setattr(user_reward, "START_LIMIT_S", 1.0)
     module = load("def score(prompt, response, record): return 1")
     Path(module.__file__).write_text(f"{first_line}\ndef score(prompt, response, record): return 1")
-    wanted = rf"reward.py can't be imported in a process of its own with reward_memory_gib = 1: {failure}; mend the file, or "
-    with pytest.raises(ValueError, match=wanted):
+    expected = rf"reward.py cannot be imported in its own process with reward_memory_gib = 1: {failure}; fix the file, or "
+    with pytest.raises(ValueError, match=expected):
         FunctionScorer.of(module.score, **LIMITS).open(CPU)
 
 
@@ -342,8 +307,8 @@ def test_a_rank_that_is_killed_leaves_no_process_behind(tmp_path, body):
         "import sys, time, torch\n"
         "sys.path.append(sys.argv[1])\n"
         "import reward\n"
-        "from gpt.rl import Rollout\n"
-        "from gpt.scorers import FunctionScorer\n"
+        "from gpt.rl.scoring import Rollout\n"
+        "from gpt.rl.user_reward import FunctionScorer\n"
         f"scorer = FunctionScorer.of(reward.score, **{ {**LIMITS, 'timeout_s': 1000.0}!r})\n"
         "scorer.open(torch.device('cpu'))\n"
         "scorer.scores([Rollout({'prompt': []}, [1], [2], 'a')])\n"
@@ -358,67 +323,3 @@ def test_a_rank_that_is_killed_leaves_no_process_behind(tmp_path, body):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert wait_until(lambda: not is_alive(child))
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("#### 42", "42"),
-        ("so it is ####42.", "42"),
-        ("#### 1,234", "1234"),
-        ("#### 1234.0 apples", "1234"),
-        ("#### 1,234,567.50\nand more", "1234567.5"),
-        ("#### -7", "-7"),
-        ("#### +7", "7"),
-        ("#### -0", "0"),
-        ("#### .5", "0.5"),
-        ("####\n5", "5"),
-        ("#### 1 #### 2", "2"),
-        ("#### 123456789012345678901234567890", "123456789012345678901234567890"),
-        ("42", None),
-        ("####", None),
-        ("#### forty-two", None),
-        ("#### 1 ####", None),
-        ("#### 1,23", None),
-        ("#### 1,2345", None),
-        ("#### 1.2.3", None),
-        ("#### 3/4", None),
-        ("#### 1e5", None),
-        ("#### 2024-01-02", None),
-        ("#### 12:30", None),
-        ("#### - 5", None),
-        ("#### \u0665", None),
-    ],
-)
-def test_the_number_after_the_last_marker(text, number):
-    assert number_after(text, "####") == (None if number is None else Decimal(number))
-
-
-@pytest.mark.parametrize(
-    ("reference", "number"),
-    [
-        ("1,234", "1234"),
-        (" -3.50 \n", "-3.5"),
-        ("2 + 2 = 4\n#### 4", "4"),
-        ("4 apples", None),
-        ("four", None),
-        ("", None),
-        (None, None),
-        ("#### x", None),
-    ],
-)
-def test_a_reference_is_a_number_or_a_worked_answer(reference, number):
-    assert reference_number(reference, "####") == (None if number is None else Decimal(number))
-
-
-def test_the_verifier_gives_1_for_the_right_number_and_0_for_everything_else():
-    found = NumberScorer("####").scores(
-        rollouts("#### 1,234", "#### 1234.0", "#### 1234.01", "#### -1234", "1234", "#### 1234 #### 5", reference="a\n#### 1234")
-    )
-    assert found.scores.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    assert list(found.failures.values()) == []
-
-
-def test_the_marker_is_taken_to_the_letter():
-    found = NumberScorer(".*").scores(rollouts("#### 4", ".* 4"))
-    assert found.scores.tolist() == [0.0, 1.0]

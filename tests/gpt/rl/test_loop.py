@@ -14,13 +14,17 @@ import torch
 from ranks import RankOfTwo, as_two_ranks
 from safetensors.torch import load_file
 
-from gpt.batching import Batch, padded
+from gpt.batching import padded
 from gpt.chat import encode_prompt, encode_response
 from gpt.losses import lm_loss
 from gpt.model import GPT, RewardModel, load_config, load_model, save_model
 from gpt.random_streams import stream_seed
-from gpt.reward import value_model
-from gpt.rl import RewardModelScorer, Rollout, Rollouts, Scores, describe, explained_variance, train, update_rows
+from gpt.reward_scorer import value_model
+from gpt.rl.experience import update_rows
+from gpt.rl.figures import FIGURES
+from gpt.rl.loop import train
+from gpt.rl.scorers import RewardModelScorer
+from gpt.rl.scoring import Rollout, Scores
 from gpt.sampling import sample
 from gpt.settings import PRESETS, GPTConfig, RlSettings
 from gpt.tokenizer import byte_tokenizer
@@ -189,9 +193,9 @@ def test_a_run_that_fails_after_its_last_step_still_knows_that_step_s_figures(ma
     with pytest.raises(OSError, match="file"):
         train(make_rank(), config, policy, [prompts], [ShareOfA()], 1, tmp_path / "file" / "model")
     resumed, whole = make_rank(), make_rank("whole")
-    metadata = train(resumed, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
-    assert metadata == train(whole, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "whole")
-    assert metadata["figures"]["reward/score_mean"] == whole.curve("reward/score_mean")[2]
+    trained = train(resumed, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
+    assert trained == train(whole, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "whole")
+    assert trained.figures["reward/score_mean"] == whole.curve("reward/score_mean")[2]
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -208,8 +212,8 @@ def test_how_many_responses_are_sampled_at_once_changes_none_of_them(at_once, ma
         sizes.append(len(prompts))
         return sample(model, prompts, **limits)
 
-    monkeypatch.setattr("gpt.rl.sample", noting)
-    monkeypatch.setattr("gpt.rl.SAMPLED_AT_ONCE", at_once)
+    monkeypatch.setattr("gpt.rl.rollouts.sample", noting)
+    monkeypatch.setattr("gpt.rl.rollouts.SAMPLED_AT_ONCE", at_once)
     assert responses("slices") == whole
     assert sizes == {1: [1] * 8, 3: [3, 3, 2]}[at_once]
 
@@ -397,7 +401,7 @@ def test_where_all_scores_are_equal_there_is_nothing_to_learn(max_response_token
     [warning] = rank.warnings
     wanted = {
         1: "all 8 responses of step 1 were cut off at max_response_tokens = 1, ",
-        8: "all 8 responses of step 1 got the same score, 0.3: nothing can be learned from it; ",
+        8: "all 8 responses of step 1 got the same score, 0.3, so there is nothing to learn from them. ",
     }
     assert warning.startswith(wanted[max_response_tokens])
     for name, tensor in weights(policy).items():
@@ -407,12 +411,12 @@ def test_where_all_scores_are_equal_there_is_nothing_to_learn(max_response_token
 def test_steps_whose_responses_were_all_cut_off_are_told_once_and_the_run_goes_on(make_rank, policy, prompts, tmp_path):
     rank, scorer = make_rank(), ShareOfA()
     config = settings(max_response_tokens=1, missing_end_score=-2.0)
-    metadata = train(rank, config, policy, [prompts], [scorer], 1, tmp_path / "model")
+    trained = train(rank, config, policy, [prompts], [scorer], 1, tmp_path / "model")
     assert len(rank.warnings) == 1
     assert rank.curve("rollout/truncated_share") == {1: 1.0, 2: 1.0}
     assert rank.curve("reward/score_mean") == {1: -2.0, 2: -2.0}
     assert rank.curve("rollout/response_tokens") == {1: 1.0, 2: 1.0}
-    assert metadata["figures"]["rollout/truncated_share"] == 1.0
+    assert trained.figures["rollout/truncated_share"] == 1.0
     assert scorer.seen == []
 
 
@@ -453,7 +457,7 @@ def test_past_the_share_that_may_fail_the_step_fails_with_the_first_reason(make_
     rank = make_rank()
     train(rank, one_update(max_failed_share=0.25), policy, [prompts], scorers, 1, tmp_path / "model")
     assert rank.curve("rollout/failed_share") == {1: 0.25}
-    with pytest.raises(ValueError, match=r"step 1: 2 of 8 responses .* = 0\.2\. The first: score\(\) raised ZeroDivisionError\."):
+    with pytest.raises(ValueError, match=r"step 1: 2 of 8 responses .* = 0\.2\. The first failure: score\(\) raised ZeroDivisionError\."):
         train(make_rank("strict"), one_update(max_failed_share=0.2), policy, [prompts], scorers, 1, tmp_path / "strict")
 
 
@@ -468,14 +472,14 @@ def test_prompts_that_leave_no_room_for_a_response_are_left_out_and_counted(make
     folder = make_prompts("x" * 5, "x" * 6, "y", "y" * 100)
     scorer = ShareOfA()
     rank = make_rank()
-    metadata = train(rank, one_update(max_response_tokens=24), policy, [folder], [scorer], 1, tmp_path / "model")
-    assert metadata["prompts"] == {"train": 2, "too_long": 2}
+    trained = train(rank, one_update(max_response_tokens=24), policy, [folder], [scorer], 1, tmp_path / "model")
+    assert trained.metadata["prompts"] == {"train": 2, "too_long": 2}
     assert rank.warnings[0].startswith("2 of 4 prompts are left out: they leave no room for max_response_tokens = ")
     assert {len(rollout.prompt_ids) for rollout in scorer.seen} == {8, 4}
 
 
 def test_without_a_prompt_that_fits_there_is_no_run(make_rank, policy, make_prompts, tmp_path):
-    with pytest.raises(ValueError, match=r"of 1 none leaves room for max_response_tokens = 8 within the models' seq_len = 32"):
+    with pytest.raises(ValueError, match=r"none of 1 leaves room for max_response_tokens = 8 within the models' seq_len = 32"):
         train(make_rank(), settings(), policy, [make_prompts("x" * 22)], [ShareOfA()], 1, tmp_path / "model")
 
 
@@ -488,12 +492,11 @@ def test_a_gradient_of_either_model_that_is_no_number_ends_the_run(spoilt, make_
 
 def test_the_artifact_is_the_policy_with_its_own_dropout_and_tokenizer(make_rank, policy, prompts, tmp_path):
     rank = make_rank()
-    metadata = train(rank, settings(), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
-    figures = metadata.pop("figures")
+    trained = train(rank, settings(), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
     n_parameters = sum(p.numel() for p in load_model(policy).parameters())
     counts = {"rollouts": 16, "prompts": {"train": 6, "too_long": 0}}
-    assert metadata == {"role": "policy", "chat_format": "gptline-1", "parameters": n_parameters, "steps": 2, **counts}
-    assert figures == {name: rank.curve(name)[2] for name in figures}
+    assert trained.metadata == {"role": "policy", "chat_format": "gptline-1", "parameters": n_parameters, "steps": 2, **counts}
+    assert trained.figures == {name: rank.curve(name)[2] for name in FIGURES}
     assert load_config(tmp_path / "model") == load_config(policy)
     assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
     for name, tensor in weights(policy).items():
@@ -503,10 +506,10 @@ def test_the_artifact_is_the_policy_with_its_own_dropout_and_tokenizer(make_rank
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"value_warmup_steps": 2}, "value_warmup_steps = 2 of steps = 2 are the value model's alone, .*; give fewer .*, or more steps"),
-        ({"value_warmup_steps": 5}, "value_warmup_steps = 5 of steps = 2 are the value model's alone"),
-        ({"algorithm": "reinforce", "clip_eps": 0.1}, 'clip_eps = 0.1 would have no effect with algorithm = "reinforce", .*; leave it out'),
-        ({"algorithm": "reinforce", "value_lr": 0.1, "gae_lambda": 0.9}, "value_lr = 0.1 and gae_lambda = 0.9 would .*; leave them out"),
+        ({"value_warmup_steps": 2}, "value_warmup_steps = 2 leaves the policy none of steps = 2 to learn in; lower .*, or raise steps"),
+        ({"value_warmup_steps": 5}, "value_warmup_steps = 5 leaves the policy none of steps = 2"),
+        ({"algorithm": "reinforce", "clip_eps": 0.1}, 'clip_eps = 0.1 would have no effect with algorithm = "reinforce"; remove it'),
+        ({"algorithm": "reinforce", "value_lr": 0.1, "gae_lambda": 0.9}, "value_lr = 0.1 and gae_lambda = 0.9 would .*; remove them"),
         (
             {"algorithm": "reinforce", "value_clip_eps": 0.1, "value_warmup_steps": 1},
             "value_clip_eps = 0.1 and value_warmup_steps = 1 would",
@@ -518,44 +521,3 @@ def test_settings_that_leave_nothing_to_learn_or_have_no_effect_are_refused(chan
     size = 8 if changes.get("algorithm") == "reinforce" else 4
     with pytest.raises(ValueError, match=words):
         settings(global_batch_size=size, **changes)
-
-
-def test_an_epoch_visits_every_rollout_once_in_an_order_of_its_own():
-    first, second = update_rows(settings(ppo_epochs=2), seed=1, step=3)
-    for updates in (first, second):
-        assert [len(update) for update in updates] == [4, 4]
-        assert sorted(row for update in updates for row in update) == list(range(8))
-    assert first != second
-    assert [first] != update_rows(settings(), seed=1, step=4)
-
-
-def test_a_step_in_numbers_by_hand():
-    # Two responses of 1 and 3 tokens. k1: ln 2 on the first's token, 0 on the others; k3 there: 1/2 - 1 + ln 2.
-    written = torch.tensor([[True, False, False], [True, True, True]])
-    nothing = torch.zeros(2, 3)
-    tokens = Batch(nothing.long(), nothing.long(), written)
-    rollouts = Rollouts(tokens, nothing - 0.5, scores=torch.tensor([1.0, 2.0]), stopped=torch.tensor([True, False]), n_failed=1)
-    old_logprobs = torch.tensor([[2.0, 9.0, 9.0], [1.0, 1.0, 1.0]]).log()
-    rewards = torch.tensor([[0.9, 0.0, 0.0], [0.0, 0.0, 2.0]])
-    described = describe(rollouts, rewards, old_logprobs, nothing)
-    assert described == pytest.approx(
-        {
-            "reward/score_mean": 1.5,
-            "reward/score_std": 0.5,
-            "reward/total_mean": 1.45,
-            "rollout/response_tokens": 2.0,
-            "rollout/truncated_share": 0.5,
-            "rollout/failed_share": 0.5,
-            "rollout/logprob_mismatch": (0.6931472 + 4 * 0.5) / 4,
-            "rollout/kl_k1_nats_per_response": 0.6931472 / 2,
-            "rollout/kl_k3_nats_per_token": (0.6931472 - 0.5) / 4,
-        }
-    )
-
-
-def test_how_much_of_the_returns_was_foreseen():
-    returns = torch.tensor([1.0, 2.0, 3.0])
-    assert explained_variance(returns + 5.0, returns) == 1.0
-    assert explained_variance(torch.zeros(3), returns) == 0.0
-    assert explained_variance(returns / 2, returns) == pytest.approx(0.75)  # a quarter of the variance is left
-    assert explained_variance(returns, torch.ones(3)) == 0.0

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from gpt.advantages import gae, kl_k1, kl_k3, token_rewards, whiten
 from gpt.losses import reinforce_loss
+from gpt.rl.advantages import gae, kl_k1, kl_k3, token_rewards, whiten
 
 NAN = float("nan")
 
