@@ -27,7 +27,7 @@ from typing import Any
 from cluster.commit import canonical_json
 from pipelines.observe.progress import RunView
 from pipelines.observe.tracking import ENVIRONMENT, Door, RunInMlflow, resolve_uri, unreachable
-from pipelines.plan.graph import ROOT
+from pipelines.plan.environment import ROOT
 from pipelines.store.journal import Event, JournalReader, end_dead
 from pipelines.store.store import Store
 

@@ -10,105 +10,23 @@ it makes. Anyone's function serves as well: `uses = "./clean.py:clean"` names a 
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
-import inspect
 import itertools
 import os
 import re
-import sys
-import types
-import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from gpt.settings import OPERATIONAL, Settings, TrainSettings, UserFunction
-from pipelines.artifacts import Artifact
-from pipelines.plan.code import PACKAGES, Code
+from gpt.settings import OPERATIONAL, Settings, TrainSettings
+from pipelines.plan.code import Code
 from pipelines.plan.config import ConfigError, Fault, Gate, Loaded, Resources, validate
-from pipelines.stage import Source, StageConfig, StageContext
-
-ROOT = Path(__file__).resolve().parents[2]
-"""The folder that holds our packages."""
-
-DIGEST = re.compile(r"sha256:([0-9a-f]{8,64})")
-RUN_STAGE = re.compile(r"run:([A-Za-z0-9_.-]+)/([A-Za-z0-9_-]+)")
-MODEL_ALIAS = re.compile(r"model:([A-Za-z0-9_-]+)@([A-Za-z0-9_-]+)")
-BARE_DIGEST = re.compile(r"([0-9a-f]{12,64})")
-HF_FOLDER = re.compile(r"hf:(.+)")
-USER_MODULE = "gptline_user_"
-"""What a user's file is called as a module begins so."""
-ARTIFACTS = "sha256:<at least 8 digits>, run:<id>/<stage>, model:<pipeline>@newest or hf:<folder>"
-REFERENCES = f"a stage's name, {ARTIFACTS}"
-ENGINES = {"torch": "gpt.torch_engine:TorchEngine", "deepspeed": "cluster.deepspeed_engine:DeepSpeedEngine"}
-"""The engines that a training stage may run on: by name for the gang, and all of them in the key of every training stage."""
-IMPORTS = {"model": "import_hf", "tokenizer": "import_hf_tokenizer"}
-"""The kinds that hf:<folder> stands for, by the artifact that is wanted of it."""
-
-
-class NoConfig(StageConfig):
-    """The settings of a kind that has none."""
-
-
-@dataclass(frozen=True)
-class Input:
-    """What a kind takes under one parameter's name."""
-
-    artifact: type[Artifact]
-    many: bool
-    optional: bool
-
-    def __str__(self) -> str:
-        return f"{'several ' if self.many else ''}{self.artifact.kind}{', optional' if self.optional else ''}"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A stage's function and what its signature says."""
-
-    uses: str
-    function: Callable[..., Artifact]
-    config: type[Settings]
-    config_parameter: str | None
-    stage_parameter: str | None
-    inputs: dict[str, Input]
-    output: type[Artifact]
-    file: Path | None
-    """A user's own file; None for ours."""
-
-    def trains(self) -> bool:
-        """True for kinds that hand a function to a gang: their config has a loop's settings."""
-        return issubclass(self.config, TrainSettings)
-
-    def name(self) -> str:
-        """What the function is called in its module."""
-        return self.uses.rpartition(":")[2]
-
-    def entry(self) -> tuple[str, str]:
-        """Module and name, as `fingerprint` follows them. A user's module is known by its file's stem."""
-        return (self.file.stem if self.file else self.function.__module__, self.name())
-
-    def entries(self) -> list[tuple[str, str]]:
-        """What the key's code starts from: the function, and for a training kind the engines too."""
-        engines = [tuple(engine.split(":")) for engine in ENGINES.values()] if self.trains() else []
-        return [self.entry(), *engines]  # type: ignore[list-item]
-
-
-@dataclass(frozen=True)
-class UserCode:
-    """A function of the user's own that a stage's table names: `UserCode("reward", "./reward.py:score", Path("/line/reward.py"))`."""
-
-    setting: str
-    """What names it: "uses", or a setting of type `UserFunction`."""
-    reference: str
-    file: Path
-
-    def entry(self) -> tuple[str, str]:
-        """Module and name, as `fingerprint` follows them."""
-        return self.file.stem, self.reference.rpartition(":")[2]
+from pipelines.plan.environment import ROOT
+from pipelines.plan.kinds import Input, Kind, load_kind
+from pipelines.plan.references import IMPORTS, HfFolder, StageName, names_hf_folder, parse, stages_in
+from pipelines.plan.user_code import UserCode, read_user_code
+from pipelines.stage import Source, StageConfig
 
 
 @dataclass(frozen=True)
@@ -132,7 +50,7 @@ class Stage:
         return self.user_code[0].file.parent if self.user_code else None
 
     def upstream(self) -> list[str]:
-        return [each for references in self.inputs.values() for each in references if ":" not in each]
+        return stages_in(self.inputs)
 
     def semantic(self) -> dict[str, Any]:
         """The settings that are in the key."""
@@ -181,7 +99,7 @@ def build(loaded: Loaded, use: Mapping[str, str] = MappingProxyType({})) -> Grap
         faults += found
         if draft is not None:
             drafts[name] = draft
-    folders = {name: reference for name, reference in use.items() if HF_FOLDER.fullmatch(reference) and name in drafts}
+    folders = {name: reference for name, reference in use.items() if names_hf_folder(reference) and name in drafts}
     replaced = frozenset(each for name in folders for each in drafts[name].upstream())
     faults += _add_imports(drafts, folders, loaded)
     for draft in drafts.values():
@@ -210,120 +128,12 @@ class _Draft:
     gates: list[Gate]
 
     def upstream(self) -> list[str]:
-        return [each for references in self.inputs.values() for each in references if ":" not in each]
+        return stages_in(self.inputs)
 
     def stage(self) -> Stage:
         assert self.config is not None
         assert self.resources is not None
         return Stage(self.name, self.kind, self.config, self.inputs, self.resources, self.sources, self.user_code, self.gates)
-
-
-def load_kind(uses: str, folder: Path) -> Kind:
-    """The kind that `uses` names; ValueError says what is wrong with it. A user's file is executed, as an import is."""
-    if ":" not in uses:
-        known = sorted(each.stem for each in (ROOT / "pipelines" / "stages").glob("*.py") if each.stem != "__init__")
-        if uses not in known:
-            near = difflib.get_close_matches(uses, known)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}; your own function is './file.py:function'"
-            raise ValueError(f"no kind is called {uses!r}; {hint}")
-        module = importlib.import_module(f"pipelines.stages.{uses}")
-        return read_signature(uses, getattr(module, uses), None)
-    function, file = load_function(uses, folder)
-    return read_signature(uses, function, file)
-
-
-def load_function(reference: str, folder: Path) -> tuple[types.FunctionType, Path]:
-    """The user's function that "./file.py:function" names, and its file, executed as an import is; ValueError says what is wrong."""
-    path, colon, name = reference.rpartition(":")
-    if not colon:
-        raise ValueError(f"is {reference!r}, wanted a function of your own, such as './file.py:function'")
-    file = (folder / path).resolve()
-    if not file.is_file() or file.suffix != ".py":
-        raise ValueError(f"{reference!r}: there is no Python file {file}")
-    if file.stem in PACKAGES:
-        raise ValueError(f"{reference!r}: {file.name} has the name of a package of gptline; call the file something else")
-    module = load_user_module(file)
-    function = getattr(module, name, None)
-    if not inspect.isfunction(function):
-        known = [name for name, each in vars(module).items() if inspect.isfunction(each) and each.__module__ == module.__name__]
-        what = "class" if inspect.isclass(function) else type(function).__name__
-        found = f"no function {name!r}" if function is None else f"{name!r} ({what}), which is no function"
-        raise ValueError(f"{reference!r}: {path} has {found}; it has {', '.join(known) or 'none'}")
-    return function, file
-
-
-def load_user_module(file: Path) -> types.ModuleType:
-    """Import a file that is no part of the project, under a name that can shadow nobody's."""
-    name = f"{USER_MODULE}{file.stem}"
-    module = sys.modules.get(name)
-    if module is not None and module.__file__ == str(file):
-        return module
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))  # last: its neighbours can be imported, and shadow nothing
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        del sys.modules[name]
-        if isinstance(error, KeyboardInterrupt):  # no fault of the file
-            raise
-        raise ValueError(f"{file} can't be imported: {type(error).__name__}: {error}") from error
-    return module
-
-
-def read_signature(uses: str, function: Callable[..., Any], file: Path | None) -> Kind:
-    """What a kind's signature says; ValueError names the parameter that says nothing."""
-    try:
-        hints = typing.get_type_hints(function)
-    except Exception as error:  # an annotation may be any expression
-        raise ValueError(
-            f"{uses!r}: an annotation can't be resolved: {type(error).__name__}: {error}; import what it names at the top of the file"
-        ) from error
-    contexts: list[str] = []
-    configs: dict[str, type[Settings]] = {}
-    inputs: dict[str, Input] = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        hint = hints.get(name)
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise ValueError(
-                f"{uses!r}: parameter {name!r} of {function.__name__} can't be given by its name, as a kind's parameters are; "
-                "remove the '*' before it or the '/' after it"
-            )
-        if hint is StageContext:
-            contexts.append(name)
-        elif isinstance(hint, type) and issubclass(hint, Settings):
-            configs[name] = hint
-        elif (read := _read_input(hint)) is not None:
-            inputs[name] = read
-        else:
-            raise ValueError(
-                f"{uses!r}: parameter {name!r} of {function.__name__} is annotated {hint!r}; "
-                "wanted a Settings class, StageContext, or a kind of pipelines.artifacts: Documents, list[Documents], Model | None"
-            )
-    for what, found in (("Settings class", list(configs)), ("StageContext", contexts)):
-        if len(found) > 1:
-            raise ValueError(f"{uses!r}: {function.__name__} has {len(found)} parameters with a {what}: {', '.join(found)}; a kind has one")
-    output = hints.get("return")
-    if not (isinstance(output, type) and issubclass(output, Artifact)):
-        raise ValueError(f"{uses!r}: {function.__name__} must say which artifact it returns, such as `-> Documents`; it says {output!r}")
-    config_parameter, config = next(iter(configs.items()), (None, NoConfig))
-    return Kind(uses, function, config, config_parameter, next(iter(contexts), None), inputs, output, file)
-
-
-def _read_input(hint: Any) -> Input | None:
-    optional = many = False
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        rest = [each for each in typing.get_args(hint) if each is not type(None)]
-        if len(rest) != 1:
-            return None
-        optional, hint = True, rest[0]
-    if typing.get_origin(hint) is list and typing.get_args(hint):
-        many, hint = True, typing.get_args(hint)[0]
-    return Input(hint, many, optional) if isinstance(hint, type) and issubclass(hint, Artifact) else None
 
 
 def _operational_names(model: type[Settings]) -> set[str]:
@@ -347,7 +157,7 @@ def _read_stage(name: str, table: dict[str, Any], loaded: Loaded) -> tuple[_Draf
     if config is not None:
         config, found = _as_recorded(config, where)
         faults += found
-    user_code, found = _read_user_code(kind, config, loaded.path.parent, where)
+    user_code, found = read_user_code(kind.user_code(), config, loaded.path.parent, where)
     faults += found
     sources: list[Source] = []
     if isinstance(config, StageConfig):
@@ -376,46 +186,6 @@ def _read_gates(value: Any, where: str) -> tuple[list[Gate], list[Fault]]:
     places = {f"{where}.{index}": each for index, each in enumerate(value)} if isinstance(value, list) else {where: value}
     read = [validate(Gate, each, place) for place, each in places.items()]
     return [gate for gate, _ in read if gate], [fault for _, found in read for fault in found]
-
-
-def _read_user_code(kind: Kind, config: Settings | None, folder: Path, where: str) -> tuple[list[UserCode], list[Fault]]:
-    found = [UserCode("uses", kind.uses, kind.file)] if kind.file else []
-    faults = []
-    for setting, reference in _user_functions(config, ""):
-        try:
-            function, file = load_function(reference, folder)
-        except ValueError as error:
-            faults.append(Fault(f"{where}.{setting}", str(error)))
-            continue
-        module = f"{USER_MODULE}{file.stem}"
-        if function.__module__ != module or getattr(sys.modules[module], function.__qualname__, None) is not function:
-            found_there = f"{function.__module__.removeprefix(USER_MODULE)}.{function.__qualname__}"
-            wanted = f"wanted a `def` at the top of {file.name}, which other processes import by its name"
-            faults.append(Fault(f"{where}.{setting}", f"{reference!r} is {found_there}; {wanted}"))
-            continue
-        found.append(UserCode(setting, reference, file))
-    for each in found[1:]:
-        if each.file.parent != found[0].file.parent:
-            faults.append(
-                Fault(
-                    f"{where}.{each.setting}",
-                    f"{each.reference!r} and {found[0].reference!r} lie in two folders; a stage's own code is imported from one: "
-                    "put the files side by side",
-                )
-            )
-    return found, faults
-
-
-def _user_functions(value: Any, setting: str) -> Iterator[tuple[str, str]]:
-    """The settings of type `UserFunction`, at any depth: ("reward", "./reward.py:score")."""
-    if isinstance(value, UserFunction):
-        yield setting, str(value)
-    elif isinstance(value, Settings | dict):
-        for name, each in value if isinstance(value, Settings) else value.items():  # dict(settings) fails on a setting called `keys`
-            yield from _user_functions(each, f"{setting}.{name}" if setting else str(name))
-    elif isinstance(value, list | tuple | set | frozenset):
-        for index, each in enumerate(value):
-            yield from _user_functions(each, f"{setting}.{index}")
 
 
 def _as_recorded(config: Settings, where: str) -> tuple[Settings, list[Fault]]:
@@ -496,9 +266,9 @@ def _add_imports(drafts: dict[str, _Draft], use: Mapping[str, str], loaded: Load
     for draft in list(drafts.values()):
         for parameter, references in draft.inputs.items():
             wanted = draft.kind.inputs.get(parameter)
-            if wanted is not None and any(map(HF_FOLDER.fullmatch, references)) and (kind := wanted.artifact.kind) in IMPORTS:
+            if wanted is not None and any(map(names_hf_folder, references)) and (kind := wanted.artifact.kind) in IMPORTS:
                 where = f"stages.{draft.name}.inputs.{parameter}"
-                draft.inputs[parameter] = [add(kind, each, where) if HF_FOLDER.fullmatch(each) else each for each in references]
+                draft.inputs[parameter] = [add(kind, each, where) if names_hf_folder(each) else each for each in references]
     return faults
 
 
@@ -558,12 +328,13 @@ def _check_files(stages: dict[str, _Draft]) -> list[Fault]:
 
 
 def _check_reference(reference: str, wanted: Input, stages: dict[str, _Draft], tables: dict[str, Any]) -> str | None:
-    if ":" in reference:
-        if any(form.fullmatch(reference) for form in (DIGEST, RUN_STAGE, MODEL_ALIAS)):
-            return None  # which artifact it is, the store tells
-        if HF_FOLDER.fullmatch(reference):
-            return f"{reference!r} is a model or a tokenizer, wanted {wanted.artifact.kind}"
-        return f"{reference!r} is no reference; wanted {REFERENCES}"
+    try:
+        parsed = parse(reference)
+    except ValueError as error:
+        return str(error)
+    if not isinstance(parsed, StageName):
+        # a folder that can be imported was replaced by a stage before; which artifact another reference stands for, the store answers
+        return f"{reference!r} is a model or a tokenizer, expected {wanted.artifact.kind}" if isinstance(parsed, HfFolder) else None
     if reference not in tables:
         near = difflib.get_close_matches(reference, tables)
         return f"there is no stage {reference!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(tables)}")

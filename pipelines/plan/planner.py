@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
-import importlib.metadata
 import json
-import platform
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from cluster.checkpoint import attempts, newest_checkpoint
-from gpt.hf_folder import checkpoint_files
 from gpt.settings import TrainSettings
-from pipelines.plan.code import Code, differences, flat, key_of
+from pipelines.plan.code import Code
 from pipelines.plan.config import ConfigError, Fault
-from pipelines.plan.graph import ARTIFACTS, BARE_DIGEST, DIGEST, HF_FOLDER, IMPORTS, MODEL_ALIAS, RUN_STAGE, Graph, Stage
-from pipelines.store.journal import read_journal
+from pipelines.plan.environment import versions
+from pipelines.plan.gates import closed_gate
+from pipelines.plan.graph import Graph, Stage
+from pipelines.plan.key import differences, flat, key_of
+from pipelines.plan.references import names_stage
+from pipelines.plan.resolve import resolve
+from pipelines.store.events import DecisionName
 from pipelines.store.lease import Watch, describe
 from pipelines.store.store import Action, Store
-
-Word = Literal["reuse", "run", "resume", "wait", "blocked"]
-
-TRACKED = ("torch", "deepspeed", "ray", "mlflow", "tokenizers", "safetensors", "numpy", "datasets")
 
 
 @dataclass(frozen=True)
@@ -33,13 +29,13 @@ class Decision:
     """What will be done about one stage."""
 
     stage: str
-    word: Word
+    action: DecisionName
     reason: str
     key: str | None = None
     """None where an input is not made yet, so that the key can't be known."""
     leaves: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, list[str]] = field(default_factory=dict)
-    action: Action | None = None
+    reused: Action | None = None
     """What is reused."""
     output: str | None = None
     series: int = 1
@@ -102,7 +98,7 @@ class Planner:
             if closed:
                 decisions[stage.name] = Decision(stage.name, "blocked", closed[0])
             elif pending:
-                blocked = [name for name in pending if decisions[name].word == "blocked"]
+                blocked = [name for name in pending if decisions[name].action == "blocked"]
                 decisions[stage.name] = self._not_yet(stage, decisions[(blocked or pending)[0]])
             else:
                 decisions[stage.name] = self.decide(stage, {name: each.output for name, each in decisions.items() if each.output})
@@ -141,7 +137,7 @@ class Planner:
                 closed = closed_gate(stage, action)
                 notes = (*_notes(action, stage), *([closed] if closed else []))
                 reason = f"made by run {action.run}"
-                return Decision(stage.name, "reuse", reason, action=action, output=action.output, notes=notes, closed=closed, **common)
+                return Decision(stage.name, "reuse", reason, reused=action, output=action.output, notes=notes, closed=closed, **common)
         common |= {"series": max(newest_series, last + 1), "forced": rerun_interrupted}
         holder = Watch(self.store, key).taken_by()
         if holder is not None and not held:
@@ -174,7 +170,7 @@ class Planner:
         return {f"source.{source.name}": digest for source, digest in zip(stage.sources, digests, strict=True)}
 
     def digest(self, reference: str, outputs: dict[str, str]) -> str:
-        return self._external[reference] if ":" in reference else outputs[reference]
+        return self._external[reference] if not names_stage(reference) else outputs[reference]
 
     def recoded(self, stage: Stage) -> bool:
         """Whether the code that the stage can reach was changed since it was read for the stage's key."""
@@ -189,11 +185,11 @@ class Planner:
         return code.leaves(stage.kind.entries(), [each.entry() for each in stage.user_code])
 
     def _not_yet(self, stage: Stage, above: Decision) -> Decision:
-        if above.word == "run" and self.store.latest(self.graph.loaded.file.pipeline, stage.name) is None:
+        if above.action == "run" and self.store.latest(self.graph.loaded.file.pipeline, stage.name) is None:
             return Decision(stage.name, "run", "never made here")
-        word: Word = "blocked" if above.word == "blocked" else "run"
-        verb = {"run": "is made anew", "resume": "is not finished", "wait": "is being made", "blocked": "can't be made"}[above.word]
-        return Decision(stage.name, word, f"its input {above.stage} {verb}", expected_s=self._seconds(stage))
+        action: DecisionName = "blocked" if above.action == "blocked" else "run"
+        verb = {"run": "is made anew", "resume": "is not finished", "wait": "is being made", "blocked": "can't be made"}[above.action]
+        return Decision(stage.name, action, f"its input {above.stage} {verb}", expected_s=self._seconds(stage))
 
     def _why(self, stage: Stage, leaves: dict[str, Any]) -> str:
         """Why there is nothing to reuse: how this key differs from the one that the stage had last."""
@@ -222,7 +218,7 @@ class Planner:
         for stage in self.graph.stages.values():
             for parameter, references in stage.inputs.items():
                 for reference in references:
-                    if ":" in reference:
+                    if not names_stage(reference):
                         wanted = stage.kind.inputs[parameter].artifact.kind
                         resolved[reference], fault = self._resolve_as(reference, wanted)
                         if fault:
@@ -247,66 +243,6 @@ class Planner:
         return digest, None if kind == wanted else f"{reference!r} is {kind}, wanted {wanted}"
 
 
-def resolve(store: Store, reference: str) -> str:
-    """The digest that a reference names; ValueError says what there is instead."""
-    if match := DIGEST.fullmatch(reference) or BARE_DIGEST.fullmatch(reference):
-        found = [digest for digest in store.digests() if digest.startswith(match[1])]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise ValueError(f"{reference!r} fits {len(found)} artifacts: {', '.join(each[:16] for each in found)}; give more of it")
-        raise ValueError(f"{reference!r} is not in the store {store.root}; `gptline plan` and the run's page show digests")
-    if match := RUN_STAGE.fullmatch(reference):
-        run, stage = match.groups()
-        ended = [each for each in read_journal(store, run) if each["type"] == "stage_ended" and each.get("output")]
-        for event in reversed(ended):
-            if event["stage"] == stage:
-                return str(event["output"])
-        if run not in store.runs():
-            raise ValueError(f"{reference!r}: there is no run {run!r}; the newest are {', '.join(store.runs()[-3:]) or 'none'}")
-        raise ValueError(f"{reference!r}: that run made no {stage!r}; it has {', '.join(each['stage'] for each in ended) or 'nothing'}")
-    if match := MODEL_ALIAS.fullmatch(reference):
-        name, alias = match.groups()
-        if digest := store.pointed(name, alias):
-            return digest
-        known = sorted(each.removeprefix("aliases/").removesuffix(".json").replace("/", "@") for each in store.backend.list("aliases"))
-        raise ValueError(f"{reference!r}: no model is called so; there are {', '.join(f'model:{each}' for each in known) or 'none yet'}")
-    if match := HF_FOLDER.fullmatch(reference):
-        return _imported(store, Path(match[1]).expanduser())
-    raise ValueError(f"{reference!r} names no artifact; wanted {ARTIFACTS}")
-
-
-def _imported(store: Store, folder: Path) -> str:
-    """The model that was made of a folder's files as they are now."""
-    names = checkpoint_files(folder)
-    now = dict(zip(names, store.content_sha256([(folder / name).absolute() for name in names]), strict=True))
-    for action in sorted(store.all_actions(), key=lambda action: action.started_ms, reverse=True):
-        read = {Path(name).name: digest for name, digest in action.leaves.items() if name.startswith("source.")}
-        if action.kind == IMPORTS["model"] and read == now:
-            return action.output
-    raise ValueError(
-        f"{folder} was not imported into the store {store.root} as it is now; name it in a pipeline's inputs or with --use, and run that"
-    )
-
-
-def closed_gate(stage: Stage, action: Action) -> str | None:
-    """Why what a stage made may not be read, as a sentence; None when it passes all its gates."""
-    known = {name: points[-1][1] for name, points in action.curves.items() if points} | action.figures
-    found = []
-    remedy = ""
-    for gate in stage.gates:
-        value = known.get(gate.figure)
-        if value is None:
-            near = difflib.get_close_matches(gate.figure, known, n=1)
-            there = f"perhaps {near[0]} is meant" if near else "there are " + ", ".join(sorted(known)) if known else "nor any other"
-            found.append(f"it has no figure {gate.figure}, {there}")
-        elif not gate.passes(value):
-            shown = next(text for text in (f"{value:.6g}", repr(value)) if not gate.passes(float(text)))  # no rounding across the bound
-            found.append(f"{gate.figure} is {shown}, wanted {gate.wanted()}")
-            remedy = "train it longer or otherwise, or " if stage.kind.trains() else "change its settings or its inputs, or "
-    return f"{stage.name}'s gate is closed: {', and '.join(found)}; {remedy}change the gate" if found else None
-
-
 def identity(stage: Stage, *, inline: bool = False) -> dict[str, Any]:
     """What a checkpoint must share with the gang that loads it."""
     config = stage.config
@@ -319,18 +255,6 @@ def identity(stage: Stage, *, inline: bool = False) -> dict[str, Any]:
         "precision": config.precision,
         "versions": versions(),  # for the record: they are not compared
     }
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Of the interpreter and of the libraries that decide results."""
-    found = {"python": platform.python_version()}
-    for name in TRACKED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
 
 
 def _notes(action: Action, stage: Stage) -> list[str]:

@@ -24,8 +24,9 @@ from cluster.gang import GangFailure
 from cluster.metric_names import check_metric_name
 from pipelines.artifacts import Artifact
 from pipelines.plan.config import Resources
-from pipelines.plan.graph import ENGINES, load_function, load_kind
-from pipelines.plan.planner import versions
+from pipelines.plan.environment import versions
+from pipelines.plan.kinds import ENGINES, load_kind
+from pipelines.plan.user_code import load_function
 from pipelines.stage import Source, StageFailure
 from pipelines.store.store import Store
 

@@ -19,7 +19,6 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -34,8 +33,11 @@ from gpt.settings import TrainSettings
 from pipelines.artifacts import Model
 from pipelines.observe.progress import forecast
 from pipelines.plan.config import ConfigError, Fault
-from pipelines.plan.graph import IMPORTS, ROOT, Graph, Stage
-from pipelines.plan.planner import Decision, Planner, closed_gate, identity, versions
+from pipelines.plan.environment import ROOT, git_state, versions
+from pipelines.plan.gates import closed_gate
+from pipelines.plan.graph import Graph, Stage
+from pipelines.plan.planner import Decision, Planner, identity
+from pipelines.plan.references import IMPORTS
 from pipelines.plan.snapshot import freeze
 from pipelines.run.execute import Job, Outcome, StopFile, execute, stream
 from pipelines.run.preflight import lacks_here, lacks_in_cluster, room_of, unshared, waits_for
@@ -117,7 +119,7 @@ class Run:
         """
         planner = self._planner(ROOT)
         plan = planner.plan()
-        to_make = [self.graph.stages[each.stage] for each in plan if each.word != "reuse"]
+        to_make = [self.graph.stages[each.stage] for each in plan if each.action != "reuse"]
         if to_make and not self.options.inline and not self._remote() and (faults := lacks_here(to_make)):
             raise ConfigError(self.graph.loaded.path, faults)
         self.store.root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -238,12 +240,12 @@ class Run:
         }
         self.store.backend.put_if_absent(f"runs/{self.run}/run.json", json.dumps(record, ensure_ascii=False).encode())
         self._journal = JournalWriter(self.store, self.run)
-        expected = [each.expected_s for each in plan if each.word != "blocked"]
+        expected = [each.expected_s for each in plan if each.action != "blocked"]
         forecast_s = None if any(each is None for each in expected) else sum(each for each in expected if each)
         begun = {name: record[name] for name in ("run", "pipeline", "command", "snapshot", "user", "host")}
         self._write("run_started", config=record["config_path"], versions=versions(), forecast_s=forecast_s, **begun)
         for decision in plan:
-            self._write("stage_planned", stage=decision.stage, decision=decision.word, reason=decision.reason)
+            self._write("stage_planned", stage=decision.stage, decision=decision.action, reason=decision.reason)
         self._tracker = self._start_tracking()
 
     def _start_tracking(self) -> Any:
@@ -333,11 +335,11 @@ class Run:
 
     def _settled(self, stage: Stage, decision: Decision) -> bool:
         """What needs no making, or can't be made."""
-        if decision.word == "reuse":
+        if decision.action == "reuse":
             self._reuse(stage, decision)
-        elif decision.word == "blocked":
+        elif decision.action == "blocked":
             self._finish(stage, "failed", decision, error=decision.reason)
-        return decision.word in ("reuse", "blocked")
+        return decision.action in ("reuse", "blocked")
 
     def _recoded(self, stage: Stage) -> bool:
         """Whether what runs in this process may be other code than the key has: modules are imported when a stage first needs them."""
@@ -347,7 +349,7 @@ class Run:
         del self._waiting[stage.name]
         self._made = True
         steps = stage.config.steps if isinstance(stage.config, TrainSettings) else None
-        self._write("stage_started", stage=stage.name, key=decision.key, decision=decision.word, reason=decision.reason, steps=steps)
+        self._write("stage_started", stage=stage.name, key=decision.key, decision=decision.action, reason=decision.reason, steps=steps)
         job = self._job(stage, decision)
         self._running[stage.name] = running = _Running(stage, decision, lease, None, _now_ms(), time.monotonic())
         self._begun.add(stage.name)
@@ -477,7 +479,7 @@ class Run:
     def _reuse(self, stage: Stage, decision: Decision) -> None:
         assert decision.output is not None
         self._outputs[stage.name] = decision.output
-        action = decision.action
+        action = decision.reused
         if action is not None:
             self.store.note_latest(self.graph.loaded.file.pipeline, stage.name, action.key, action.number)
         if decision.closed:
@@ -490,7 +492,7 @@ class Run:
         self._waiting.pop(stage.name, None)
         if status in ("failed", "blocked", "stopped"):
             self._failed[stage.name] = {"failed": "failed", "blocked": "can't be made", "stopped": "was stopped"}[status]
-        told = {"decision": decision.word, "reason": decision.reason, "key": decision.key, **more}
+        told = {"decision": decision.action, "reason": decision.reason, "key": decision.key, **more}
         self._write("stage_ended", stage=stage.name, status=status, **told)
 
     # ---- after ----
@@ -638,18 +640,6 @@ def new_run(pipeline: str) -> str:
     """The id of a run that begins now. Its last part begins with the 256th of the second, so that runs of one second have an order."""
     now_s = time.time()
     return f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now_s))}-{pipeline}-{int(now_s % 1 * 256):02x}{secrets.token_hex(2)}"
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit, branch and whether the tree was changed; None outside a clone."""
-    try:
-        answers = [
-            subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["rev-parse", "--abbrev-ref", "HEAD"], ["status", "--porcelain"])
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": answers[0], "branch": answers[1], "dirty": bool(answers[2])}
 
 
 def _now_ms() -> int:

@@ -27,7 +27,8 @@ from typing import Any
 from cluster.jobs import Jobs
 from pipelines.observe.progress import Progress
 from pipelines.plan.config import ConfigError, Fault, load
-from pipelines.plan.graph import ROOT, Graph, build
+from pipelines.plan.environment import ROOT
+from pipelines.plan.graph import Graph, build
 from pipelines.plan.planner import Planner
 from pipelines.plan.snapshot import Snapshot, freeze
 from pipelines.run.runner import Options, Run, new_run

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from pipelines.plan.config import ConfigError, load
-from pipelines.plan.graph import ROOT, Graph, build
-from pipelines.plan.planner import Planner, resolve
+from pipelines.plan.environment import ROOT
+from pipelines.plan.graph import Graph, build
+from pipelines.plan.planner import Planner
+from pipelines.plan.resolve import resolve
 from pipelines.run.runner import Options, Run
 from pipelines.store.store import Store
 
@@ -72,7 +74,7 @@ class Line:
         return build(load(self.folder / "line.toml", overrides), use or {})
 
     def plan(self, graph: Graph) -> dict[str, tuple[str, str]]:
-        return {each.stage: (each.word, each.reason) for each in Planner(graph, self.store, ROOT, given=graph.use).plan()}
+        return {each.stage: (each.action, each.reason) for each in Planner(graph, self.store, ROOT, given=graph.use).plan()}
 
     def run(self, graph: Graph) -> tuple[int, dict[str, str], dict[str, str]]:
         """Exit code, each stage's end, each stage's artifact or error."""
@@ -132,11 +134,12 @@ def test_a_folder_takes_no_name_that_is_taken_and_none_that_is_no_name(line: Lin
 def test_a_plan_of_an_import_needs_no_torch(line: Line):
     line.graph(FURTHER)
     script = (
-        "import sys; from pathlib import Path; from pipelines.plan.config import load; from pipelines.plan.graph import ROOT, build;"
+        "import sys; from pathlib import Path; from pipelines.plan.config import load; from pipelines.plan.environment import ROOT;"
+        "from pipelines.plan.graph import build;"
         "from pipelines.plan.planner import Planner; from pipelines.store.store import Store;"
         f"plan = Planner(build(load(Path({str(line.folder)!r}, 'line.toml'))), Store(Path('nowhere')), ROOT).plan();"
         "heavy = [name for name in ('torch', 'transformers', 'tokenizers', 'safetensors') if name in sys.modules];"
-        "print([each.stage for each in plan if each.word == 'run'], heavy)"
+        "print([each.stage for each in plan if each.action == 'run'], heavy)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "['documents', 'hf-gpt2-tokenizer', 'tokenize', 'hf-gpt2', 'pretrain'] []"

@@ -13,7 +13,9 @@ import pytest
 
 from pipelines.artifacts import Model, Prompts
 from pipelines.plan.config import load
-from pipelines.plan.graph import ROOT, Input, build, load_kind
+from pipelines.plan.environment import ROOT
+from pipelines.plan.graph import build
+from pipelines.plan.kinds import Input, load_kind
 from pipelines.plan.planner import Planner
 from pipelines.run.runner import Options, Run
 from pipelines.stage import StageFailure

@@ -12,7 +12,8 @@ import pytest
 from pipelines.observe.page import render
 from pipelines.observe.progress import Progress, plan_lines
 from pipelines.plan.config import ConfigError, load
-from pipelines.plan.graph import ROOT, build
+from pipelines.plan.environment import ROOT
+from pipelines.plan.graph import build
 from pipelines.plan.planner import Planner
 from pipelines.run.runner import Options, Run
 from pipelines.store.journal import read_journal
@@ -116,7 +117,7 @@ class Gated:
 
     def plan(self, *overrides: str, **options: Any) -> dict[str, tuple[str, str]]:
         self.decisions = Planner(self.graph(*overrides), self.store, ROOT, **options).plan()
-        return {each.stage: (each.word, each.reason) for each in self.decisions}
+        return {each.stage: (each.action, each.reason) for each in self.decisions}
 
     def faults(self, gate: str) -> list[str]:
         with pytest.raises(ConfigError) as caught:

@@ -19,7 +19,8 @@ import pytest
 
 from pipelines.plan.code import Code
 from pipelines.plan.config import load
-from pipelines.plan.graph import ROOT, build
+from pipelines.plan.environment import ROOT
+from pipelines.plan.graph import build
 from pipelines.run import execute as executing
 from pipelines.run.execute import Job
 from pipelines.run.runner import Options, Run

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from pipelines.plan.config import ConfigError, load
-from pipelines.plan.graph import ROOT, build
+from pipelines.plan.environment import ROOT
+from pipelines.plan.graph import build
 from pipelines.plan.planner import Planner
 from pipelines.run.runner import Options, Run
 from pipelines.store.store import Store
@@ -200,7 +201,7 @@ def test_the_key_holds_what_a_setting_says_and_the_code_behind_it(marks: Marks):
 
 def test_the_place_of_the_pipeline_and_of_its_snapshot_is_in_no_key(marks: Marks, tmp_path_factory: pytest.TempPathFactory):
     marks.run()
-    assert [each.word for each in marks.planned().values()] == ["reuse", "reuse"]
+    assert [each.action for each in marks.planned().values()] == ["reuse", "reuse"]
     other = Marks(tmp_path_factory.mktemp("elsewhere"))
     assert {name: each.key for name, each in other.planned().items()} == {name: each.key for name, each in marks.planned().items()}
 

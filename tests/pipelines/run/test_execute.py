@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipelines.plan.config import Resources
-from pipelines.plan.planner import versions
+from pipelines.plan.environment import versions
 from pipelines.run.execute import Job, Outcome, execute
 from pipelines.stage import Source
 from pipelines.store.store import Store

@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.plan.config import ConfigError, load
-from pipelines.plan.graph import ROOT, Graph, build
-from pipelines.plan.planner import Decision, Planner, resolve
+from pipelines.plan.environment import ROOT
+from pipelines.plan.graph import Graph, build
+from pipelines.plan.planner import Decision, Planner
+from pipelines.plan.resolve import resolve
 from pipelines.run.execute import Job, Outcome, execute
 from pipelines.run.runner import Options, Run, dead_runs
 from pipelines.store.journal import Superseded, read_journal
@@ -136,7 +138,7 @@ class Small:
         return code, {event["stage"]: event["status"] for event in self.events if event["type"] == "stage_ended"}
 
     def plan(self, *overrides: str, **options: Any) -> dict[str, tuple[str, str]]:
-        return {each.stage: (each.word, each.reason) for each in Planner(self.graph(*overrides), self.store, ROOT, **options).plan()}
+        return {each.stage: (each.action, each.reason) for each in Planner(self.graph(*overrides), self.store, ROOT, **options).plan()}
 
     def told(self) -> str:
         """What people were told beside the rows."""
@@ -385,7 +387,7 @@ def test_a_source_that_is_gone_blocks_what_needs_it_whatever_else_is_made_for_th
     small.write("other.txt", "uvw")
     graph = small.graph()
     (small.folder / "words.txt").unlink()
-    assert {each.stage: (each.word, each.reason) for each in Planner(graph, small.store, ROOT).plan()} == {
+    assert {each.stage: (each.action, each.reason) for each in Planner(graph, small.store, ROOT).plan()} == {
         "words": ("blocked", "its source words.txt can't be read (No such file or directory); put it back"),
         "others": ("run", "never made here"),
         "cut": ("blocked", "its input words can't be made"),
