@@ -307,7 +307,7 @@ def _parse(name: str, path: Path, source: bytes) -> _Module:
     """The same file with the same text is read once in a process, whoever asks: a run asks again at the end of every stage."""
     try:
         tree = ast.parse(source, filename=str(path))
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{path} can't be read as Python: {error}") from error
     module = _Module(name, name if path.name == "__init__.py" else name.rpartition(".")[0], tree)
     top: list[ast.stmt] = []  # what binds names in the whole module by importing

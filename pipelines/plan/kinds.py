@@ -15,7 +15,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from gpt.settings import Settings, TrainSettings
 from pipelines.artifacts import Artifact
 from pipelines.plan.environment import ROOT
 from pipelines.plan.user_code import UserCode, load_function
-from pipelines.stage import StageConfig, StageContext
+from pipelines.stage import Models, StageConfig, StageContext
 
 ENGINES = {"torch": "gpt.torch_engine:TorchEngine", "deepspeed": "cluster.deepspeed_engine:DeepSpeedEngine"}
 """The engines that a training stage may run on. The gang loads one by its name; the code of both is in the key of every training stage."""
@@ -58,6 +58,8 @@ class Kind:
     output: type[Artifact]
     file: Path | None
     """The user's file that defines it; None for our own kinds."""
+    models: Models | None = None
+    """What it needs of its models and what it makes, if its module says so in `MODELS`."""
 
     def trains(self) -> bool:
         """Whether it hands a function to a gang: such a kind's config has the settings of a training loop."""
@@ -95,7 +97,7 @@ def load_kind(uses: str, folder: Path) -> Kind:
         hint = f"did you mean {near[0]!r}?" if near else f"the kinds are {', '.join(known)}; name your own function as './file.py:function'"
         raise ValueError(f"there is no stage kind {uses!r}; {hint}")
     module = importlib.import_module(f"pipelines.stages.{uses}")
-    return read_signature(uses, getattr(module, uses), None)
+    return replace(read_signature(uses, getattr(module, uses), None), models=getattr(module, "MODELS", None))
 
 
 def read_signature(uses: str, function: Callable[..., Any], file: Path | None) -> Kind:

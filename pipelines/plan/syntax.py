@@ -1,4 +1,7 @@
-"""Syntax."""
+"""Python source as syntax trees: their canonical text, and the names that they read, bind and import.
+
+Trees are walked without recursion, since generated code may nest deeper than Python's stack: an `elif` chain of 250 or 600 chained calls.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +12,66 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeGuard
 
 
-def canonical_dump(node: Any) -> str:
-    """A syntax tree as text: equal on every Python from 3.11 on, without positions, comments and bare strings."""
-    if isinstance(node, ast.AST):
-        parts = []
-        for name in node._fields:
+def canonical_dump(tree: Any) -> str:
+    """Write a syntax tree as text that is equal on every Python from 3.11 on, without positions, comments and bare strings."""
+    text: list[str] = []
+    waiting: list[Any] = [_Node(tree)]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, str):
+            text.append(each)
+        else:
+            waiting += reversed(_parts(each.value))
+    return "".join(text)
+
+
+class _Node:
+    """A value of the tree that is still to be written, beside strings that already are text."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _parts(value: Any) -> list[str | _Node]:
+    """The text of one node, with what is inside it as `_Node`: "Return(", "value=", _Node(...), ")"."""
+    if isinstance(value, ast.AST):
+        parts: list[str | _Node] = []
+        for name in value._fields:
             if name in ("ctx", "kind", "type_comment", "type_ignores"):
                 continue
-            value = getattr(node, name, None)
-            if value is None and not (isinstance(node, ast.Constant) and name == "value"):
+            field = getattr(value, name, None)
+            if field is None and not (isinstance(value, ast.Constant) and name == "value"):
                 continue
-            if isinstance(value, list):
-                value = [each for each in value if not is_bare_string(each) and not _is_empty_text(each, node)]
-                if not value:
+            if isinstance(field, list):
+                field = [each for each in field if not is_bare_string(each) and not _is_empty_text(each, value)]
+                if not field:
                     continue
-            parts.append(f"{name}={canonical_dump(value)}")
-        return f"{type(node).__name__}({','.join(parts)})"
-    if isinstance(node, list):
-        return f"[{','.join(canonical_dump(each) for each in node)}]"
-    return f"{type(node).__name__}:{node!a}"  # repr would follow the Unicode tables of the Python at hand
+            parts += [f"{',' if parts else ''}{name}=", _Node(field)]
+        return [f"{type(value).__name__}(", *parts, ")"]
+    if isinstance(value, list):
+        return ["[", *(part for index, each in enumerate(value) for part in ([","] if index else []) + [_Node(each)]), "]"]
+    return [f"{type(value).__name__}:{value!a}"]  # repr would depend on the Unicode tables of this Python
 
 
 def is_bare_string(node: Any) -> bool:
+    """Whether a node is a docstring or another string that stands by itself."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def _is_empty_text(node: Any, parent: ast.AST) -> bool:
-    """An empty piece of an f-string: early releases of 3.12 put some in."""
+    """Whether a node is an empty piece of an f-string, which early releases of 3.12 insert."""
     return isinstance(parent, ast.JoinedStr) and isinstance(node, ast.Constant) and node.value == ""
 
 
 def is_protocol(node: ast.stmt) -> bool:
+    """Whether a node is a class that names Protocol as a base: an interface, which never runs."""
     return isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id == "Protocol" for base in node.bases)
 
 
 def without_fields(node: ast.stmt) -> ast.stmt:
+    """Return a Settings class without its fields; other nodes as they are."""
     if not isinstance(node, ast.ClassDef):
         return node
     rest = [each for each in node.body if not is_field(each) and not isinstance(each, ast.Pass)]
@@ -51,7 +79,7 @@ def without_fields(node: ast.stmt) -> ast.stmt:
 
 
 def is_field(node: ast.stmt) -> TypeGuard[ast.AnnAssign]:
-    """What pydantic takes for a field: no ClassVar, nothing private, not its own `model_config`."""
+    """Whether pydantic takes a statement for a field: not a ClassVar, a private name or its own `model_config`."""
     if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
         return False
     words = {chain[-1] for chain in dotted_names(node.annotation)}
@@ -61,17 +89,18 @@ def is_field(node: ast.stmt) -> TypeGuard[ast.AnnAssign]:
 
 
 def parameter_annotations(function: ast.FunctionDef) -> list[ast.expr]:
+    """The annotations of a function's parameters."""
     parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     return [each.annotation for each in parameters if each.annotation is not None]
 
 
 def called(node: ast.stmt) -> list[ast.expr]:
-    """What is called in it: `C(a)` gives C, `C.model_validate(a)` gives C.model_validate."""
+    """What a statement calls: `C(a)` gives C, `C.model_validate(a)` gives C.model_validate."""
     return [each.func for each in walk(node) if isinstance(each, ast.Call) and isinstance(each.func, ast.Name | ast.Attribute)]
 
 
 def assigned_names(node: ast.Assign | ast.AnnAssign) -> list[str]:
-    """The names that an assignment binds; none if it binds anything else too."""
+    """The names that an assignment binds; empty if it binds anything other than names."""
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
     names: list[str] = []
     for target in targets:
@@ -83,7 +112,7 @@ def assigned_names(node: ast.Assign | ast.AnnAssign) -> list[str]:
 
 
 def imports_in(nodes: Iterable[ast.AST], package: str) -> tuple[dict[str, list[str]], list[str]]:
-    """Bound names with their dotted targets, and the modules imported by star."""
+    """Return what imports bind, as name to dotted targets, and the modules imported by star."""
     bound: dict[str, list[str]] = {}
     stars: list[str] = []
     for node in nodes:
@@ -108,7 +137,7 @@ def _add(bound: dict[str, list[str]], name: str, target: str) -> None:
 
 
 def imported_modules(tree: ast.Module, package: str) -> list[str]:
-    """Dotted targets of every import in a file, wherever it stands."""
+    """The dotted targets of every import in a file, at any depth: `from a import b` gives a.b."""
     found = []
     for node in walk(tree):
         if isinstance(node, ast.Import):
@@ -119,7 +148,7 @@ def imported_modules(tree: ast.Module, package: str) -> list[str]:
 
 
 def _base(node: ast.ImportFrom, package: str) -> str:
-    """The module that `from ... import` names, relative ones spelt out."""
+    """The module that `from ... import` names, with relative ones spelled out."""
     base = node.module or ""
     if node.level:
         above = package.split(".")[: len(package.split(".")) - node.level + 1]
@@ -137,7 +166,7 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
 
 @functools.cache
 def walk(node: ast.AST) -> tuple[ast.AST, ...]:
-    """The nodes of a tree, as `ast.walk` gives them but three times as fast, and once: a plan comes back to each definition."""
+    """The nodes of a tree, as `ast.walk` gives them, but three times as fast and cached: a plan asks for each definition often."""
     found = [node]
     for each in found:
         found += _children(each)

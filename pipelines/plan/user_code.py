@@ -18,6 +18,22 @@ from pipelines.plan.config import Fault
 USER_MODULE = "gptline_user_"
 """Prefix of the module name under which a user's file is imported."""
 
+MOVED = {
+    **{f"pipelines.{name}": "pipelines.ingest" for name in ("records", "dialogues", "reading", "documents")},
+    **{f"pipelines.{name}": f"pipelines.plan.{name}" for name in ("config", "graph", "planner", "snapshot")},
+    **{f"pipelines.{name}": f"pipelines.store.{name}" for name in ("store", "journal", "lease")},
+    **{f"pipelines.{name}": f"pipelines.run.{name}" for name in ("runner", "execute", "preflight", "submission")},
+    **{f"pipelines.{name}": f"pipelines.observe.{name}" for name in ("progress", "page", "lineage", "delivery", "doctor")},
+    **{f"pipelines.{name}": f"pipelines.serve.{name}" for name in ("chat", "sample")},
+    "pipelines.fingerprint": "pipelines.plan.code",
+    "pipelines.tracking": "pipelines.observe",
+    "pipelines.watching": "pipelines.run.follow",
+    "gpt.rl": "the modules of gpt.rl, such as gpt.rl.loop",
+    "gpt.scorers": "gpt.rl.scorers",
+    "gpt.advantages": "gpt.rl.advantages",
+}
+"""Where modules are now that users' files may import by an earlier name. Only pipelines.artifacts, stage and ingest are made for that."""
+
 
 @dataclass(frozen=True)
 class UserCode:
@@ -50,8 +66,8 @@ def load_function(reference: str, folder: Path) -> tuple[types.FunctionType, Pat
     function = getattr(module, name, None)
     if not inspect.isfunction(function):
         known = [name for name, each in vars(module).items() if inspect.isfunction(each) and each.__module__ == module.__name__]
-        type_name = "class" if inspect.isclass(function) else type(function).__name__
-        found = f"no function {name!r}" if function is None else f"{name!r}, but as a {type_name}, not a function"
+        actual = "a class" if inspect.isclass(function) else f"of type {type(function).__name__}"
+        found = f"no function {name!r}" if function is None else f"{name!r}, {actual}, not a function"
         raise ValueError(f"{reference!r}: {path} has {found}; its functions: {', '.join(known) or 'none'}")
     return function, file
 
@@ -75,8 +91,15 @@ def load_user_module(file: Path) -> types.ModuleType:
         del sys.modules[name]
         if isinstance(error, KeyboardInterrupt):  # not a fault of the file
             raise
-        raise ValueError(f"{file} can't be imported: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{file} can't be imported: {_moved(error) or f'{type(error).__name__}: {error}'}") from error
     return module
+
+
+def _moved(error: BaseException) -> str | None:
+    """Say where the module is now whose import failed, if it moved."""
+    if not isinstance(error, ImportError) or error.name not in MOVED:
+        return None
+    return f"{error.name} has moved; import from {MOVED[error.name]} ({error})"
 
 
 def read_user_code(uses: UserCode | None, config: Settings | None, folder: Path, where: str) -> tuple[list[UserCode], list[Fault]]:

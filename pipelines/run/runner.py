@@ -321,7 +321,7 @@ class Run:
         if lease is None:
             if holder is not None and self._told.get(stage.name) != holder.get("run"):
                 self._told[stage.name] = holder.get("run", "")
-                self._write("note", stage=stage.name, text=f"waits for {describe(holder)}, who is making it")
+                self._write("note", stage=stage.name, text=f"waits for {describe(holder)}, who is building it")
             return
         # while the lease was being taken another run may have finished the work
         decision = self._planner_of_run.decide(stage, self._outputs, held=True)
@@ -491,7 +491,7 @@ class Run:
     def _finish(self, stage: Stage, status: str, decision: Decision, **more: Any) -> None:
         self._waiting.pop(stage.name, None)
         if status in ("failed", "blocked", "stopped"):
-            self._failed[stage.name] = {"failed": "failed", "blocked": "can't be made", "stopped": "was stopped"}[status]
+            self._failed[stage.name] = {"failed": "failed", "blocked": "can't be built", "stopped": "was stopped"}[status]
         told = {"decision": decision.action, "reason": decision.reason, "key": decision.key, **more}
         self._write("stage_ended", stage=stage.name, status=status, **told)
 

@@ -14,7 +14,9 @@ from typing import Any
 from pydantic import Field
 
 from pipelines.artifacts import Documents, Model, Prompts, Report
-from pipelines.stage import Source, StageConfig, StageContext, StageFailure, require_role
+from pipelines.stage import Models, Source, StageConfig, StageContext, StageFailure, require_role
+
+MODELS = Models(needs={"model": "policy", "baseline": "policy", "reward_model": "reward"})
 
 
 class EvaluateConfig(StageConfig):

@@ -114,12 +114,12 @@ def test_who_is_asked_to_stop_says_how_to_go_on_and_shows_no_traceback(story, en
 def test_no_end_loses_more_than_the_steps_since_the_last_checkpoint_and_a_stop_loses_none(story, end):
     following = story.runs[list(GOES_ON_AT).index(end) + 1]
     (event,) = [event for event in story.program.events(following) if (event["type"], event.get("stage")) == ("stage_started", "pretrain")]
-    assert (event["decision"], event["reason"]) == ("resume", f"goes on at step {GOES_ON_AT[end]} of 30")
+    assert (event["decision"], event["reason"]) == ("resume", f"resumes at step {GOES_ON_AT[end]} of 30")
 
 
 def test_a_second_run_waits_for_the_first_and_takes_over_when_its_driver_is_killed(story):
     first, second = (list(GOES_ON_AT).index("driver killed") + more for more in (0, 1))
-    waits = rf"waits for \S+ on \S+, process {story.pids[first]}, run {story.runs[first]}, who is making it"
+    waits = rf"waits for \S+ on \S+, process {story.pids[first]}, run {story.runs[first]}, who is building it"
     assert [note for note in story.program.notes(story.runs[second]) if re.fullmatch(waits, note)]
 
 

@@ -164,7 +164,7 @@ def test_one_byte_of_the_folder_changes_what_reads_it(line: Line):
         "hf-gpt2-tokenizer": line.plan(line.graph(FURTHER))["hf-gpt2-tokenizer"],
         "tokenize": line.plan(line.graph(FURTHER))["tokenize"],
         "hf-gpt2": ("run", "source gpt2/model.safetensors changed"),
-        "pretrain": ("run", "its input hf-gpt2 is made anew"),
+        "pretrain": ("run", "its input hf-gpt2 will be rebuilt"),
     }
 
 
@@ -195,9 +195,9 @@ def test_a_tokenizer_s_place_can_be_taken_too(line: Line):
 
 def test_a_folder_in_the_place_of_anything_else_is_refused(line: Line):
     wrong = FURTHER.replace('documents = ["documents"]', 'documents = ["hf:gpt2"]')
-    assert "stages.tokenize.inputs.documents: 'hf:gpt2' is a model or a tokenizer, wanted documents" in faults(line, wrong)
+    assert "stages.tokenize.inputs.documents: 'hf:gpt2' is a model or a tokenizer, expected documents" in faults(line, wrong)
     told = faults(line, FROM_NOTHING, use={"tokenize": "hf:gpt2"})
-    assert "--use tokenize=hf:gpt2: is a model or a tokenizer; tokenize makes tokens" in told
+    assert "--use tokenize=hf:gpt2: is a model or a tokenizer, but tokenize makes tokens" in told
 
 
 def test_what_is_wrong_with_a_folder_is_told_once_and_where_it_is_named(line: Line):
@@ -248,12 +248,14 @@ inputs = { tokenizer = ["bytes"] }
 
 def test_a_folder_that_was_imported_is_a_reference_like_any_other(line: Line):
     folder = line.folder / "gpt2"
-    with pytest.raises(ValueError, match=r"was not imported into the store .* as it is now; name it in a pipeline's inputs or with --use"):
+    with pytest.raises(
+        ValueError, match=r"has not been imported into the store .* in its present state; name it in a pipeline's inputs or with --use"
+    ):
         resolve(line.store, f"hf:{folder}")
     _, _, made = line.run(line.graph(FURTHER))
     assert resolve(line.store, f"hf:{folder}") == made["hf-gpt2"]
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
-    with pytest.raises(ValueError, match=r"was not imported into the store .* as it is now"):
+    with pytest.raises(ValueError, match=r"has not been imported into the store .* in its present state"):
         resolve(line.store, f"hf:{folder}")
 
 

@@ -78,7 +78,9 @@ inputs = { reports = ["read"] }
 uses = "./kinds.py:measure"
 accuracy = 0.5
 """
-CLOSED = "measure's gate is closed: eval/pair_accuracy is 0.61, wanted at least 0.65; change its settings or its inputs, or change the gate"
+CLOSED = (
+    "measure's gate is closed: eval/pair_accuracy is 0.61, expected at least 0.65; change its settings or its inputs, or change the gate"
+)
 TRAIN = '\n[stages.{}]\nuses = "./kinds.py:train"\nsteps = 2\nglobal_batch_size = 1\nlr = {}\n'
 
 
@@ -140,7 +142,7 @@ def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gated:
 def test_a_closed_gate_stops_what_follows_and_nothing_else(gated: Gated):
     assert gated.run() == (1, {"measure": "done", "aside": "done", "read": "blocked", "read_again": "blocked"})
     assert gated.reason("read") == CLOSED
-    assert gated.reason("read_again") == "its input read can't be made"
+    assert gated.reason("read_again") == "its input read can't be built"
     assert (gated.events[-1]["status"], gated.events[-1]["exit_code"]) == ("FAILED", 1)
     assert gated.events[-1]["text"] == f"{CLOSED}. Then go on with: gptline run gated.toml"
 
@@ -159,7 +161,7 @@ def test_it_is_said_where_the_stage_ends_to_people_and_on_the_page(gated: Gated)
     assert f"read        blocked: {CLOSED}" in lines
     assert lines[-2].startswith("2 made, 2 blocked in ")
     assert lines[-1] == f"{CLOSED}. Then go on with: gptline run gated.toml"
-    assert "gate is closed: eval/pair_accuracy is 0.61, wanted at least 0.65" in render(gated.store, gated.store.runs()[-1])
+    assert "gate is closed: eval/pair_accuracy is 0.61, expected at least 0.65" in render(gated.store, gated.store.runs()[-1])
 
 
 def test_what_a_closed_gates_stage_made_is_kept_and_a_plan_says_the_same(gated: Gated):
@@ -170,7 +172,7 @@ def test_what_a_closed_gates_stage_made_is_kept_and_a_plan_says_the_same(gated: 
     assert gated.plan() == {
         "measure": ("reuse", made_by),
         "read": ("blocked", CLOSED),
-        "read_again": ("blocked", "its input read can't be made"),
+        "read_again": ("blocked", "its input read can't be built"),
         "aside": ("reuse", made_by),
     }
     lines = plan_lines(gated.decisions)
@@ -190,23 +192,23 @@ def test_a_gate_counts_where_nothing_follows(gated: Gated):
     gated.write(TOML + 'gate = { figure = "eval/pairs", max = 99 }\n')
     code, status = gated.run("stages.measure.gate.min=0.5")
     assert (code, set(status.values())) == (1, {"done"})
-    assert gated.events[-1]["text"].startswith("aside's gate is closed: eval/pairs is 100, wanted at most 99; ")
+    assert gated.events[-1]["text"].startswith("aside's gate is closed: eval/pairs is 100, expected at most 99; ")
 
 
 @pytest.mark.parametrize(
     ("gate", "accuracy", "said"),
     [
-        ("{figure='eval/pair_accuracy', max=0.6}", 0.61, "eval/pair_accuracy is 0.61, wanted at most 0.6;"),
-        ("{figure='eval/pair_accuracy', min=0.7, max=0.9}", 0.61, "eval/pair_accuracy is 0.61, wanted at least 0.7 and at most 0.9;"),
-        ("{figure='eval/pair_accuracy', min=0}", -1, "eval/pair_accuracy is nan, wanted at least 0;"),
-        ("{figure='eval/pair_accuracy', max=1}", -1, "eval/pair_accuracy is nan, wanted at most 1;"),
-        ("{figure='eval/pair_accuracy', min=0.65}", 0.64999999, "eval/pair_accuracy is 0.64999999, wanted at least 0.65;"),
-        ("{figure='time/zzz', min=0}", 0.61, "it has no figure time/zzz, there are eval/pair_accuracy, eval/pairs; change the gate"),
-        ("{figure='eval/accuracy', min=0}", 0.61, "it has no figure eval/accuracy, perhaps eval/pair_accuracy is meant; change the gate"),
+        ("{figure='eval/pair_accuracy', max=0.6}", 0.61, "eval/pair_accuracy is 0.61, expected at most 0.6;"),
+        ("{figure='eval/pair_accuracy', min=0.7, max=0.9}", 0.61, "eval/pair_accuracy is 0.61, expected at least 0.7 and at most 0.9;"),
+        ("{figure='eval/pair_accuracy', min=0}", -1, "eval/pair_accuracy is nan, expected at least 0;"),
+        ("{figure='eval/pair_accuracy', max=1}", -1, "eval/pair_accuracy is nan, expected at most 1;"),
+        ("{figure='eval/pair_accuracy', min=0.65}", 0.64999999, "eval/pair_accuracy is 0.64999999, expected at least 0.65;"),
+        ("{figure='time/zzz', min=0}", 0.61, "it has no figure time/zzz (its figures: eval/pair_accuracy, eval/pairs); change the gate"),
+        ("{figure='eval/accuracy', min=0}", 0.61, "it has no figure eval/accuracy (did you mean eval/pair_accuracy?); change the gate"),
         (
             "[{figure='eval/pair_accuracy', min=0.7}, {figure='eval/pairs', min=1}, {figure='eval/pairs', max=50}]",
             0.61,
-            "eval/pair_accuracy is 0.61, wanted at least 0.7, and eval/pairs is 100, wanted at most 50;",
+            "eval/pair_accuracy is 0.61, expected at least 0.7, and eval/pairs is 100, expected at most 50;",
         ),
     ],
 )
@@ -220,14 +222,14 @@ def test_what_closes_a_gate_is_told_with_value_and_bound(gated: Gated, gate: str
 def test_a_stage_without_any_figures_is_told_so(gated: Gated):
     (gated.folder / "kinds.py").write_text(KINDS.replace("stage.figure(", "print("))
     assert gated.run()[0] == 1
-    assert gated.reason("read").startswith("measure's gate is closed: it has no figure eval/pair_accuracy, nor any other;")
+    assert gated.reason("read").startswith("measure's gate is closed: it has no figure eval/pair_accuracy (its figures: none);")
 
 
 def test_the_last_value_of_a_curve_serves_where_there_is_no_such_figure(gated: Gated):
     gated.write('pipeline = "gated"\n' + TRAIN.format("train", 1.0) + 'gate = { figure = "val/loss", max = 2.6 }\n')
     assert gated.run()[0] == 0  # 3.0, then 2.5
     assert gated.run("stages.train.gate.max=2.4")[0] == 1
-    wanted = "train's gate is closed: val/loss is 2.5, wanted at most 2.4; train it longer or otherwise, or change the gate. "
+    wanted = "train's gate is closed: val/loss is 2.5, expected at most 2.4; train it longer or otherwise, or change the gate. "
     assert gated.events[-1]["text"].startswith(wanted)
 
 

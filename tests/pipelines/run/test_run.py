@@ -188,21 +188,21 @@ def test_a_plan_of_a_new_store_writes_nothing(small: Small):
     [
         (
             lambda s: s.write("small.toml", TOML.replace("[stages.report]", "letters = 2\n\n[stages.report]")),
-            ("", "letters: 3 -> 2", "its input cut is made anew"),
+            ("", "letters: 3 -> 2", "its input cut will be rebuilt"),
         ),
         (
             lambda s: s.write("words.py", WORDS.replace("[:letters]", "[letters:]")),
-            ("", "code of words:shorten changed", "its input cut is made anew"),
+            ("", "code of words:shorten changed", "its input cut will be rebuilt"),
         ),
         (
             lambda s: s.write("words.txt", "abcdeg"),
-            ("source words.txt changed", "its input words is made anew", "its input words is made anew"),
+            ("source words.txt changed", "its input words will be rebuilt", "its input words will be rebuilt"),
         ),
         (lambda s: s.write("kinds.py", KINDS.replace("All words.", "Every word.  ")), ("", "", "")),
         (lambda s: s.write("words.py", "# short\n" + WORDS), ("", "", "")),
         (
             lambda s: s.write("small.toml", TOML.replace("seed = 1", "seed = 2")),
-            ("seed: 1 -> 2", "its input words is made anew", "its input words is made anew"),
+            ("seed: 1 -> 2", "its input words will be rebuilt", "its input words will be rebuilt"),
         ),
     ],
 )
@@ -216,7 +216,7 @@ def test_what_was_changed_is_the_reason(small: Small, change: Callable[[Small], 
 def test_an_upstream_stage_that_comes_to_the_same_bytes_stops_the_change_there(small: Small):
     small.run()
     small.write("kinds.py", KINDS.replace("file.read()", "file.read() + b''"))
-    assert small.plan()["report"] == ("run", "its input words is made anew")  # nobody can know yet
+    assert small.plan()["report"] == ("run", "its input words will be rebuilt")  # nobody can know yet
     assert small.run() == (0, {"words": "done", "cut": "reused", "report": "reused"})
 
 
@@ -237,7 +237,7 @@ def test_a_rerun_that_did_not_come_to_its_end_is_not_forgotten(small: Small, end
     mark.touch()
     assert small.run(fresh=["cut", "report"])[1]["cut"] == status
     assert small.events[-1]["text"].endswith("go on with: gptline run small.toml --fresh report")  # which was not begun
-    assert small.plan()["cut"] == ("run", "an asked-for rerun did not come to its end")
+    assert small.plan()["cut"] == ("run", "a requested rerun was interrupted")
     mark.unlink()
     assert small.run(fresh=["report"]) == (0, {"words": "reused", "cut": "done", "report": "done"})
     assert {each.stage: each.number for each in small.store.all_actions() if each.forced} == {"cut": 2, "report": 2}
@@ -246,7 +246,7 @@ def test_a_rerun_that_did_not_come_to_its_end_is_not_forgotten(small: Small, end
 
 def test_until_makes_a_stage_and_what_it_needs_and_no_more(small: Small):
     assert small.run(until="cut") == (0, {"words": "done", "cut": "done"})
-    with pytest.raises(ConfigError, match="--until cutt: there is no such stage; there are words, cut, report"):
+    with pytest.raises(ConfigError, match="--until cutt: there is no such stage; the stages are words, cut, report"):
         small.run(until="cutt")
 
 
@@ -339,7 +339,7 @@ def test_a_held_lease_makes_others_wait_and_says_for_whom(small: Small):
     assert lease is not None
     word, reason = small.plan()["words"]
     assert word == "wait"
-    assert reason.endswith("run another is making it")
+    assert reason.endswith("run another is building it")
     lease.release()
     assert small.plan()["words"][0] == "run"
 
@@ -389,9 +389,9 @@ def test_a_source_that_is_gone_blocks_what_needs_it_whatever_else_is_made_for_th
     (small.folder / "words.txt").unlink()
     assert {each.stage: (each.action, each.reason) for each in Planner(graph, small.store, ROOT).plan()} == {
         "words": ("blocked", "its source words.txt can't be read (No such file or directory); put it back"),
-        "others": ("run", "never made here"),
-        "cut": ("blocked", "its input words can't be made"),
-        "report": ("blocked", "its input words can't be made"),
+        "others": ("run", "not built here before"),
+        "cut": ("blocked", "its input words can't be built"),
+        "report": ("blocked", "its input words can't be built"),
     }
 
 
@@ -440,7 +440,7 @@ def test_only_stages_that_will_run_need_room(small: Small):
 
 def test_the_newest_model_is_none_where_no_stage_makes_one(small: Small):
     small.run()
-    with pytest.raises(ValueError, match="no model is called so; there are none yet"):
+    with pytest.raises(ValueError, match="there is no such model; the store has none yet"):
         resolve(small.store, "model:small@newest")
 
 
@@ -465,7 +465,7 @@ def test_a_bare_digest_as_it_is_printed_is_a_reference(small: Small):
     small.run()
     digest = resolve(small.store, f"run:{small.store.runs()[0]}/cut")
     assert resolve(small.store, digest[:12]) == digest
-    with pytest.raises(ValueError, match="names no artifact; wanted sha256:<at least 8 digits>, run:<id>/<stage>"):
+    with pytest.raises(ValueError, match="does not name an artifact; expected sha256:<at least 8 digits>, run:<id>/<stage>"):
         resolve(small.store, "cut")
 
 
@@ -571,13 +571,13 @@ def test_a_plan_is_made_for_the_run_that_is_asked_for(drilled: Small):
         asked = ["plan", str(drilled.folder / "small.toml"), "--set", f"store.root={drilled.store.root}", *words]
         return CliRunner().invoke(app, asked, catch_exceptions=False).output
 
-    assert "drill   resume  goes on at step 3 of 10" in plan("--inline")
+    assert "drill   resume  resumes at step 3 of 10" in plan("--inline")
     assert (
         "drill   blocked  the checkpoint at step 3 was made with engine = torch and this run asks for engine = deepspeed, zero_stage = 1: "
         "its state can't be loaded so; ask for engine = torch to go on, or make the stage afresh to begin at step 0 (--fresh drill). "
-        "Or go on with --inline\n"
+        "Or continue with --inline\n"
     ) in plan()
-    assert "drill   run    asked for afresh" in plan("--fresh", "drill")
+    assert "drill   run    rerun requested" in plan("--fresh", "drill")
     assert "drill" not in plan("--inline", "--until", "report")
 
 
