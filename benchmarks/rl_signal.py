@@ -28,7 +28,7 @@ from gpt.random_streams import permutation, stream_seed
 from gpt.reward_scorer import RewardScorer
 from gpt.sampling import sample
 from gpt.tokenizer import Tokenizer
-from pipelines.plan.planner import resolve
+from pipelines.plan.resolve import resolve
 from pipelines.store.store import Store
 
 CUT_OFF_SCORE = -1.0

@@ -75,7 +75,7 @@ def rerun(config: Config, stage: Annotated[str, typer.Argument(metavar="STAGE")]
 def plan(config: Config, set_: Set = None, use: Use = None, until: Until = None, fresh: Fresh = None, inline: Inline = False) -> None:
     """What would run, why, and about how long. Changes nothing."""
     from pipelines.observe.progress import plan_lines
-    from pipelines.plan.graph import ROOT
+    from pipelines.plan.environment import ROOT
     from pipelines.plan.planner import Planner
 
     graph = _graph(config, set_, use)
@@ -185,7 +185,7 @@ def lineage(
 ) -> None:
     """Where an artifact came from, down to the documents, and what was made of it."""
     from pipelines.observe.lineage import as_html, as_mermaid, as_text, trace
-    from pipelines.plan.planner import resolve
+    from pipelines.plan.resolve import resolve
 
     opened = _store(store)
     traced = trace(opened, resolve(opened, ref))
@@ -204,7 +204,7 @@ def sample(
     store: Root = Path(".gptline"),
 ) -> None:
     """Continue a prompt with a trained model."""
-    from pipelines.plan.planner import resolve
+    from pipelines.plan.resolve import resolve
     from pipelines.serve.sample import continue_prompt
 
     opened = _store(store)

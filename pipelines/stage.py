@@ -5,10 +5,10 @@ The runner passes an implementation of StageContext that is part of no stage's k
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Literal, Protocol, TypeVar
 
 from gpt.settings import Settings
 from pipelines.artifacts import Artifact, Model
@@ -57,6 +57,25 @@ def require_same_tokenizer(first: Artifact, *others: Artifact) -> None:
                 f"{other.kind} {other.digest[:12]}: expected tokenizer {expected[:12]}, the one of {first.kind} {first.digest[:12]}, "
                 f"found {found[:12]}; token ids mean nothing under another tokenizer, so rebuild one of the two with the other's"
             )
+
+
+Role = Literal["policy", "reward"]
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a kind needs of its models and what it makes, for checks while the pipeline file is read: the module's `MODELS`.
+
+    `Models(needs={"policy": "policy", "reward_model": "reward"}, needs_chat=("policy",), makes="policy", makes_chat=True)`
+    """
+
+    needs: Mapping[str, Role] = field(default_factory=dict)
+    """Input to the role that its model must have."""
+    needs_chat: tuple[str, ...] = ()
+    """Inputs whose model must have a chat format."""
+    makes: Role | None = None
+    makes_chat: bool | None = None
+    """Whether what it makes has a chat format; None if that depends."""
 
 
 class StageContext(Protocol):

@@ -25,7 +25,7 @@ from pathlib import Path
 from cluster.commit import canonical_json
 from pipelines.observe.tracking import ENVIRONMENT, Door, RunInMlflow, resolve_uri, unreachable
 from pipelines.observe.view import RunView
-from pipelines.plan.graph import ROOT
+from pipelines.plan.environment import ROOT
 from pipelines.store.events import JournalEvent, StagePoints
 from pipelines.store.journal import JournalReader, end_dead_run
 from pipelines.store.runs import RunFolder

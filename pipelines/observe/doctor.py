@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipelines.plan.graph import ROOT
+from pipelines.plan.environment import ROOT
 from pipelines.store.store import Store
 
 MIN_FREE_GIB = 5

@@ -164,25 +164,25 @@ def tally(view: RunView) -> str:
 def plan_lines(decisions: Sequence[Decision], about: str = "") -> list[str]:
     """A line for each stage, what goes with it below, and what it all comes to."""
     widths = [
-        max((len(each) for each in column), default=0) for column in zip(*((each.stage, each.word) for each in decisions), strict=True)
+        max((len(each) for each in column), default=0) for column in zip(*((each.stage, each.action) for each in decisions), strict=True)
     ]
     lines = []
     for each in decisions:
-        lines.append(f"{each.stage:<{widths[0]}}  {each.word:<{widths[1]}}  {_printable(each.reason)}".rstrip())
+        lines.append(f"{each.stage:<{widths[0]}}  {each.action:<{widths[1]}}  {_printable(each.reason)}".rstrip())
         lines += [f"{'':<{sum(widths) + 4}}{_printable(note)}" for note in each.notes]
     return [*lines, "", *forecast(decisions, about)]
 
 
 def forecast(decisions: Sequence[Decision], about: str = "") -> list[str]:
     """What there is to do; where no earlier run tells how long that takes, what the pipeline file says of itself goes first."""
-    unknown = any(each.expected_s is None for each in decisions if each.word not in ("reuse", "blocked"))
+    unknown = any(each.expected_s is None for each in decisions if each.action not in ("reuse", "blocked"))
     return [*([about] if about and unknown else []), work_to_do(decisions)]
 
 
 def work_to_do(decisions: Sequence[Decision]) -> str:
     """How many stages there are to do, and about how long that takes."""
-    working = [each for each in decisions if each.word not in ("reuse", "blocked")]
-    blocked = sum(each.word == "blocked" for each in decisions)
+    working = [each for each in decisions if each.action not in ("reuse", "blocked")]
+    blocked = sum(each.action == "blocked" for each in decisions)
     if not working:
         return f"nothing to do: {f'{blocked} blocked' if blocked else 'every stage is reused'}"
     known = [each.expected_s for each in working if each.expected_s is not None]

@@ -16,13 +16,26 @@ import ast
 import functools
 import hashlib
 import itertools
-import json
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeGuard, TypeVar
+from typing import TypeVar
+
+from pipelines.plan.syntax import (
+    assigned_names,
+    called,
+    canonical_dump,
+    dotted_names,
+    imported_modules,
+    imports_in,
+    is_bare_string,
+    is_field,
+    is_protocol,
+    parameter_annotations,
+    walk,
+    without_fields,
+)
 
 PACKAGES = ("pipelines", "gpt", "cluster")
 DUMP_VERSION = 1
@@ -30,54 +43,6 @@ DUMP_VERSION = 1
 
 LOOSE = "<module>"
 WHOLE = "*"
-
-
-def key_of(leaves: dict[str, Any]) -> str:
-    text = json.dumps(leaves, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(b"gptline key 1\n" + text.encode()).hexdigest()
-
-
-def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """`flat({"a": [1]}, "config")` yields ("config.a.0", 1). Empty tables and lists are leaves of their own."""
-    if isinstance(value, dict) and value:
-        for part in sorted(value):
-            yield from flat(value[part], f"{name}.{part}")
-    elif isinstance(value, list | tuple) and value:
-        for index, item in enumerate(value):
-            yield from flat(item, f"{name}.{index}")
-    else:
-        yield name, value
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Sentences, what a person changed first: config, sources, inputs, code."""
-    order = ("kind", "seed", "config", "source", "input", "code", "environment")
-    names = sorted(set(old) | set(new), key=lambda name: (order.index(name.split(".")[0]), name))
-    changed = [name for name in names if (name in old, old.get(name)) != (name in new, new.get(name))]
-    return [_sentence(name, old.get(name), new.get(name)) for name in changed]
-
-
-def _sentence(name: str, old: Any, new: Any) -> str:
-    area, _, rest = name.partition(".")
-    if area == "config" or area not in ("source", "input", "code"):
-        return f"{rest or area}: {_short(old)} -> {_short(new)}"
-    if area == "input":
-        return f"input {rest.split('.')[0]}: {_short(old)} -> {_short(new)}"
-    what = "source" if area == "source" else "code of"
-    change = "new" if old is None else "gone" if new is None else "changed"
-    return f"{what} {rest} {change}"
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "none"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    if len(text) == 64 and set(text) <= set("0123456789abcdef"):
-        return text[:12]
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-# ---- code ----
 
 
 N = TypeVar("N", bound=ast.stmt)
@@ -150,7 +115,7 @@ class Code:
             if path is not None:
                 found[name] = path
                 module = self._module(name)
-                waiting += _needs(module.tree, module.package)
+                waiting += imported_modules(module.tree, module.package)
         return sorted({path for path in found.values() if path.is_file()})
 
     def _reach(self, entries: Iterable[Name]) -> list[Name]:
@@ -220,8 +185,8 @@ class Code:
         module = self._module(name[0])
         if name[1] not in module.definitions:
             nodes = self._counted(name, ())
-            imports, stars = _imports([each for node in nodes for each in _walk(node)], module.package)
-            module.definitions[name[1]] = _Definition(frozenset(chain for node in nodes for chain in _chains(node)), imports, stars)
+            imports, stars = imports_in([each for node in nodes for each in walk(node)], module.package)
+            module.definitions[name[1]] = _Definition(frozenset(chain for node in nodes for chain in dotted_names(node)), imports, stars)
         return module.definitions[name[1]]
 
     def _digest(self, name: Name, *, by_value: bool) -> str:
@@ -233,8 +198,8 @@ class Code:
         return module.digests[asked]
 
     def _counted(self, name: Name, by_value: Collection[Name]) -> list[ast.stmt]:
-        nodes = [node for node in self._module(name[0]).nodes[name[1]] if not _is_protocol(node)]
-        return [_without_fields(node) for node in nodes] if name in by_value else nodes
+        nodes = [node for node in self._module(name[0]).nodes[name[1]] if not is_protocol(node)]
+        return [without_fields(node) for node in nodes] if name in by_value else nodes
 
     # ---- which settings the key holds by value ----
 
@@ -244,11 +209,11 @@ class Code:
         Settings that code builds (a preset, a default of its own) are in no dump: there a field's default is code like any other.
         """
         functions = [node for entry in entries for name in self._resolved([entry]) for node in self._nodes(name, ast.FunctionDef)]
-        annotations = [(name, each) for name, node in functions for each in _annotations(node)]
+        annotations = [(name, each) for name, node in functions for each in parameter_annotations(node)]
         held = self._fields_of(self._settings_in(annotations))
         while True:
             outside = [name for name in reached if name not in held and self._is_settings(name)]
-            calls = [(name, each) for name in reached for node in self._counted(name, held) for each in _called(node)]
+            calls = [(name, each) for name in reached for node in self._counted(name, held) for each in called(node)]
             gone = held & self._fields_of([*outside, *self._settings_in(calls)])
             if not gone:
                 return held
@@ -263,7 +228,7 @@ class Code:
                 if name not in found and self._is_settings(name):
                     found.add(name)
                     bodies = [each for _, node in self._nodes(name, ast.ClassDef) for each in node.body]
-                    waiting += self._settings_in([(name, each.annotation) for each in bodies if _is_field(each)])
+                    waiting += self._settings_in([(name, each.annotation) for each in bodies if is_field(each)])
         return found
 
     def _settings_in(self, expressions: Iterable[tuple[Name, ast.expr]]) -> list[Name]:
@@ -271,7 +236,7 @@ class Code:
         return [
             name
             for where, expression in expressions
-            for chain in _chains(expression)
+            for chain in dotted_names(expression)
             for name in self._resolved(self._meant(where, chain))
             if self._is_settings(name)
         ]
@@ -293,7 +258,7 @@ class Code:
             each = waiting.pop()
             if each not in found:
                 found.add(each)
-                bases = [chain for _, node in self._nodes(each, ast.ClassDef) for base in node.bases for chain in _chains(base)]
+                bases = [chain for _, node in self._nodes(each, ast.ClassDef) for base in node.bases for chain in dotted_names(base)]
                 waiting += [name for chain in bases for name in self._resolved(self._named(self._module(each[0]), chain))]
         return found
 
@@ -342,7 +307,7 @@ def _parse(name: str, path: Path, source: bytes) -> _Module:
     """The same file with the same text is read once in a process, whoever asks: a run asks again at the end of every stage."""
     try:
         tree = ast.parse(source, filename=str(path))
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{path} can't be read as Python: {error}") from error
     module = _Module(name, name if path.name == "__init__.py" else name.rpartition(".")[0], tree)
     top: list[ast.stmt] = []  # what binds names in the whole module by importing
@@ -356,177 +321,21 @@ def _parse(name: str, path: Path, source: bytes) -> _Module:
                     module.nodes[LOOSE].append(node)
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
                 module.nodes.setdefault(node.name, []).append(node)  # a name bound twice counts with both
-            case ast.Assign() | ast.AnnAssign() if names := _assigned(node):
+            case ast.Assign() | ast.AnnAssign() if names := assigned_names(node):
                 for each in names:
                     module.nodes.setdefault(each, []).append(node)
             case ast.If() if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
                 waiting += node.orelse[::-1]  # that never runs, this always does
-            case _ if not _is_text(node):
+            case _ if not is_bare_string(node):
                 module.nodes[LOOSE].append(node)
                 top.append(node)
-    module.imports, _ = _imports([each for node in top for each in _walk(node)], module.package)
+    module.imports, _ = imports_in([each for node in top for each in walk(node)], module.package)
     return module
 
 
 def _sha256(nodes: list[ast.stmt], module: _Module) -> str:
     """Names of other people's modules count as what they are bound to."""
-    roots = {chain[0] for node in nodes for chain in _chains(node)}
+    roots = {chain[0] for node in nodes for chain in dotted_names(node)}
     bound = sorted(f"{root} is {' or '.join(module.imports[root])}" for root in roots & module.imports.keys())
     text = "\n".join([f"dump {DUMP_VERSION}", *(canonical_dump(node) for node in nodes), *bound])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def canonical_dump(node: Any) -> str:
-    """A syntax tree as text: equal on every Python from 3.11 on, without positions, comments and bare strings."""
-    if isinstance(node, ast.AST):
-        parts = []
-        for name in node._fields:
-            if name in ("ctx", "kind", "type_comment", "type_ignores"):
-                continue
-            value = getattr(node, name, None)
-            if value is None and not (isinstance(node, ast.Constant) and name == "value"):
-                continue
-            if isinstance(value, list):
-                value = [each for each in value if not _is_text(each) and not _is_empty_text(each, node)]
-                if not value:
-                    continue
-            parts.append(f"{name}={canonical_dump(value)}")
-        return f"{type(node).__name__}({','.join(parts)})"
-    if isinstance(node, list):
-        return f"[{','.join(canonical_dump(each) for each in node)}]"
-    return f"{type(node).__name__}:{node!a}"  # repr would follow the Unicode tables of the Python at hand
-
-
-def _is_text(node: Any) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-
-
-def _is_empty_text(node: Any, parent: ast.AST) -> bool:
-    """An empty piece of an f-string: early releases of 3.12 put some in."""
-    return isinstance(parent, ast.JoinedStr) and isinstance(node, ast.Constant) and node.value == ""
-
-
-def _is_protocol(node: ast.stmt) -> bool:
-    return isinstance(node, ast.ClassDef) and any(isinstance(base, ast.Name) and base.id == "Protocol" for base in node.bases)
-
-
-def _without_fields(node: ast.stmt) -> ast.stmt:
-    if not isinstance(node, ast.ClassDef):
-        return node
-    rest = [each for each in node.body if not _is_field(each) and not isinstance(each, ast.Pass)]
-    return ast.ClassDef(name=node.name, bases=node.bases, keywords=node.keywords, body=rest, decorator_list=node.decorator_list)
-
-
-def _is_field(node: ast.stmt) -> TypeGuard[ast.AnnAssign]:
-    """What pydantic takes for a field: no ClassVar, nothing private, not its own `model_config`."""
-    if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-        return False
-    words = {chain[-1] for chain in _chains(node.annotation)}
-    if isinstance(node.annotation, ast.Constant):
-        words = set(re.findall(r"\w+", str(node.annotation.value)))
-    return "ClassVar" not in words and node.target.id != "model_config" and not node.target.id.startswith("_")
-
-
-def _annotations(function: ast.FunctionDef) -> list[ast.expr]:
-    parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-    return [each.annotation for each in parameters if each.annotation is not None]
-
-
-def _called(node: ast.stmt) -> list[ast.expr]:
-    """What is called in it: `C(a)` gives C, `C.model_validate(a)` gives C.model_validate."""
-    return [each.func for each in _walk(node) if isinstance(each, ast.Call) and isinstance(each.func, ast.Name | ast.Attribute)]
-
-
-def _assigned(node: ast.Assign | ast.AnnAssign) -> list[str]:
-    """The names that an assignment binds; none if it binds anything else too."""
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    names: list[str] = []
-    for target in targets:
-        for each in target.elts if isinstance(target, ast.Tuple) else [target]:
-            if not isinstance(each, ast.Name):
-                return []
-            names.append(each.id)
-    return names
-
-
-def _imports(nodes: Iterable[ast.AST], package: str) -> tuple[dict[str, list[str]], list[str]]:
-    """Bound names with their dotted targets, and the modules imported by star."""
-    bound: dict[str, list[str]] = {}
-    stars: list[str] = []
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                name = alias.asname or alias.name.split(".")[0]
-                _add(bound, name, alias.name if alias.asname else name)
-        elif isinstance(node, ast.ImportFrom):
-            base = _base(node, package)
-            for alias in node.names:
-                if alias.name == "*":
-                    stars.append(base)
-                else:
-                    _add(bound, alias.asname or alias.name, f"{base}.{alias.name}")
-    return bound, stars
-
-
-def _add(bound: dict[str, list[str]], name: str, target: str) -> None:
-    targets = bound.setdefault(name, [])
-    if target not in targets:
-        targets.append(target)
-
-
-def _needs(tree: ast.Module, package: str) -> list[str]:
-    """Dotted targets of every import in a file, wherever it stands."""
-    found = []
-    for node in _walk(tree):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            found += [f"{_base(node, package)}.{alias.name}" for alias in node.names]
-    return found
-
-
-def _base(node: ast.ImportFrom, package: str) -> str:
-    """The module that `from ... import` names, relative ones spelt out."""
-    base = node.module or ""
-    if node.level:
-        above = package.split(".")[: len(package.split(".")) - node.level + 1]
-        base = ".".join([*above, *([base] if base else [])])
-    return base
-
-
-def _children(node: ast.AST) -> Iterator[ast.AST]:
-    for value in vars(node).values():
-        if isinstance(value, ast.AST):
-            yield value
-        elif isinstance(value, list):
-            yield from (item for item in value if isinstance(item, ast.AST))
-
-
-@functools.cache
-def _walk(node: ast.AST) -> tuple[ast.AST, ...]:
-    """The nodes of a tree, as `ast.walk` gives them but three times as fast, and once: a plan comes back to each definition."""
-    found = [node]
-    for each in found:
-        found += _children(each)
-    return tuple(found)
-
-
-@functools.cache
-def _chains(node: ast.AST) -> frozenset[tuple[str, ...]]:
-    """Every dotted name that is read: `F.relu(x).sum()` gives ("F", "relu") and ("x",)."""
-    chains = set()
-    stack: list[ast.AST] = [node]
-    while stack:
-        each = stack.pop()
-        attributes: list[str] = []
-        inner = each
-        while isinstance(inner, ast.Attribute):
-            attributes.append(inner.attr)
-            inner = inner.value
-        if isinstance(inner, ast.Name):
-            chains.add((inner.id, *reversed(attributes)))
-        elif inner is not each:
-            stack.append(inner)
-        else:
-            stack += _children(each)
-    return frozenset(chains)

@@ -1,4 +1,4 @@
-"""What a run happens in: versions of the interpreter and of the libraries that decide results, and the state of the git clone."""
+"""What the code runs in: the folder of our packages, the versions that decide results, the git state."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import functools
 import importlib.metadata
 import platform
 import subprocess
+from pathlib import Path
 from typing import Any
 
-from pipelines.plan.graph import ROOT
+ROOT = Path(__file__).resolve().parents[2]
+"""The folder that holds our packages."""
 
 TRACKED = ("torch", "deepspeed", "ray", "mlflow", "tokenizers", "safetensors", "numpy", "datasets")
+"""The libraries whose versions are recorded, and are in every key when strict_environment = true."""
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of the interpreter and of the libraries that decide results."""
+    """The versions of the interpreter and of the libraries that decide results."""
     found = {"python": platform.python_version()}
     for name in TRACKED:
         try:
@@ -26,12 +29,12 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit, branch and whether the tree has changes; None outside a clone."""
+    """The clone's commit and branch, and whether its tree has changes; None outside a clone."""
     try:
-        answers = [
+        commit, branch, changes = [
             subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
             for words in (["rev-parse", "HEAD"], ["rev-parse", "--abbrev-ref", "HEAD"], ["status", "--porcelain"])
         ]
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": answers[0], "branch": answers[1], "dirty": bool(answers[2])}
+    return {"commit": commit, "branch": branch, "dirty": bool(changes)}

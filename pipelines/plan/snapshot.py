@@ -17,7 +17,9 @@ from pathlib import Path
 
 from pipelines.artifacts import Artifact
 from pipelines.plan.code import PACKAGES, Code
-from pipelines.plan.graph import ROOT, USER_MODULE, Graph
+from pipelines.plan.environment import ROOT
+from pipelines.plan.graph import Graph
+from pipelines.plan.user_code import USER_MODULE
 from pipelines.store.store import Store
 
 _SHIM = """import sys

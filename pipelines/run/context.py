@@ -19,7 +19,8 @@ from cluster.metric_names import check_metric_name
 from gpt.settings import Settings, TrainSettings
 from pipelines.artifacts import Artifact
 from pipelines.plan.environment import versions
-from pipelines.plan.graph import ENGINES, load_function
+from pipelines.plan.kinds import ENGINES
+from pipelines.plan.user_code import load_function
 from pipelines.run.job import Job, Outcome
 from pipelines.stage import Source, StageFailure
 from pipelines.store.events import now_ms

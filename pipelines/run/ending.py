@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pipelines.artifacts import Model
 from pipelines.observe.delivery import Tracker
 from pipelines.observe.page import render
-from pipelines.plan.graph import IMPORTS, Graph
+from pipelines.plan.graph import Graph
+from pipelines.plan.references import IMPORTS
 from pipelines.run.recorder import Recorder, RunState
 from pipelines.store.events import Announcement, JournalEvent, RunEnded
 from pipelines.store.runs import RunFolder

@@ -18,7 +18,7 @@ from cluster.events import StageEvent
 from cluster.failures import GangFailure
 from gpt.settings import Settings
 from pipelines.artifacts import Artifact
-from pipelines.plan.graph import Kind, load_kind
+from pipelines.plan.kinds import Kind, load_kind
 from pipelines.run.context import Context, Stopped
 from pipelines.run.job import Job, Outcome
 from pipelines.stage import StageFailure

@@ -12,8 +12,9 @@ from typing import Any
 from cluster.checkpoint import attempts, newest_checkpoint
 from cluster.events import Notice, Points, Progress, StageEvent
 from pipelines.plan.environment import versions
+from pipelines.plan.gates import closed_gate
 from pipelines.plan.graph import Graph, Stage
-from pipelines.plan.planner import Decision, closed_gate
+from pipelines.plan.planner import Decision
 from pipelines.run.job import Outcome
 from pipelines.run.task import StageTask
 from pipelines.store.action import Action
@@ -115,7 +116,7 @@ class Recorder:
                 self.note(stage, text.removeprefix(f"{stage.name}: "))
 
     def started(self, stage: Stage, decision: Decision, steps: int | None) -> None:
-        event = StageStarted(stage=stage.name, key=decision.key or "", decision=decision.word, reason=decision.reason, steps=steps)
+        event = StageStarted(stage=stage.name, key=decision.key or "", decision=decision.action, reason=decision.reason, steps=steps)
         self.write(event)
 
     def ended(
@@ -136,7 +137,7 @@ class Recorder:
             StageEnded(
                 stage=stage.name,
                 status=status,
-                decision=decision.word,
+                decision=decision.action,
                 reason=decision.reason,
                 key=decision.key or "",
                 number=number,
@@ -149,7 +150,7 @@ class Recorder:
     def reused(self, stage: Stage, decision: Decision) -> None:
         assert decision.output is not None
         self._state.outputs[stage.name] = decision.output
-        action = decision.action
+        action = decision.reused
         if action is not None:
             self._store.note_latest(self._graph.loaded.file.pipeline, stage.name, action)
         if decision.closed:

@@ -26,8 +26,8 @@ from gpt.settings import TrainSettings
 from pipelines.observe.delivery import Tracker, start_tracking
 from pipelines.observe.progress import forecast
 from pipelines.plan.config import ConfigError
-from pipelines.plan.environment import git_state, versions
-from pipelines.plan.graph import ROOT, Graph, Stage
+from pipelines.plan.environment import ROOT, git_state, versions
+from pipelines.plan.graph import Graph, Stage
 from pipelines.plan.planner import Decision, Planner
 from pipelines.plan.snapshot import Snapshot, freeze
 from pipelines.run.ending import Ending
@@ -103,7 +103,7 @@ class Run:
         """
         planner = self._planner(ROOT)
         plan = planner.plan()
-        to_build = [self.graph.stages[each.stage] for each in plan if each.word != "reuse"]
+        to_build = [self.graph.stages[each.stage] for each in plan if each.action != "reuse"]
         if faults := faults_here(to_build, self.graph, inline=self.options.inline):
             raise ConfigError(self.graph.loaded.path, faults)
         self.store.create()
@@ -159,7 +159,7 @@ class Run:
         self.folder.write_record(record)
         journal = JournalWriter(self.store, self.run)
         recorder = Recorder(self.graph, self.store, self.run, journal, self._show, self._state)
-        expected = [each.expected_s for each in plan if each.word != "blocked"]
+        expected = [each.expected_s for each in plan if each.action != "blocked"]
         recorder.write(
             RunStarted(
                 run=self.run,
@@ -174,7 +174,7 @@ class Run:
             )
         )
         for decision in plan:
-            recorder.write(StagePlanned(stage=decision.stage, decision=decision.word, reason=decision.reason))
+            recorder.write(StagePlanned(stage=decision.stage, decision=decision.action, reason=decision.reason))
         tracker = start_tracking(self.store, self.run, file.tracking.uri)
         return _Begun(planner, snapshot, journal, recorder, tracker, StopMark(self.store, self.run))
 
@@ -257,11 +257,11 @@ class Run:
 
     def _settle(self, stage: Stage, decision: Decision, recorder: Recorder) -> bool:
         """Deal with a stage that needs no run, or can't have one. Whether it was such a stage."""
-        if decision.word == "reuse":
+        if decision.action == "reuse":
             recorder.reused(stage, decision)
-        elif decision.word == "blocked":
+        elif decision.action == "blocked":
             recorder.ended(stage, "failed", decision, error=decision.reason)
-        return decision.word in ("reuse", "blocked")
+        return decision.action in ("reuse", "blocked")
 
     def _lease(self, stage: Stage, decision: Decision, recorder: Recorder) -> Lease | None:
         """The lease on the stage's key, or None while another run holds it, which is reported once."""

@@ -22,7 +22,8 @@ from pathlib import Path
 from cluster.jobs import Jobs
 from pipelines.observe.progress import Progress
 from pipelines.plan.config import ConfigError, load
-from pipelines.plan.graph import ROOT, Graph, build
+from pipelines.plan.environment import ROOT
+from pipelines.plan.graph import Graph, build
 from pipelines.plan.planner import Planner
 from pipelines.plan.snapshot import freeze
 from pipelines.run.frozen_config import freeze_config, not_freezable

@@ -12,7 +12,7 @@ from typing import BinaryIO, TextIO
 
 from gpt.chat import FORMAT, Message, encode_prompt
 from pipelines.artifacts import Model
-from pipelines.plan.planner import resolve
+from pipelines.plan.resolve import resolve
 from pipelines.serve.sample import SHOWN, sound_policy
 from pipelines.stage import StageFailure
 from pipelines.store.store import Action, Store

@@ -16,8 +16,9 @@ from typing import Any
 from pydantic import Field
 
 from pipelines.artifacts import Documents, Model, Prompts, Report
-from pipelines.stage import Source, StageConfig, StageContext, StageFailure, require_role, require_same_tokenizer
+from pipelines.stage import Models, Source, StageConfig, StageContext, StageFailure, require_role, require_same_tokenizer
 
+MODELS = Models(needs={"model": "policy", "baseline": "policy", "reward_model": "reward"})
 DOCUMENTS_PER_BATCH = 256
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from gpt.hf_folder import checkpoint_files, read_config
 from pipelines.artifacts import Model, Tokenizer
-from pipelines.stage import Source, StageConfig, StageContext, StageFailure
+from pipelines.stage import Models, Source, StageConfig, StageContext, StageFailure
+
+MODELS = Models(makes="policy")
 
 
 class ImportHfConfig(StageConfig):

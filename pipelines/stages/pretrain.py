@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from gpt.settings import PretrainSettings
 from pipelines.artifacts import Model, Tokens
-from pipelines.stage import StageConfig, StageContext, require_role, require_same_tokenizer
+from pipelines.stage import Models, StageConfig, StageContext, require_role, require_same_tokenizer
+
+MODELS = Models(needs={"model": "policy"}, makes="policy", makes_chat=False)
 
 
 class PretrainConfig(StageConfig, PretrainSettings):

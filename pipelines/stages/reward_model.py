@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from gpt.settings import RewardSettings
 from pipelines.artifacts import Model, Preferences, Ratings
-from pipelines.stage import StageConfig, StageContext, StageFailure, require_role
+from pipelines.stage import Models, StageConfig, StageContext, StageFailure, require_role
+
+MODELS = Models(needs={"policy": "policy"}, makes="reward")
 
 
 class RewardModelConfig(StageConfig, RewardSettings):

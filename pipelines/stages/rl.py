@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 
 from gpt.settings import Operational, RlSettings, UserFunction, check_effect
 from pipelines.artifacts import Model, Prompts
-from pipelines.stage import StageConfig, StageContext, StageFailure, require_role, require_same_tokenizer
+from pipelines.stage import Models, StageConfig, StageContext, StageFailure, require_role, require_same_tokenizer
+
+MODELS = Models(needs={"policy": "policy", "reward_model": "reward"}, needs_chat=("policy",), makes="policy", makes_chat=True)
 
 
 class RlConfig(StageConfig, RlSettings):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from gpt.settings import SftSettings
 from pipelines.artifacts import Conversations, Model
-from pipelines.stage import StageConfig, StageContext, require_role
+from pipelines.stage import Models, StageConfig, StageContext, require_role
+
+MODELS = Models(needs={"policy": "policy"}, makes="policy", makes_chat=True)
 
 
 class SftConfig(StageConfig, SftSettings):

@@ -143,7 +143,7 @@ def test_who_waits_takes_over_when_the_one_it_waits_for_is_killed_and_sync_ends_
     wait_for(lambda: program.waits_for(first_run), "the second run's waiting", second)
     first.kill()
     said = program.finish(second)
-    assert "resume: goes on at step 5 of 30" in said
+    assert "resume: resumes at step 5 of 30" in said
     assert program.outputs()["pretrain"] == inline_undisturbed.outputs()["pretrain"]
     assert f"{first_run}  ended as KILLED: its driver is gone" in program.run("sync")
     last = program.events(first_run)[-1]
@@ -157,14 +157,14 @@ def test_sigterm_saves_a_checkpoint_and_ends_with_143_and_the_command_that_goes_
     process.terminate()
     said = program.finish(process, code=143)
     assert program.status()["pretrain"] == "stopped"
-    assert "resume: goes on at step 8 of 30" in program.run(*goes_on_with(said))
+    assert "resume: resumes at step 8 of 30" in program.run(*goes_on_with(said))
     assert program.outputs()["pretrain"] == inline_undisturbed.outputs()["pretrain"]
 
 
 def test_rerun_makes_one_stage_anew_and_what_follows_only_where_it_came_to_other_bytes(one_rank_undisturbed, new_program):
     program = new_program(like=one_rank_undisturbed)
     said = program.run("rerun", "small.toml", "tokenizer")
-    assert "tokenizer   run: asked for afresh" in said
+    assert "tokenizer   run: rerun requested" in said
     assert program.status() == {"documents": "reused", "tokenizer": "done", "tokenize": "reused", "pretrain": "reused"}
     assert (program.action("tokenizer").number, program.action("tokenizer").forced) == (2, True)
     assert program.outputs() == one_rank_undisturbed.outputs()
@@ -197,7 +197,7 @@ def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(program, wa
     process.send_signal(signal.SIGINT)
     said = program.finish(process, code=130)
     assert "Traceback" not in said
-    assert program.plan("small.toml", "--set", "stages.pretrain.engine=torch")["pretrain"] == ("resume", "goes on at step 5 of 30")
+    assert program.plan("small.toml", "--set", "stages.pretrain.engine=torch")["pretrain"] == ("resume", "resumes at step 5 of 30")
 
 
 def test_a_kill_during_a_publish_leaves_no_half_artifact(program, marks):
@@ -211,7 +211,7 @@ def test_a_kill_during_a_publish_leaves_no_half_artifact(program, marks):
     assert len(half) == 1  # some of its files are there, and it does not exist
     assert half[0].name not in program.store.digests()
     said = program.run(*asked)
-    assert "copy        run: never made here" in said
+    assert "copy        run: not built here before" in said
     assert program.outputs()["copy"] == half[0].name
     assert program.store.verify(half[0].name) == []
     assert list((program.store.root / "tmp").iterdir()) == []

@@ -117,7 +117,7 @@ def test_no_end_loses_more_than_the_steps_since_the_last_checkpoint_and_a_stop_l
     following = story.runs[list(GOES_ON_AT).index(end) + 1]
     started = [event for event in story.program.events(following) if isinstance(event, StageStarted)]
     (event,) = [event for event in started if event.stage == "pretrain"]
-    assert (event.decision, event.reason) == ("resume", f"goes on at step {GOES_ON_AT[end]} of 30")
+    assert (event.decision, event.reason) == ("resume", f"resumes at step {GOES_ON_AT[end]} of 30")
 
 
 def test_a_second_run_waits_for_the_first_and_takes_over_when_its_driver_is_killed(story):

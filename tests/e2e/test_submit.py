@@ -141,7 +141,7 @@ def test_a_driver_that_was_killed_is_said_to_be_gone(story: Story) -> None:
 
 
 def test_submitting_again_resumes_and_the_log_is_followed_to_the_end(story: Story) -> None:
-    assert "pretrain    resume: goes on at step 10 of 30" in story.said["logs"]
+    assert "pretrain    resume: resumes at step 10 of 30" in story.said["logs"]
     assert re.search(r"^3 reused, 1 made in \d", story.said["logs"], re.MULTILINE)
     assert re.match(rf"{story.runs[2]}  FINISHED +3 reused, 1 made in \S+, ended 2", story.said["done"])
 

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from pipelines.plan.config import ConfigError, load
-from pipelines.plan.graph import ROOT, Graph, build
-from pipelines.plan.planner import Planner, resolve
+from pipelines.plan.environment import ROOT
+from pipelines.plan.graph import Graph, build
+from pipelines.plan.planner import Planner
+from pipelines.plan.resolve import resolve
 from pipelines.run.runner import Options, Run
 from pipelines.store.events import Announcement, JournalEvent, StageEnded
 from pipelines.store.store import Store
@@ -74,7 +76,7 @@ class Line:
         return build(load(self.folder / "line.toml", overrides), use or {})
 
     def plan(self, graph: Graph) -> dict[str, tuple[str, str]]:
-        return {each.stage: (each.word, each.reason) for each in Planner(graph, self.store, ROOT, given=graph.use).plan()}
+        return {each.stage: (each.action, each.reason) for each in Planner(graph, self.store, ROOT, given=graph.use).plan()}
 
     def run(self, graph: Graph) -> tuple[int, dict[str, str], dict[str, str]]:
         """Return the exit code, each stage's final status, and each stage's artifact or error."""
@@ -128,11 +130,12 @@ def test_an_imports_stage_name_is_free_and_valid(line: Line, save_foreign: Calla
 def test_a_plan_of_an_import_needs_no_torch(line: Line):
     line.graph(FURTHER)
     script = (
-        "import sys; from pathlib import Path; from pipelines.plan.config import load; from pipelines.plan.graph import ROOT, build;"
+        "import sys; from pathlib import Path; from pipelines.plan.config import load; from pipelines.plan.environment import ROOT;"
+        "from pipelines.plan.graph import build;"
         "from pipelines.plan.planner import Planner; from pipelines.store.store import Store;"
         f"plan = Planner(build(load(Path({str(line.folder)!r}, 'line.toml'))), Store(Path('nowhere')), ROOT).plan();"
         "heavy = [name for name in ('torch', 'transformers', 'tokenizers', 'safetensors') if name in sys.modules];"
-        "print([each.stage for each in plan if each.word == 'run'], heavy)"
+        "print([each.stage for each in plan if each.action == 'run'], heavy)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "['documents', 'hf-gpt2-tokenizer', 'tokenize', 'hf-gpt2', 'pretrain'] []"
@@ -157,7 +160,7 @@ def test_a_changed_byte_in_the_folder_reruns_the_stages_that_read_it(line: Line)
         "hf-gpt2-tokenizer": line.plan(line.graph(FURTHER))["hf-gpt2-tokenizer"],
         "tokenize": line.plan(line.graph(FURTHER))["tokenize"],
         "hf-gpt2": ("run", "source gpt2/model.safetensors changed"),
-        "pretrain": ("run", "its input hf-gpt2 is made anew"),
+        "pretrain": ("run", "its input hf-gpt2 will be rebuilt"),
     }
 
 
@@ -188,9 +191,9 @@ def test_use_replaces_a_tokenizer_stage_too(line: Line):
 
 def test_a_folder_instead_of_anything_else_is_refused(line: Line):
     wrong = FURTHER.replace('documents = ["documents"]', 'documents = ["hf:gpt2"]')
-    assert "stages.tokenize.inputs.documents: 'hf:gpt2' is a model or a tokenizer, wanted documents" in faults(line, wrong)
+    assert "stages.tokenize.inputs.documents: 'hf:gpt2' is a model or a tokenizer, expected documents" in faults(line, wrong)
     told = faults(line, FROM_NOTHING, use={"tokenize": "hf:gpt2"})
-    assert "--use tokenize=hf:gpt2: is a model or a tokenizer; tokenize makes tokens" in told
+    assert "--use tokenize=hf:gpt2: is a model or a tokenizer, but tokenize makes tokens" in told
 
 
 def test_a_problem_with_a_folder_is_reported_once_and_where_the_folder_is_named(line: Line):
@@ -241,12 +244,14 @@ inputs = { tokenizer = ["bytes"] }
 
 def test_an_imported_folder_can_be_used_as_a_reference(line: Line):
     folder = line.folder / "gpt2"
-    with pytest.raises(ValueError, match=r"was not imported into the store .* as it is now; name it in a pipeline's inputs or with --use"):
+    with pytest.raises(
+        ValueError, match=r"has not been imported into the store .* in its present state; name it in a pipeline's inputs or with --use"
+    ):
         resolve(line.store, f"hf:{folder}")
     _, _, made = line.run(line.graph(FURTHER))
     assert resolve(line.store, f"hf:{folder}") == made["hf-gpt2"]
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
-    with pytest.raises(ValueError, match=r"was not imported into the store .* as it is now"):
+    with pytest.raises(ValueError, match=r"has not been imported into the store .* in its present state"):
         resolve(line.store, f"hf:{folder}")
 
 

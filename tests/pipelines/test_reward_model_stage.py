@@ -9,7 +9,7 @@ import pytest
 
 from gpt.loop import Trained
 from pipelines.artifacts import Model, Preferences, Ratings
-from pipelines.plan.graph import Input, load_kind
+from pipelines.plan.kinds import Input, load_kind
 from pipelines.stage import StageFailure
 from pipelines.stages.reward_model import RewardModelConfig, reward_model
 

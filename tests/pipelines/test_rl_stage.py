@@ -14,7 +14,9 @@ import pytest
 from gpt.loop import Trained
 from pipelines.artifacts import Model, Prompts
 from pipelines.plan.config import load
-from pipelines.plan.graph import ROOT, Input, build, load_kind
+from pipelines.plan.environment import ROOT
+from pipelines.plan.graph import build
+from pipelines.plan.kinds import Input, load_kind
 from pipelines.plan.planner import Planner
 from pipelines.run.runner import Options, Run
 from pipelines.stage import StageFailure
@@ -227,7 +229,7 @@ log_every = 1
         model = self.store.new_folder()
         save_model(model, shape, dict(GPT(shape, torch.Generator().manual_seed(1)).named_parameters()))
         byte_tokenizer().save(model / "tokenizer.json")
-        policy = self.store.publish(model, "model", {"role": "policy", "tokenizer": "t" * 64})
+        policy = self.store.publish(model, "model", {"role": "policy", "tokenizer": "t" * 64, "chat_format": "gptline-1"})
         frozen = self.store.publish(prompts, "prompts", {"train": {"prompts": 2}, "held_out": {"prompts": 0}})
         (self.folder / "reward.py").write_text(reward)
         (self.folder / "small.toml").write_text(self.TOML.format(policy=policy.digest, prompts=frozen.digest))

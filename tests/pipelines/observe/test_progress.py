@@ -143,11 +143,11 @@ def test_a_terminal_has_a_row_for_each_stage() -> None:
 
 def test_a_plan_is_a_line_for_each_stage_and_what_it_comes_to() -> None:
     reused = Decision("documents", "reuse", "nothing changed", expected_s=0.0)
-    changed = Decision("pretrain", "run", "lr: 0.1 -> 0.2", expected_s=90.0, notes=("made with 2 ranks, you ask for 8",))
+    changed = Decision("pretrain", "run", "lr: 0.1 -> 0.2", expected_s=90.0, notes=("made with ranks = 2, now 8",))
     assert plan_lines([reused, changed, Decision("evaluate", "run", "its input pretrain runs", expected_s=5.0)]) == [
         "documents  reuse  nothing changed",
         "pretrain   run    lr: 0.1 -> 0.2",
-        "                  made with 2 ranks, you ask for 8",
+        "                  made with ranks = 2, now 8",
         "evaluate   run    its input pretrain runs",
         "",
         "2 of 3 stages to do, about 1:35",

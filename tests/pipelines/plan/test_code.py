@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.plan.code import PACKAGES, Code, canonical_dump, differences, flat, key_of
+from pipelines.plan.code import PACKAGES, Code
+from pipelines.plan.key import differences, flat, key_of
+from pipelines.plan.syntax import canonical_dump
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -345,7 +347,7 @@ class G(metaclass=type): a: int; b = c = 0
 
 
 def test_the_dump_of_one_source_is_the_same_on_every_python():
-    script = "import ast,hashlib,sys;from pipelines.plan.code import canonical_dump as d;"
+    script = "import ast,hashlib,sys;from pipelines.plan.syntax import canonical_dump as d;"
     script += "print(hashlib.sha256(d(ast.parse(sys.stdin.read())).encode()).hexdigest())"
     here = subprocess.run([sys.executable, "-c", script], input=SPECIMEN, capture_output=True, text=True, cwd=ROOT, check=True).stdout
     assert here.strip() == "efd4f98743c9491c361c49e57cd7e3d4c211f6d1aba647b02beec9afb52519cb"
@@ -374,8 +376,8 @@ def test_differences_are_sentences_with_what_a_person_changed_first():
     assert differences(old, new) == [
         "lr: 0.001 -> 0.0003",
         "source a.txt changed",
-        "source b.txt new",
+        "source b.txt is new",
         f"input tokens: {'a' * 12} -> {'b' * 12}",
         "code of gpt.model:GPT changed",
-        "code of gpt.model:gone gone",
+        "code of gpt.model:gone is gone",
     ]

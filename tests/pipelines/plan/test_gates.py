@@ -12,9 +12,11 @@ import pytest
 from pipelines.observe.page import render
 from pipelines.observe.progress import Progress, plan_lines
 from pipelines.plan.config import ConfigError, load
-from pipelines.plan.graph import ROOT, build
+from pipelines.plan.environment import ROOT
+from pipelines.plan.graph import build
 from pipelines.plan.planner import Planner
 from pipelines.run.runner import Options, Run
+from pipelines.store.events import RunEnded, StageEnded
 from pipelines.store.journal import read_journal
 from pipelines.store.store import Store
 from tests.pipelines.run.small import NoTracker
@@ -78,7 +80,9 @@ inputs = { reports = ["read"] }
 uses = "./kinds.py:measure"
 accuracy = 0.5
 """
-CLOSED = "measure's gate is closed: eval/pair_accuracy is 0.61, wanted at least 0.65; change its settings or its inputs, or change the gate"
+CLOSED = (
+    "measure's gate is closed: eval/pair_accuracy is 0.61, expected at least 0.65; change its settings or its inputs, or change the gate"
+)
 TRAIN = '\n[stages.{}]\nuses = "./kinds.py:train"\nsteps = 2\nglobal_batch_size = 1\nlr = {}\n'
 
 
@@ -107,11 +111,11 @@ class Gated:
             run = Run(graph, self.store, Options("gptline run gated.toml", "gptline run gated.toml", inline=True, **options), progress.show)
             code = run.execute()
         self.events = read_journal(self.store, run.run)
-        return code, {event["stage"]: event["status"] for event in self.events if event["type"] == "stage_ended"}
+        return code, {event.stage: event.status for event in self.ended()}
 
     def plan(self, *overrides: str, **options: Any) -> dict[str, tuple[str, str]]:
         self.decisions = Planner(self.graph(*overrides), self.store, ROOT, **options).plan()
-        return {each.stage: (each.word, each.reason) for each in self.decisions}
+        return {each.stage: (each.action, each.reason) for each in self.decisions}
 
     def faults(self, gate: str) -> list[str]:
         with pytest.raises(ConfigError) as caught:
@@ -119,10 +123,18 @@ class Gated:
         return [str(fault) for fault in caught.value.faults]
 
     def reason(self, stage: str) -> str:
-        return next(str(event["reason"]) for event in self.events if event["type"] == "stage_ended" and event["stage"] == stage)
+        return next(event.reason for event in self.ended() if event.stage == stage)
+
+    def ended(self) -> list[StageEnded]:
+        return [event for event in self.events if isinstance(event, StageEnded)]
+
+    def ending(self) -> RunEnded:
+        last = self.events[-1]
+        assert isinstance(last, RunEnded)
+        return last
 
     def newest(self) -> str | None:
-        return self.store.pointed("gated", "newest")
+        return self.store.alias("gated", "newest")
 
 
 @pytest.fixture
@@ -134,9 +146,9 @@ def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gated:
 def test_a_closed_gate_stops_what_follows_and_nothing_else(gated: Gated):
     assert gated.run() == (1, {"measure": "done", "aside": "done", "read": "blocked", "read_again": "blocked"})
     assert gated.reason("read") == CLOSED
-    assert gated.reason("read_again") == "its input read can't be made"
-    assert (gated.events[-1]["status"], gated.events[-1]["exit_code"]) == ("FAILED", 1)
-    assert gated.events[-1]["text"] == f"{CLOSED}. Then go on with: gptline run gated.toml"
+    assert gated.reason("read_again") == "its input read can't be built"
+    assert (gated.ending().status, gated.ending().exit_code) == ("FAILED", 1)
+    assert gated.ending().text == f"{CLOSED}. Then resume with: gptline run gated.toml"
 
 
 def test_an_open_gate_is_passed_and_its_bounds_belong_to_what_passes(gated: Gated):
@@ -152,8 +164,8 @@ def test_it_is_said_where_the_stage_ends_to_people_and_on_the_page(gated: Gated)
     assert lines[at - 1] == f"measure     {CLOSED}"
     assert f"read        blocked: {CLOSED}" in lines
     assert lines[-2].startswith("2 made, 2 blocked in ")
-    assert lines[-1] == f"{CLOSED}. Then go on with: gptline run gated.toml"
-    assert "gate is closed: eval/pair_accuracy is 0.61, wanted at least 0.65" in render(gated.store, gated.store.runs()[-1])
+    assert lines[-1] == f"{CLOSED}. Then resume with: gptline run gated.toml"
+    assert "gate is closed: eval/pair_accuracy is 0.61, expected at least 0.65" in render(gated.store, gated.store.runs()[-1])
 
 
 def test_what_a_closed_gates_stage_made_is_kept_and_a_plan_says_the_same(gated: Gated):
@@ -164,7 +176,7 @@ def test_what_a_closed_gates_stage_made_is_kept_and_a_plan_says_the_same(gated: 
     assert gated.plan() == {
         "measure": ("reuse", made_by),
         "read": ("blocked", CLOSED),
-        "read_again": ("blocked", "its input read can't be made"),
+        "read_again": ("blocked", "its input read can't be built"),
         "aside": ("reuse", made_by),
     }
     lines = plan_lines(gated.decisions)
@@ -184,23 +196,23 @@ def test_a_gate_counts_where_nothing_follows(gated: Gated):
     gated.write(TOML + 'gate = { figure = "eval/pairs", max = 99 }\n')
     code, status = gated.run("stages.measure.gate.min=0.5")
     assert (code, set(status.values())) == (1, {"done"})
-    assert gated.events[-1]["text"].startswith("aside's gate is closed: eval/pairs is 100, wanted at most 99; ")
+    assert gated.ending().text.startswith("aside's gate is closed: eval/pairs is 100, expected at most 99; ")
 
 
 @pytest.mark.parametrize(
     ("gate", "accuracy", "said"),
     [
-        ("{figure='eval/pair_accuracy', max=0.6}", 0.61, "eval/pair_accuracy is 0.61, wanted at most 0.6;"),
-        ("{figure='eval/pair_accuracy', min=0.7, max=0.9}", 0.61, "eval/pair_accuracy is 0.61, wanted at least 0.7 and at most 0.9;"),
-        ("{figure='eval/pair_accuracy', min=0}", -1, "eval/pair_accuracy is nan, wanted at least 0;"),
-        ("{figure='eval/pair_accuracy', max=1}", -1, "eval/pair_accuracy is nan, wanted at most 1;"),
-        ("{figure='eval/pair_accuracy', min=0.65}", 0.64999999, "eval/pair_accuracy is 0.64999999, wanted at least 0.65;"),
-        ("{figure='time/zzz', min=0}", 0.61, "it has no figure time/zzz, there are eval/pair_accuracy, eval/pairs; change the gate"),
-        ("{figure='eval/accuracy', min=0}", 0.61, "it has no figure eval/accuracy, perhaps eval/pair_accuracy is meant; change the gate"),
+        ("{figure='eval/pair_accuracy', max=0.6}", 0.61, "eval/pair_accuracy is 0.61, expected at most 0.6;"),
+        ("{figure='eval/pair_accuracy', min=0.7, max=0.9}", 0.61, "eval/pair_accuracy is 0.61, expected at least 0.7 and at most 0.9;"),
+        ("{figure='eval/pair_accuracy', min=0}", -1, "eval/pair_accuracy is nan, expected at least 0;"),
+        ("{figure='eval/pair_accuracy', max=1}", -1, "eval/pair_accuracy is nan, expected at most 1;"),
+        ("{figure='eval/pair_accuracy', min=0.65}", 0.64999999, "eval/pair_accuracy is 0.64999999, expected at least 0.65;"),
+        ("{figure='time/zzz', min=0}", 0.61, "it has no figure time/zzz (its figures: eval/pair_accuracy, eval/pairs); change the gate"),
+        ("{figure='eval/accuracy', min=0}", 0.61, "it has no figure eval/accuracy (did you mean eval/pair_accuracy?); change the gate"),
         (
             "[{figure='eval/pair_accuracy', min=0.7}, {figure='eval/pairs', min=1}, {figure='eval/pairs', max=50}]",
             0.61,
-            "eval/pair_accuracy is 0.61, wanted at least 0.7, and eval/pairs is 100, wanted at most 50;",
+            "eval/pair_accuracy is 0.61, expected at least 0.7, and eval/pairs is 100, expected at most 50;",
         ),
     ],
 )
@@ -214,22 +226,22 @@ def test_what_closes_a_gate_is_told_with_value_and_bound(gated: Gated, gate: str
 def test_a_stage_without_any_figures_is_told_so(gated: Gated):
     (gated.folder / "kinds.py").write_text(KINDS.replace("stage.figure(", "print("))
     assert gated.run()[0] == 1
-    assert gated.reason("read").startswith("measure's gate is closed: it has no figure eval/pair_accuracy, nor any other;")
+    assert gated.reason("read").startswith("measure's gate is closed: it has no figure eval/pair_accuracy (its figures: none);")
 
 
 def test_the_last_value_of_a_curve_serves_where_there_is_no_such_figure(gated: Gated):
     gated.write('pipeline = "gated"\n' + TRAIN.format("train", 1.0) + 'gate = { figure = "val/loss", max = 2.6 }\n')
     assert gated.run()[0] == 0  # 3.0, then 2.5
     assert gated.run("stages.train.gate.max=2.4")[0] == 1
-    wanted = "train's gate is closed: val/loss is 2.5, wanted at most 2.4; train it longer or otherwise, or change the gate. "
-    assert gated.events[-1]["text"].startswith(wanted)
+    wanted = "train's gate is closed: val/loss is 2.5, expected at most 2.4; train it longer or otherwise, or change the gate. "
+    assert gated.ending().text.startswith(wanted)
 
 
 def test_newest_is_no_model_whose_gate_is_closed(gated: Gated):
     second = TRAIN.format("second", 2.0) + 'gate = { figure = "val/loss", max = 2.4 }\n'
     gated.write('pipeline = "gated"\n' + TRAIN.format("first", 1.0) + second)
     gated.run()
-    outputs = {event["stage"]: event["output"] for event in gated.events if event["type"] == "stage_ended"}
+    outputs = {event.stage: event.output for event in gated.ended()}
     assert gated.newest() == outputs["first"]
     gated.run()  # reused
     assert gated.newest() == outputs["first"]
@@ -282,7 +294,7 @@ def test_an_artifact_that_a_person_gives_in_a_stages_place_needs_no_figures(gate
 def test_a_stage_that_failed_is_told_beside_a_closed_gate(gated: Gated):
     assert gated.run("stages.aside.broken=true") == (1, {"measure": "done", "aside": "failed", "read": "blocked", "read_again": "blocked"})
     last = "aside failed; the other results are kept. Mend it, then go on with: gptline run gated.toml"
-    assert gated.events[-1]["text"] == f"{CLOSED}. {last}"
+    assert gated.ending().text == f"{CLOSED}. {last}"
 
 
 def test_a_gate_is_in_no_key_and_in_the_runs_config(gated: Gated):

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.plan.config import load
-from pipelines.plan.graph import ROOT, Graph, build
+from pipelines.plan.environment import ROOT
+from pipelines.plan.graph import Graph, build
 from pipelines.plan.planner import Planner
 from pipelines.run.runner import Options, Run
 from pipelines.store.events import Announcement, JournalEvent, RunEnded, StageEnded
@@ -129,7 +130,7 @@ class Small:
         return code, {event.stage: event.status for event in self.ended()}
 
     def plan(self, *overrides: str, **options: Any) -> dict[str, tuple[str, str]]:
-        return {each.stage: (each.word, each.reason) for each in Planner(self.graph(*overrides), self.store, ROOT, **options).plan()}
+        return {each.stage: (each.action, each.reason) for each in Planner(self.graph(*overrides), self.store, ROOT, **options).plan()}
 
     def ended(self) -> list[StageEnded]:
         return [event for event in self.events if isinstance(event, StageEnded)]

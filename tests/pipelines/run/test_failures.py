@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from pipelines.plan.config import ConfigError
-from pipelines.plan.graph import ROOT
-from pipelines.plan.planner import Decision, Planner, resolve
+from pipelines.plan.environment import ROOT
+from pipelines.plan.planner import Decision, Planner
+from pipelines.plan.resolve import resolve
 from pipelines.run.runner import Options, Run
 from pipelines.store.journal import dead_runs
 from pipelines.store.lease import Watch
@@ -127,11 +128,11 @@ def test_a_source_that_is_gone_blocks_what_needs_it_whatever_else_is_made_for_th
     small.write("other.txt", "uvw")
     graph = small.graph()
     (small.folder / "words.txt").unlink()
-    assert {each.stage: (each.word, each.reason) for each in Planner(graph, small.store, ROOT).plan()} == {
+    assert {each.stage: (each.action, each.reason) for each in Planner(graph, small.store, ROOT).plan()} == {
         "words": ("blocked", "its source words.txt can't be read (No such file or directory); put it back"),
-        "others": ("run", "never made here"),
-        "cut": ("blocked", "its input words can't be made"),
-        "report": ("blocked", "its input words can't be made"),
+        "others": ("run", "not built here before"),
+        "cut": ("blocked", "its input words can't be built"),
+        "report": ("blocked", "its input words can't be built"),
     }
 
 
@@ -181,7 +182,7 @@ def test_only_stages_that_will_run_need_room(small: Small):
 
 def test_the_newest_model_is_none_where_no_stage_makes_one(small: Small):
     small.run()
-    with pytest.raises(ValueError, match="no model has this name; there are none yet"):
+    with pytest.raises(ValueError, match="there is no such model; the store has none yet"):
         resolve(small.store, "model:small@newest")
 
 
@@ -206,7 +207,7 @@ def test_a_bare_digest_as_it_is_printed_is_a_reference(small: Small):
     small.run()
     digest = resolve(small.store, f"run:{small.store.runs()[0]}/cut")
     assert resolve(small.store, digest[:12]) == digest
-    with pytest.raises(ValueError, match="names no artifact; wanted sha256:<at least 8 digits>, run:<id>/<stage>"):
+    with pytest.raises(ValueError, match="does not name an artifact; expected sha256:<at least 8 digits>, run:<id>/<stage>"):
         resolve(small.store, "cut")
 
 

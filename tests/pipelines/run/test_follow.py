@@ -87,7 +87,7 @@ def submitted(store: Store, run: str = FIRST) -> None:
 def train(journal: JournalWriter, steps_done: int) -> None:
     journal.write(StagePlanned(stage="tokenize", decision="reuse", reason="made by run before"))
     journal.write(StageEnded(stage="tokenize", status="reused", decision="reuse", output="ab" * 32))
-    journal.write(StageStarted(stage="pretrain", key="k", decision="run", reason="never made here", steps=30))
+    journal.write(StageStarted(stage="pretrain", key="k", decision="run", reason="not built here before", steps=30))
     points = [Point(step, 1.0, 0) for step in range(1, steps_done + 1)]
     journal.write(StagePoints(stage="pretrain", curves={"train/loss": points}))
     journal.flush()
@@ -218,7 +218,7 @@ def test_where_no_run_is_named_the_newest_open_one_is_meant(store: Store, begun:
 
 LINES = [
     "tokenize    reuse: abababababab  made by run before",
-    "pretrain    run: never made here",
+    "pretrain    run: not built here before",
     "pretrain    made: 2.0 s  cdcdcdcdcdcd",
     "1 reused, 1 made in 0:00",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from pipelines.plan.config import ConfigError
-from pipelines.plan.planner import resolve
+from pipelines.plan.resolve import resolve
 from tests.pipelines.run.small import KINDS, TOML, WORDS, Small
 
 
@@ -39,21 +39,21 @@ def test_a_plan_of_a_new_store_writes_nothing(small: Small):
     [
         (
             lambda s: s.write("small.toml", TOML.replace("[stages.report]", "letters = 2\n\n[stages.report]")),
-            ("", "letters: 3 -> 2", "its input cut is made anew"),
+            ("", "letters: 3 -> 2", "its input cut will be rebuilt"),
         ),
         (
             lambda s: s.write("words.py", WORDS.replace("[:letters]", "[letters:]")),
-            ("", "code of words:shorten changed", "its input cut is made anew"),
+            ("", "code of words:shorten changed", "its input cut will be rebuilt"),
         ),
         (
             lambda s: s.write("words.txt", "abcdeg"),
-            ("source words.txt changed", "its input words is made anew", "its input words is made anew"),
+            ("source words.txt changed", "its input words will be rebuilt", "its input words will be rebuilt"),
         ),
         (lambda s: s.write("kinds.py", KINDS.replace("All words.", "Every word.  ")), ("", "", "")),
         (lambda s: s.write("words.py", "# short\n" + WORDS), ("", "", "")),
         (
             lambda s: s.write("small.toml", TOML.replace("seed = 1", "seed = 2")),
-            ("seed: 1 -> 2", "its input words is made anew", "its input words is made anew"),
+            ("seed: 1 -> 2", "its input words will be rebuilt", "its input words will be rebuilt"),
         ),
     ],
 )
@@ -67,7 +67,7 @@ def test_what_was_changed_is_the_reason(small: Small, change: Callable[[Small], 
 def test_an_upstream_stage_that_comes_to_the_same_bytes_stops_the_change_there(small: Small):
     small.run()
     small.write("kinds.py", KINDS.replace("file.read()", "file.read() + b''"))
-    assert small.plan()["report"] == ("run", "its input words is made anew")  # nobody can know yet
+    assert small.plan()["report"] == ("run", "its input words will be rebuilt")  # its new output may turn out equal
     assert small.run() == (0, {"words": "done", "cut": "reused", "report": "reused"})
 
 
@@ -88,7 +88,7 @@ def test_a_rerun_that_did_not_come_to_its_end_is_not_forgotten(small: Small, end
     mark.touch()
     assert small.run(fresh=["cut", "report"])[1]["cut"] == status
     assert small.ending().text.endswith("resume with: gptline run small.toml --fresh report")  # which was not begun
-    assert small.plan()["cut"] == ("run", "an asked-for rerun did not come to its end")
+    assert small.plan()["cut"] == ("run", "a requested rerun was interrupted")
     mark.unlink()
     assert small.run(fresh=["report"]) == (0, {"words": "reused", "cut": "done", "report": "done"})
     assert {each.stage: each.number for each in small.store.all_actions() if each.forced} == {"cut": 2, "report": 2}
@@ -97,7 +97,7 @@ def test_a_rerun_that_did_not_come_to_its_end_is_not_forgotten(small: Small, end
 
 def test_until_makes_a_stage_and_what_it_needs_and_no_more(small: Small):
     assert small.run(until="cut") == (0, {"words": "done", "cut": "done"})
-    with pytest.raises(ConfigError, match="--until cutt: there is no such stage; there are words, cut, report"):
+    with pytest.raises(ConfigError, match="--until cutt: there is no such stage; the stages are words, cut, report"):
         small.run(until="cutt")
 
 
@@ -106,7 +106,7 @@ def test_use_takes_an_artifact_as_a_stages_output(small: Small):
     cut = resolve(small.store, f"run:{small.store.runs()[0]}/cut")
     small.write("words.txt", "uvwxyz")
     assert small.run(use={"cut": f"sha256:{cut[:12]}"}) == (0, {"words": "done", "cut": "reused", "report": "done"})
-    with pytest.raises(ConfigError, match=r"--use cut=.* is report, wanted documents"):
+    with pytest.raises(ConfigError, match=r"--use cut=.* is report, expected documents"):
         small.run(use={"cut": f"run:{small.store.runs()[0]}/report"})
 
 
@@ -116,7 +116,7 @@ def test_an_artifact_of_another_run_is_an_input(small: Small):
     small.write("small.toml", TOML.replace('inputs = { documents = "words" }', f'inputs = {{ documents = "run:{run}/words" }}'))
     assert small.run() == (0, {"words": "reused", "cut": "reused", "report": "reused"})
     small.write("small.toml", TOML.replace('inputs = { documents = "words" }', f'inputs = {{ documents = "run:{run}/report" }}'))
-    with pytest.raises(ConfigError, match="is report, wanted documents"):
+    with pytest.raises(ConfigError, match="is report, expected documents"):
         small.run()
     small.write("small.toml", TOML.replace('inputs = { documents = "words" }', 'inputs = { documents = "run:20200101-gone/words" }'))
     with pytest.raises(ConfigError, match="there is no run '20200101-gone'; the newest are"):

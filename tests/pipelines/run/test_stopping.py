@@ -76,11 +76,11 @@ def test_a_plan_is_made_for_the_run_that_is_asked_for(drilled: Small):
         asked = ["plan", str(drilled.folder / "small.toml"), "--set", f"store.root={drilled.store.root}", *words]
         return CliRunner().invoke(app, asked, catch_exceptions=False).output
 
-    assert "drill   resume  goes on at step 3 of 10" in plan("--inline")
+    assert "drill   resume  resumes at step 3 of 10" in plan("--inline")
     assert (
         "drill   blocked  the checkpoint at step 3 was made with engine = torch, but this run asks for engine = deepspeed, zero_stage = 1 "
         "and can't load it; set engine = torch to resume, or rebuild the stage from step 0 (--fresh drill). "
-        "Or go on with --inline\n"
+        "Or continue with --inline\n"
     ) in plan()
-    assert "drill   run    asked for afresh" in plan("--fresh", "drill")
+    assert "drill   run    rerun requested" in plan("--fresh", "drill")
     assert "drill" not in plan("--inline", "--until", "report")

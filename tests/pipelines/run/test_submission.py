@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.plan.config import ConfigError, load
-from pipelines.plan.graph import ROOT, Graph, build
+from pipelines.plan.environment import ROOT
+from pipelines.plan.graph import Graph, build
 from pipelines.plan.planner import Planner
 from pipelines.plan.snapshot import freeze
 from pipelines.run.frozen_config import as_toml, freeze_config

@@ -11,7 +11,7 @@ from pipelines.store.events import Note, RunEnded, RunStarted, StageEnded, Stage
 
 EVENTS = [
     RunStarted(run="r1", pipeline="line", versions={"torch": "2.13.0"}, forecast_s=12.5, time_ms=1),
-    StageStarted(stage="pretrain", key="1f0c", decision="run", reason="never made here", steps=100, time_ms=2),
+    StageStarted(stage="pretrain", key="1f0c", decision="run", reason="not built here before", steps=100, time_ms=2),
     StageProgress(stage="ingest", done=3, total=12, unit="files", time_ms=3),
     StagePoints(
         stage="pretrain",

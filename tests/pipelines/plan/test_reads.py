@@ -1,0 +1,129 @@
+"""A plan reads as much of a store with 10,000 actions as of one with 100."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipelines.plan.config import load
+from pipelines.plan.environment import ROOT
+from pipelines.plan.graph import Graph, build
+from pipelines.plan.planner import Planner
+from pipelines.plan.resolve import resolve
+from pipelines.store.store import Store
+
+TOML = """
+pipeline = "read"
+
+[stages.documents]
+uses = "ingest"
+source = "text"
+unit = "line"
+files = ["a.txt"]
+
+[stages.more]
+uses = "ingest"
+source = "text"
+unit = "paragraph"
+files = ["a.txt"]
+
+[stages.tokenizer]
+algorithm = "bytes"
+inputs = { documents = ["documents"] }
+
+[stages.evaluate]
+inputs = { model = "model:other@newest", documents = ["documents"] }
+"""
+MODEL = "e" * 64
+
+
+class CountingBackend:
+    """A backend in memory that counts its reads, and the names that its listings return."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.reads: Counter[str] = Counter()
+
+    def get(self, name: str) -> bytes | None:
+        self.reads["get"] += 1
+        return self.objects.get(name)
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        return self.objects.setdefault(name, data) is data
+
+    def put(self, name: str, data: bytes | Path) -> None:
+        self.objects[name] = data if isinstance(data, bytes) else data.read_bytes()
+
+    def list(self, prefix: str) -> list[str]:
+        found = sorted(name for name in self.objects if name.startswith(prefix))
+        self.reads["list"] += 1
+        self.reads["names returned"] += len(found)
+        return found
+
+    def delete(self, name: str) -> None:
+        self.objects.pop(name, None)
+
+
+def add_action(backend: CountingBackend, key: str, stage: str, output: str, artifact: str, **metadata: str) -> None:
+    """Write an action's record and its artifact, as an earlier run would have left them."""
+    action = {
+        "schema": 1, "key": key, "number": 1, "pipeline": "read", "stage": stage, "kind": "ingest", "run": "r", "leaves": {"seed": 1},
+        "inputs": {}, "output": output, "output_kind": artifact, "started_ms": 1, "seconds": 1.0, "host": "h", "user": "u", "pid": 1,
+    }  # fmt: skip
+    backend.put(f"actions/{key}/000001.json", json.dumps(action).encode())
+    manifest = {"schema": 1, "kind": artifact, "files": [], "metadata": metadata}
+    backend.put(f"artifacts/{output}/manifest.json", json.dumps(manifest).encode())
+
+
+def filled(folder: Path, graph: Graph, others: int) -> tuple[Store, CountingBackend]:
+    """A store with `others` actions of other pipelines, in which `documents` is finished, `more` had another key, the rest is new."""
+    store = Store(folder / "store")
+    store.backend = backend = CountingBackend()
+    for number in range(others):
+        add_action(backend, f"{number:064x}", "documents", f"{number + 2**32:064x}", "documents")
+        backend.put(f"latest/other{number}/documents.json", json.dumps({"key": f"{number:064x}", "number": 1}).encode())
+    (documents, *_) = Planner(graph_without_model(folder), store, ROOT).plan()
+    assert documents.key is not None
+    add_action(backend, documents.key, "documents", "d" * 64, "documents")
+    add_action(backend, "c" * 64, "more", "b" * 64, "documents")
+    backend.put("latest/read/more.json", json.dumps({"key": "c" * 64, "number": 1}).encode())
+    add_action(backend, "f" * 64, "pretrain", MODEL, "model", role="policy", tokenizer="1" * 64)
+    backend.put("aliases/other/newest.json", json.dumps({"digest": MODEL}).encode())
+    backend.reads.clear()
+    return store, backend
+
+
+def graph_without_model(folder: Path) -> Graph:
+    (folder / "first.toml").write_text(TOML.partition("[stages.evaluate]")[0])
+    return build(load(folder / "first.toml"))
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Graph:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "read.toml").write_text(TOML)
+    return build(load(tmp_path / "read.toml"))
+
+
+def test_a_plan_reads_no_more_of_10000_actions_than_of_100(graph: Graph, tmp_path: Path):
+    reads = {}
+    for others in (100, 10_000):
+        store, backend = filled(tmp_path, graph, others)
+        plan = {each.stage: each.action for each in Planner(graph, store, ROOT).plan()}
+        assert plan == {"documents": "reuse", "more": "run", "tokenizer": "run", "evaluate": "run"}
+        reads[others] = dict(backend.reads)
+    assert reads[100] == reads[10_000]
+    assert reads[100]["names returned"] < 20
+
+
+@pytest.mark.parametrize("reference", ["model:other@newest"])
+def test_resolving_a_reference_reads_no_more_of_10000_actions_than_of_100(graph: Graph, tmp_path: Path, reference: str):
+    reads = {}
+    for others in (100, 10_000):
+        store, backend = filled(tmp_path, graph, others)
+        assert resolve(store, reference) == MODEL
+        reads[others] = dict(backend.reads)
+    assert reads[100] == reads[10_000]
