@@ -293,7 +293,7 @@ def test_an_artifact_that_a_person_gives_in_a_stages_place_needs_no_figures(gate
 
 def test_a_stage_that_failed_is_told_beside_a_closed_gate(gated: Gated):
     assert gated.run("stages.aside.broken=true") == (1, {"measure": "done", "aside": "failed", "read": "blocked", "read_again": "blocked"})
-    last = "aside failed; the other results are kept. Mend it, then go on with: gptline run gated.toml"
+    last = "aside failed; the other results are kept. Fix the cause, then resume with: gptline run gated.toml"
     assert gated.ending().text == f"{CLOSED}. {last}"
 
 
