@@ -58,7 +58,7 @@ class Room:
         parts += [f"{self.memory_gib:g} GiB"] if self.memory_gib else []
         parts += [f"accelerator {self.accelerator}"] if self.accelerator else []
         parts += [f"labels {dict(self.labels)}"] if self.labels else []
-        each = " and ".join(parts)
+        each = _listed(parts)
         return f"{self.ranks} ranks of {each}" if self.ranks > 1 else each
 
 
@@ -82,10 +82,10 @@ def describe_wait(room: Room) -> str:
     nodes, free = _nodes(), _free_by_node()
     shown = [f"{_free_of_total(room, free.get(node['NodeID'], {}), node)} on {node['NodeManagerHostname']}" for node in nodes]
     more = [f"and {len(nodes) - _LISTED_NODES} more nodes"] if len(nodes) > _LISTED_NODES else []
-    listed = ", ".join([*shown[:_LISTED_NODES], *more])
+    listed = "; ".join([*shown[:_LISTED_NODES], *more])
     if _fits_now(room):
-        return f"waiting for Ray to place {room}, which should fit; free now: {listed}"
-    return f"waiting for {room}; free now: {listed}"
+        return f"waiting for Ray to place {room}, which should fit (free now: {listed})"
+    return f"waiting for {room} (free now: {listed})"
 
 
 @contextlib.contextmanager
@@ -173,7 +173,11 @@ def _free_of_total(room: Room, free: Mapping[str, float], node: Mapping[str, Any
     parts = [f"{free.get('CPU', 0):g} of {_counted(total.get('CPU', 0), 'CPU')}"]
     parts += [f"{free.get('GPU', 0):g} of {_counted(total.get('GPU', 0), 'GPU')}"] if room.gpus_per_rank else []
     parts += [f"{free.get('memory', 0) / 2**30:.1f} of {total.get('memory', 0) / 2**30:.1f} GiB"] if room.memory_gib else []
-    return " and ".join(parts)
+    return _listed(parts)
+
+
+def _listed(parts: list[str]) -> str:
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
 
 
 def _counted(count: float, unit: str) -> str:

@@ -92,7 +92,7 @@ def test_four_ranks_on_a_cluster_with_two_cpus_are_refused_at_once(tmp_path: Pat
 
 
 def test_labels_and_gpus_that_no_node_has_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(GangFailure, match=r"1 CPU and 1 GPU and labels \{'tier': 'a100'\}, but no node .* 0 with these labels"):
+    with pytest.raises(GangFailure, match=r"1 CPU, 1 GPU and labels \{'tier': 'a100'\}, but no node .* 0 with these labels"):
         Gang(tmp_path, ranks=1, gpus_per_rank=1, labels={"tier": "a100"}).run(rank_functions.add_ranks)
 
 
@@ -218,5 +218,5 @@ def test_a_wait_for_resources_ends_when_the_cluster_no_longer_has_them(tmp_path:
         gang.run(rank_functions.add_ranks)
     assert failure.value.cause == "resources"
     (text,) = gang.notices(Waiting)
-    assert re.fullmatch(r"waiting for 4 ranks of 1 CPU; free now: 2 of 2 CPUs on \S+", text)
+    assert re.fullmatch(r"waiting for 4 ranks of 1 CPU \(free now: 2 of 2 CPUs on \S+\)", text)
     assert all_cpus_are_free()

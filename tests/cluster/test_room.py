@@ -54,20 +54,20 @@ def test_only_nodes_with_the_labels_count(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_wait_shows_that_two_free_cpus_lie_on_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster(monkeypatch, ({"CPU": 2.0}, {"CPU": 1.0}), ({"CPU": 2.0}, {"CPU": 1.0}))
-    assert describe_wait(Room(name="words", cpus_per_rank=2)) == "waiting for 2 CPUs; free now: 1 of 2 CPUs on n0, 1 of 2 CPUs on n1"
+    assert describe_wait(Room(name="words", cpus_per_rank=2)) == "waiting for 2 CPUs (free now: 1 of 2 CPUs on n0; 1 of 2 CPUs on n1)"
 
 
 def test_a_wait_names_memory_and_gpus_only_if_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster(monkeypatch, ({"CPU": 8.0, "GPU": 2.0, "memory": 16 * GIB}, {"CPU": 8.0, "memory": 4 * GIB}))
     assert describe_wait(Room(name="pretrain", ranks=2, gpus_per_rank=1, memory_gib=4)) == (
-        "waiting for 2 ranks of 1 CPU and 1 GPU and 4 GiB; free now: 8 of 8 CPUs and 0 of 2 GPUs and 4.0 of 16.0 GiB on n0"
+        "waiting for 2 ranks of 1 CPU, 1 GPU and 4 GiB (free now: 8 of 8 CPUs, 0 of 2 GPUs and 4.0 of 16.0 GiB on n0)"
     )
 
 
 def test_a_wait_for_what_looks_free_says_that_it_should_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster(monkeypatch, ({"CPU": 2.0}, {"CPU": 2.0}))
     assert describe_wait(Room(name="pretrain", ranks=2)) == (
-        "waiting for Ray to place 2 ranks of 1 CPU, which should fit; free now: 2 of 2 CPUs on n0"
+        "waiting for Ray to place 2 ranks of 1 CPU, which should fit (free now: 2 of 2 CPUs on n0)"
     )
 
 
@@ -75,7 +75,7 @@ def test_a_wait_lists_eight_nodes_and_counts_the_others(monkeypatch: pytest.Monk
     nodes: list[Any] = [({"CPU": 2.0}, {})] * 10
     cluster(monkeypatch, *nodes)
     text = describe_wait(Room(name="words", cpus_per_rank=2))
-    assert text.endswith("0 of 2 CPUs on n7, and 2 more nodes")
+    assert text.endswith("0 of 2 CPUs on n7; and 2 more nodes)")
     assert "n8" not in text
 
 
@@ -115,7 +115,7 @@ def test_a_wait_for_cpus_in_use_is_reported_once_after_a_second(monkeypatch: pyt
     assert wait_events(Room(name="pretrain", ranks=2)) == []
     assert short.removed
     PendingGroup(monkeypatch, placed_at=100)
-    assert wait_events(Room(name="pretrain", ranks=2)) == [Waiting("waiting for 2 ranks of 1 CPU; free now: 1 of 2 CPUs on n0")]
+    assert wait_events(Room(name="pretrain", ranks=2)) == [Waiting("waiting for 2 ranks of 1 CPU (free now: 1 of 2 CPUs on n0)")]
 
 
 def test_a_wait_while_enough_is_free_is_reported_only_after_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

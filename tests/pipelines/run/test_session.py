@@ -78,7 +78,7 @@ def test_a_stage_that_waits_for_room_says_once_for_what(small: Small, cluster: C
     small.write("small.toml", TOML + "\n[stages.words.resources]\ncpus = 2\nmemory_gib = 2\n")
     assert small.run(inline=False) == (0, {"words": "done", "cut": "done", "report": "done"})
     notes = [event.text for event in small.events if isinstance(event, Note) and event.stage == "words"]
-    assert notes == ["waiting for 2 CPUs and 2 GiB; free now: 1 of 2 CPUs and 1.0 of 2.0 GiB on head"]
+    assert notes == ["waiting for 2 CPUs and 2 GiB (free now: 1 of 2 CPUs and 1.0 of 2.0 GiB on head)"]
 
 
 def test_a_session_is_opened_when_what_was_to_be_reused_is_gone(small: Small, cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
