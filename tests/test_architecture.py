@@ -64,7 +64,7 @@ def test_a_stage_knows_neither_other_stages_nor_the_line(path: Path):
 
 
 def test_packages_are_empty_but_for_their_modules():
-    for package in ("pipelines", "pipelines/stages", "gpt", "cluster"):
+    for package in ("pipelines", "pipelines/stages", "gpt", "gpt/rl", "cluster"):
         assert (ROOT / package / "__init__.py").read_text() == ""
 
 
