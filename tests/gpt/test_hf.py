@@ -51,7 +51,7 @@ def test_transformers_computes_the_same_logits(tied, bias, tmp_path):
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, byte_tokenizer()], ids=["bpe", "bytes"])
-def test_transformers_gives_the_same_token_ids_also_for_text_that_spells_special_tokens(tokenizer, tmp_path):
+def test_transformers_gives_the_same_token_ids_even_for_text_that_spells_special_tokens(tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
     export_gpt2(gpt2(tokenizer), tokenizer, tmp_path)
@@ -66,19 +66,19 @@ def test_transformers_gives_the_same_token_ids_also_for_text_that_spells_special
 @pytest.mark.parametrize(
     ("preset", "fault"), [("llama-nano", "positions = 'learned', found 'rope'"), ("transformer-nano", "norm_first = True, found False")]
 )
-def test_other_architectures_are_refused_with_what_differs(preset, fault, tmp_path):
+def test_other_architectures_are_refused_and_the_differences_named(preset, fault, tmp_path):
     model = GPT(GPTConfig(**PRESETS[preset].model_dump(), vocab_size=BPE.vocab_size))
     with pytest.raises(ValueError, match=f"only gpt2-.* expected {fault}"):
         export_gpt2(model, BPE, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tokenizer_that_is_not_the_model_s_is_refused(tmp_path):
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected a tokenizer of 3\d\d tokens, as the model has, found 262"):
         export_gpt2(gpt2(BPE), byte_tokenizer(), tmp_path)
 
 
-def test_exported_files_can_be_read_by_whom_the_umask_allows(tmp_path):
+def test_the_modes_of_exported_files_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         export_gpt2(gpt2(BPE), BPE, tmp_path / "export", chat=True)
@@ -97,7 +97,7 @@ def test_exported_files_can_be_read_by_whom_the_umask_allows(tmp_path):
     )
 
 
-# ---- an assistant ----
+# ---- assistants ----
 
 GOLDEN = [
     [{"role": "user", "content": "a"}],
@@ -115,7 +115,7 @@ GOLDEN = [
 
 
 def imported_tokenizer(folder: Path, save_foreign: Any) -> Tokenizer:
-    """<|document|> is its first id, the other special tokens are its last."""
+    """Import a tokenizer whose first id is <|document|> and whose last ids are the other special tokens."""
     save_foreign(folder)
     tokenizer, _ = read_gpt2((folder / "tokenizer.json").read_text())
     assert tokenizer.special["document"] == 0
@@ -143,7 +143,7 @@ def open_theirs(folder: Path, *, saved_by_them: bool) -> Any:
 
 
 @pytest.mark.parametrize("saved_by_them", [False, True])
-def test_the_chat_template_gives_our_ids_also_where_a_message_spells_special_tokens(tokenizer, saved_by_them, tmp_path):
+def test_the_chat_template_gives_our_ids_even_if_a_message_spells_special_tokens(tokenizer, saved_by_them, tmp_path):
     export_gpt2(gpt2(tokenizer), tokenizer, tmp_path, chat=True)
     theirs = open_theirs(tmp_path, saved_by_them=saved_by_them)
     for messages in GOLDEN:
@@ -171,7 +171,7 @@ def test_a_golden_conversation_token_by_token(tmp_path):
 
 
 @pytest.mark.parametrize("saved_by_them", [False, True])
-def test_an_assistants_plain_token_ids_are_ours_and_its_special_tokens_are_known_by_marked_names_alone(tokenizer, saved_by_them, tmp_path):
+def test_an_assistants_ordinary_token_ids_are_ours_and_its_special_tokens_have_only_marked_names(tokenizer, saved_by_them, tmp_path):
     export_gpt2(gpt2(tokenizer), tokenizer, tmp_path, chat=True)
     theirs = open_theirs(tmp_path, saved_by_them=saved_by_them)
     for text in [
@@ -202,7 +202,7 @@ def test_an_assistants_plain_token_ids_are_ours_and_its_special_tokens_are_known
         ({"role": "user", "content": f"a{MARK}<|end|>"}, r"U\+FDD0 before <\|"),
     ],
 )
-def test_a_role_that_nobody_has_and_the_mark_in_a_message_are_refused_by_the_template(message, fault, tmp_path):
+def test_the_template_refuses_an_unknown_role_and_the_mark_within_a_message(message, fault, tmp_path):
     from jinja2.exceptions import TemplateError
 
     export_gpt2(gpt2(BPE), BPE, tmp_path, chat=True)
@@ -211,7 +211,7 @@ def test_a_role_that_nobody_has_and_the_mark_in_a_message_are_refused_by_the_tem
 
 
 def answering(tokenizer: Tokenizer, answer: list[int], seq_len: int) -> GPT:
-    """A model whose likeliest token depends on the place alone: after a prompt of 7 tokens it writes `answer`."""
+    """A model whose likeliest token depends only on the position: after a prompt of 7 tokens it writes `answer`."""
     model = gpt2(tokenizer, seq_len=seq_len, n_embd=64, n_head=2, tied=False)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -224,7 +224,7 @@ def answering(tokenizer: Tokenizer, answer: list[int], seq_len: int) -> GPT:
 
 
 @pytest.mark.parametrize("last", ["end", "document"])
-def test_what_generate_writes_greedily_is_what_our_sampler_writes_and_both_end_where_the_answer_ends(last, tmp_path):
+def test_greedy_generation_in_transformers_equals_our_sampler_and_both_stop_at_the_answers_end(last, tmp_path):
     from transformers import AutoModelForCausalLM
 
     tokenizer = byte_tokenizer()
@@ -253,7 +253,7 @@ def test_a_model_that_continues_text_has_no_chat_template(tmp_path):
 
 
 @pytest.mark.parametrize("saved_by_them", [False, True])
-def test_an_assistant_that_was_exported_comes_back_bit_for_bit(tokenizer, saved_by_them, tmp_path):
+def test_an_exported_assistant_comes_back_bit_for_bit(tokenizer, saved_by_them, tmp_path):
     model = gpt2(tokenizer)
     folder = tmp_path / "export"
     export_gpt2(model, tokenizer, folder, chat=True)
@@ -271,7 +271,7 @@ def test_an_assistant_that_was_exported_comes_back_bit_for_bit(tokenizer, saved_
     assert again.special == tokenizer.special
 
 
-# ---- the way back ----
+# ---- import ----
 
 TEXTS = ["the cat sat on the mat", " the  mat's\n\ncat!", "é 明月\x00 123", ""]
 
@@ -291,7 +291,7 @@ def edit_weights(folder: Path, edit: Any) -> None:
 
 @pytest.mark.parametrize("tokenizer", [BPE, byte_tokenizer()], ids=["bpe", "bytes"])
 @pytest.mark.parametrize("changes", [{}, {"tied": False, "n_hidden": 40, "dropout": 0.1}], ids=["tied", "untied"])
-def test_what_was_exported_comes_back_bit_for_bit(tokenizer, changes, tmp_path):
+def test_an_exported_model_comes_back_bit_for_bit(tokenizer, changes, tmp_path):
     model = gpt2(tokenizer, **changes)
     export_gpt2(model, tokenizer, tmp_path / "export")
     n_parameters = read_checkpoint(tmp_path / "export", tmp_path / "back")
@@ -309,7 +309,7 @@ def test_what_was_exported_comes_back_bit_for_bit(tokenizer, changes, tmp_path):
     [({}, "1GB"), ({}, "4KB"), ({"tie_word_embeddings": False, "n_inner": 20}, "1GB")],
     ids=["tied", "shards", "untied"],
 )
-def test_a_model_of_transformers_comes_in_with_equal_ids_and_logits(changes, shards, tmp_path, save_foreign):
+def test_a_model_from_transformers_is_imported_with_equal_ids_and_logits(changes, shards, tmp_path, save_foreign):
     theirs, their_tokenizer = save_foreign(tmp_path / "foreign", shards=shards, **changes)
     assert (tmp_path / "foreign" / "model.safetensors").exists() == (shards == "1GB")
     read_checkpoint(tmp_path / "foreign", tmp_path / "ours")
@@ -323,7 +323,7 @@ def test_a_model_of_transformers_comes_in_with_equal_ids_and_logits(changes, sha
             torch.testing.assert_close(ours(token_ids)[..., :270], theirs(token_ids).logits[..., :270], rtol=1e-5, atol=1e-5)
 
 
-def test_the_end_of_text_becomes_the_end_of_a_document_and_new_special_tokens_are_the_mean_of_all_rows(tmp_path, save_foreign):
+def test_endoftext_becomes_document_and_new_special_tokens_get_the_mean_of_all_rows(tmp_path, save_foreign):
     theirs, _ = save_foreign(tmp_path / "foreign", tie_word_embeddings=False)
     read_checkpoint(tmp_path / "foreign", tmp_path / "ours")
     ours, tokenizer = load_model(tmp_path / "ours"), Tokenizer.load(tmp_path / "ours" / "tokenizer.json")
@@ -334,7 +334,7 @@ def test_the_end_of_text_becomes_the_end_of_a_document_and_new_special_tokens_ar
         torch.testing.assert_close(rows[270:], before[:270].mean(0).expand(5, -1))
 
 
-def test_special_tokens_that_a_tokenizer_has_are_kept_and_its_other_added_tokens_are_plain_entries(tmp_path, save_foreign):
+def test_a_tokenizers_special_tokens_are_kept_and_its_other_added_tokens_become_ordinary_entries(tmp_path, save_foreign):
     save_foreign(tmp_path / "foreign", added=("<|endoftext|>", "<|user|>", "<|document|>", "[PAD] é"))
     tokenizer, known = read_gpt2((tmp_path / "foreign" / "tokenizer.json").read_text())
     assert known == 270
@@ -343,7 +343,7 @@ def test_special_tokens_that_a_tokenizer_has_are_kept_and_its_other_added_tokens
     assert not {0, 1, 2, 3} & set(tokenizer.encode("<|endoftext|><|user|><|document|>[PAD] é"))
 
 
-def test_an_imported_tokenizer_of_262_ids_in_another_order_is_not_taken_for_bytes():
+def test_an_imported_tokenizer_of_262_ids_in_another_order_is_not_mistaken_for_bytes():
     # "!" is byte 33 and id 0 here: GPT-2's own order of the bytes.
     content = json.loads(byte_tokenizer()._definition)
     vocab = content["model"]["vocab"]
@@ -355,7 +355,7 @@ def test_an_imported_tokenizer_of_262_ids_in_another_order_is_not_taken_for_byte
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_a_missing_prefix_and_old_masks_are_read(dtype, tmp_path, save_foreign):
+def test_half_precision_weights_without_prefix_and_with_old_masks_can_be_read(dtype, tmp_path, save_foreign):
     theirs, _ = save_foreign(tmp_path)
 
     def as_gpt2_model(weights):
@@ -368,7 +368,7 @@ def test_half_precision_a_missing_prefix_and_old_masks_are_read(dtype, tmp_path,
     assert torch.equal(load_model(tmp_path / "ours").blocks[1].feed_forward.up.weight, rounded.T)
 
 
-def test_all_settings_that_our_model_does_not_have_are_told_at_once(tmp_path, save_foreign):
+def test_all_settings_that_our_model_does_not_implement_are_listed_at_once(tmp_path, save_foreign):
     changes = {
         "activation_function": "gelu",
         "layer_norm_epsilon": 1e-6,
@@ -406,7 +406,7 @@ def test_a_config_that_describes_something_else_is_refused(change, message, tmp_
         read_checkpoint(tmp_path, tmp_path / "ours")
 
 
-def test_settings_that_an_old_config_does_not_name_are_those_of_gpt2(tmp_path, save_foreign):
+def test_settings_that_an_old_config_leaves_out_have_gpt2s_values(tmp_path, save_foreign):
     save_foreign(tmp_path)
     before = read_config(tmp_path)
     kept = {"model_type", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head"}
@@ -426,7 +426,7 @@ def test_settings_that_an_old_config_does_not_name_are_those_of_gpt2(tmp_path, s
     ],
     ids=["missing", "unknown", "shape", "dtype", "tied", "twice"],
 )
-def test_weights_of_another_model_are_refused_by_name(edit, message, tmp_path, save_foreign):
+def test_weights_of_another_model_are_refused_and_named(edit, message, tmp_path, save_foreign):
     save_foreign(tmp_path)
     edit_weights(tmp_path, edit)
     with pytest.raises(ValueError, match=message):
@@ -467,7 +467,7 @@ def merge_to_the_end(content: dict[str, Any]) -> None:
         (lambda c: c.pop("model"), "cannot be read"),
     ],
 )
-def test_a_tokenizer_that_ours_can_not_be_is_refused(edit, message, tmp_path, save_foreign):
+def test_a_tokenizer_that_our_format_cannot_express_is_refused(edit, message, tmp_path, save_foreign):
     save_foreign(tmp_path)
     edit_json(tmp_path / "tokenizer.json", edit)
     with pytest.raises(ValueError, match=f"this tokenizer.json.*{message}"):
@@ -489,7 +489,7 @@ def test_the_files_of_a_checkpoint_are_its_config_weights_and_tokenizer(tmp_path
         checkpoint_files(tmp_path / "parts")
 
 
-def test_pickled_weights_and_a_tokenizer_in_two_files_are_refused_with_what_to_do(tmp_path):
+def test_pickled_weights_and_a_tokenizer_in_two_files_are_refused_with_a_remedy(tmp_path):
     for name in ("pytorch_model.bin", "vocab.json", "merges.txt", "config.json"):
         (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match=r"pickled \(pytorch_model.bin\).*safe_serialization=True.*only vocab.json; make one"):
