@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from gpt.loop import Trained, check_grad_norm
 from gpt.model import GPT, load_model, parameter_groups, save_model
 from gpt.pretrain import train
-from gpt.settings import PRESETS, GPTConfig, ModelShape, PretrainSettings
+from gpt.settings import PRESETS, GPTConfig, PretrainSettings
 
 VOCAB = 16
 
@@ -194,25 +194,6 @@ def test_weight_decay_applies_to_matrices_but_not_to_vectors():
     assert {p.dim() for p in decayed["params"]} == {2}
     assert {p.dim() for p in plain["params"]} == {1}
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
-
-
-def test_settings_override_the_presets_values():
-    shape = settings(tied=False).shape()
-    assert shape == ModelShape(n_layer=1, n_head=2, n_embd=16, seq_len=8, dropout=0.1, tied=False)
-
-
-def test_every_field_of_a_shape_can_be_set_for_pretraining():
-    assert set(ModelShape.model_fields) <= set(PretrainSettings.model_fields)
-
-
-def test_a_misspelt_preset_is_refused_with_the_nearest_one():
-    with pytest.raises(ValueError, match=r"unknown preset 'gpt-nano'; expected one of gpt2-nano, .*\. Did you mean 'gpt2-nano'\?"):
-        settings(preset="gpt-nano")
-
-
-def test_an_impossible_shape_is_refused_when_the_settings_are_read():
-    with pytest.raises(ValueError, match="n_embd = 15 is not a multiple of n_head = 2"):
-        settings(n_embd=15)
 
 
 def test_a_diverged_training_fails_before_it_saves_a_checkpoint_of_that_step(make_rank, make_tokens, tmp_path):

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
-import pickle
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,15 +20,10 @@ from gpt.reward import (
     Pair,
     Rating,
     all_scores,
-    conversations,
-    held_out_figures,
     read_items,
-    score_scale,
     train,
 )
-from gpt.reward_scorer import RewardScorer, end_scores, value_model
-from gpt.rl.scorers import RewardModelScorer
-from gpt.rl.scoring import Rollout
+from gpt.reward_scorer import RewardScorer
 from gpt.settings import GPTConfig, RewardSettings
 from gpt.tokenizer import byte_tokenizer
 from gpt.torch_engine import TorchEngine
@@ -263,17 +256,6 @@ def test_equal_scores_are_refused_because_they_rank_nothing(policy, make_records
     assert not (tmp_path / "model").exists()
 
 
-def test_the_score_scale_is_mean_and_biased_deviation_and_equal_or_non_finite_scores_are_refused():
-    assert score_scale(torch.tensor([1.0, 3.0], dtype=torch.float64)) == (2.0, 1.0)
-    for scores, fault in (
-        ([100.0, 100.00001], "equal: over 2 training"),
-        ([math.nan, 1.0], "not finite: over 2 training"),
-        ([math.inf, 1.0], "not finite"),
-    ):
-        with pytest.raises(ValueError, match=f"the scores are {fault}"):
-            score_scale(torch.tensor(scores, dtype=torch.float64))
-
-
 def test_a_diverged_training_fails_before_it_saves_a_checkpoint_of_that_step(policy, make_records, make_rank, tmp_path):
     rank = make_rank()
     config = settings(steps=20, lr=1e30, warmup_steps=0, checkpoint_every=1)
@@ -309,40 +291,6 @@ def test_records_that_are_all_unusable_are_refused_with_their_counts(policy, mak
         train(make_rank(), settings(), policy, [records], [], 1, tmp_path / "model")
 
 
-def test_the_score_is_read_at_the_end_token_regardless_of_padding(tmp_path):
-    # The second response ends in the byte 0, which is also what rows are padded with.
-    model = saved_reward_model(tmp_path)
-    rows = [conversation("q", text) for text in ("a", "a\0\0", "abcdefg")]
-    assert [row[-1] for row in rows] == [TOKENIZER.special["end"]] * 3
-    together = end_scores(model, rows, CPU)
-    assert together.tolist() == pytest.approx([slow_score(model, row) for row in rows], abs=1e-6)
-    assert len({round(score, 3) for score in together.tolist()}) == 3
-
-
-def test_pair_accuracy_counts_a_tie_as_half_and_each_pair_kind_separately():
-    kinds = ("helpful", "helpful", "harmless", None)
-    items = [Pair([1], [2], kind) for kind in kinds]
-    scores = torch.tensor([3.0, 0.0, 1.0, 1.0, 2.0, 5.0, 1.0, 0.0])  # 3 > 2, 0 < 5, 1 = 1, 1 > 0
-    assert held_out_figures(items, scores) == {
-        "eval/pair_accuracy": 2.5 / 4,
-        "eval/pair_accuracy_helpful": 0.5,
-        "eval/pair_accuracy_harmless": 0.5,
-    }
-
-
-def test_a_pair_kind_is_spelled_as_part_of_a_metric_name():
-    kinds = ["Helpful & honest", "安全", 3, None]
-    items, _ = read_items(TOKENIZER, [pair("q", "a", "b", kind=kind) for kind in kinds], [], 16)
-    assert [item.kind for item in items] == ["helpful_honest", "other", "3", None]
-
-
-def test_rating_auc_counts_the_pairs_in_which_a_good_response_scores_above_a_bad_one():
-    items = [Rating([1], each) for each in (1.0, 0.5, 0.4, 0.0)]
-    scores = torch.tensor([3.0, 1.0, 2.0, 1.0])  # 3 > 2, 3 > 1, 1 < 2, 1 = 1: 2.5 of 4
-    assert held_out_figures(items, scores) == {"eval/rating_auc": 2.5 / 4}
-    assert held_out_figures(items[:2], scores[:2]) == {}  # nothing bad to compare with
-
-
 def test_one_step_moves_every_weight(policy, make_records, make_rank, tmp_path):
     # Pairs determine only differences, so by themselves they would not move the head's bias.
     pairs = make_records([pair("q" * 9, "a", "b")], name="pairs")
@@ -374,35 +322,6 @@ def test_recomputing_activations_changes_nothing(policy, make_records, make_rank
         train(make_rank(str(recompute)), config, policy, [pairs], [], 1, tmp_path / str(recompute))
     kept, recomputed = (load_file(tmp_path / name / "model.safetensors") for name in ("False", "True"))
     torch.testing.assert_close(recomputed["output.weight"], kept["output.weight"], rtol=0, atol=1e-6)
-
-
-def test_a_scorer_normalises_the_score_at_the_end_token(tmp_path):
-    model = saved_reward_model(tmp_path)
-    responses = ["a" * (1 + n % 8) for n in range(40)]  # more than one pass, of unequal lengths
-    scores = RewardScorer(tmp_path, mean=0.5, std=2.0, device=CPU).scores(
-        [encode_prompt(TOKENIZER, asked("q"))] * 40, [encode_response(TOKENIZER, response) for response in responses]
-    )
-    assert scores.tolist() == pytest.approx([(slow_score(model, conversation("q", each)) - 0.5) / 2.0 for each in responses], abs=1e-6)
-
-
-def test_a_reward_model_scorer_is_sent_to_the_ranks_without_its_weights(tmp_path):
-    saved_reward_model(tmp_path)
-    prompt, response = encode_prompt(TOKENIZER, asked("q")), encode_response(TOKENIZER, "ab")
-    sent = pickle.dumps(RewardModelScorer(tmp_path, mean=0.5, std=2.0))
-    assert len(sent) < 1000
-    arrived = pickle.loads(sent)
-    arrived.open(CPU)
-    [score] = arrived.scores([Rollout({}, prompt, response, "ab")]).scores.tolist()
-    assert score == RewardScorer(tmp_path, mean=0.5, std=2.0, device=CPU).scores([prompt], [response]).item()
-
-
-def test_the_value_model_starts_as_the_normalised_score(tmp_path):
-    saved_reward_model(tmp_path)
-    scorer = RewardScorer(tmp_path, mean=-0.7, std=0.25, device=CPU)
-    prompt, response = encode_prompt(TOKENIZER, asked("q")), encode_response(TOKENIZER, "abc")
-    with torch.no_grad():
-        values = value_model(tmp_path, mean=-0.7, std=0.25)(torch.tensor([[*prompt, *response]]))  # (1, T)
-    assert values[0, -1].item() == pytest.approx(scorer.scores([prompt], [response]).item(), abs=1e-5)
 
 
 def test_micro_batches_do_not_change_the_loss_of_a_step(policy, make_records, make_rank, tmp_path):
@@ -452,8 +371,3 @@ def test_two_ranks_change_training_only_by_rounding_and_the_scores_of_given_weig
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("single", "both"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5)
-
-
-def test_the_rows_of_a_batch_are_all_chosen_then_all_rejected_then_all_rated():
-    items = [Pair([1], [2]), Rating([9], 0.5), Pair([3], [4])]
-    assert conversations(items) == [[1], [3], [2], [4], [9]]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,117 +10,20 @@ import pytest
 import torch
 from ranks import RankOfTwo, as_two_ranks
 from safetensors.torch import load_file
+from small import END, TOKENIZER, Always, ShareOfA, one_update, settings
 
-from gpt.batching import padded
-from gpt.chat import encode_prompt, encode_response
-from gpt.losses import lm_loss
-from gpt.model import GPT, RewardModel, load_config, load_model, save_model
+from gpt.chat import encode_prompt
+from gpt.model import GPT, RewardModel, load_config, load_model
 from gpt.random_streams import stream_seed
 from gpt.reward_scorer import value_model
 from gpt.rl.experience import update_rows
 from gpt.rl.figures import FIGURES
 from gpt.rl.loop import train
-from gpt.rl.scorers import RewardModelScorer
-from gpt.rl.scoring import Rollout, Scores
 from gpt.sampling import sample
-from gpt.settings import PRESETS, GPTConfig, RlSettings
-from gpt.tokenizer import byte_tokenizer
+from gpt.settings import RlSettings
 from gpt.torch_engine import TorchEngine
 
-END = 259
-TOKENIZER = byte_tokenizer()
 CLOCKS = ("time/", "rollout/tokens_per_s")
-
-
-def settings(**changes: Any) -> RlSettings:
-    base = dict(steps=2, prompts_per_step=4, responses_per_prompt=2, global_batch_size=4, max_response_tokens=8, lr=1e-2, log_every=1)
-    return RlSettings(**{**base, "weight_decay": 0.0, "lr_schedule": "constant", **changes})
-
-
-def one_update(**changes: Any) -> RlSettings:
-    return settings(steps=1, global_batch_size=8, **changes)
-
-
-class ShareOfA:
-    """Scores a response by its share of the letter a."""
-
-    def __init__(self) -> None:
-        self.seen: list[Rollout] = []
-
-    def open(self, device: torch.device) -> None:
-        self.seen.clear()
-
-    def scores(self, rollouts: Sequence[Rollout]) -> Scores:
-        self.seen += rollouts
-        return Scores(torch.tensor([rollout.text.count("a") / max(1, len(rollout.text)) for rollout in rollouts]))
-
-
-class Always:
-    """Gives every response the same score, except the first ones, for which it gives a reason each."""
-
-    def __init__(self, score: float, *failures: str) -> None:
-        self.found = score, failures
-
-    def open(self, device: torch.device) -> None: ...
-
-    def scores(self, rollouts: Sequence[Rollout]) -> Scores:
-        score, failures = self.found
-        scores = torch.full((len(rollouts),), score)
-        scores[: len(failures)] = torch.nan
-        return Scores(scores, dict(enumerate(failures)))
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model trained to answer with one to six letters of "abcd", all equally likely, and an end token."""
-    torch.set_num_threads(1)
-    config = GPTConfig(**{**PRESETS["gpt2-nano"].model_dump(), "dropout": 0.1}, vocab_size=TOKENIZER.vocab_size)
-    model = GPT(config, torch.Generator().manual_seed(1)).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    draw = random.Random(1)
-    for _ in range(80):
-        rows, masks = [], []
-        for _ in range(32):
-            prompt = encode_prompt(TOKENIZER, [{"role": "user", "content": "".join(draw.choices("xyz", k=draw.randint(1, 5)))}])
-            response = encode_response(TOKENIZER, "".join(draw.choices("abcd", k=draw.randint(1, 6))))
-            rows.append([*prompt, *response])
-            masks.append([0] * len(prompt) + [1] * len(response))
-        token_ids, mask = padded(rows, 0), padded(masks, 0).bool()
-        loss = lm_loss(model(token_ids[:, :-1]), token_ids[:, 1:], mask[:, 1:], global_count=int(mask.sum()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    folder = tmp_path_factory.mktemp("policy")
-    save_model(folder, config, dict(model.named_parameters()))
-    TOKENIZER.save(folder / "tokenizer.json")
-    return folder
-
-
-@pytest.fixture
-def reward_model(policy: Path, tmp_path: Path) -> RewardModelScorer:
-    model = RewardModel.from_policy(load_model(policy), torch.Generator().manual_seed(5))
-    save_model(tmp_path / "reward", model.config, dict(model.named_parameters()), RewardModel)
-    return RewardModelScorer(tmp_path / "reward", mean=0.5, std=2.0)
-
-
-@pytest.fixture
-def make_prompts(tmp_path: Path) -> Callable[..., Path]:
-    """Make a prompts artifact's folder."""
-
-    def make(*texts: str, name: str = "prompts") -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        records = [{"prompt": [{"role": "user", "content": text}], "reference": None, "source": "test"} for text in texts]
-        (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        (folder / "held_out.jsonl").touch()
-        return folder
-
-    return make
-
-
-@pytest.fixture
-def prompts(make_prompts: Callable[..., Path]) -> Path:
-    return make_prompts("x", "yy", "zzz", "xyxy", "z", "yzyzy")
 
 
 @pytest.fixture
@@ -196,26 +96,6 @@ def test_a_run_that_failed_after_its_last_step_resumes_with_that_steps_figures(m
     trained = train(resumed, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
     assert trained == train(whole, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "whole")
     assert trained.figures["reward/score_mean"] == whole.curve("reward/score_mean")[2]
-
-
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_the_number_of_responses_sampled_at_once_changes_none_of_them(at_once, make_rank, policy, prompts, monkeypatch, tmp_path):
-    def responses(name: str) -> list[list[int]]:
-        scorer = ShareOfA()
-        train(make_rank(name), one_update(), policy, [prompts], [scorer], 1, tmp_path / name)
-        return [rollout.response_ids for rollout in scorer.seen]
-
-    whole = responses("whole")
-    sizes: list[int] = []
-
-    def recording(model: GPT, prompts: Sequence[Sequence[int]], **limits: Any) -> Any:
-        sizes.append(len(prompts))
-        return sample(model, prompts, **limits)
-
-    monkeypatch.setattr("gpt.rl.rollouts.sample", recording)
-    monkeypatch.setattr("gpt.rl.rollouts.SAMPLED_AT_ONCE", at_once)
-    assert responses("slices") == whole
-    assert sizes == {1: [1] * 8, 3: [3, 3, 2]}[at_once]
 
 
 @pytest.mark.parametrize(("precision", "mismatch"), [("fp32", 1e-5), ("bf16", 0.05)])
@@ -308,20 +188,6 @@ def test_all_samples_of_a_prompt_differ_even_if_a_step_has_the_prompt_twice(make
     assert len({rollout.text for rollout in scorer.seen}) >= 4  # of 8 responses, except those that were cut off
 
 
-def test_a_scorer_gets_only_finished_responses_with_their_prompts_record(make_rank, policy, prompts, tmp_path):
-    scorer = ShareOfA()
-    rank = make_rank()
-    config = one_update(max_response_tokens=4)
-    train(rank, config, policy, [prompts], [scorer], 1, tmp_path / "model")
-    truncated = rank.curve("rollout/truncated_share")[1]
-    assert 0 < truncated == 1 - len(scorer.seen) / 8
-    for rollout in scorer.seen:
-        assert rollout.response_ids == [*rollout.text.encode(), END]
-        assert rollout.prompt_ids == encode_prompt(TOKENIZER, rollout.record["prompt"])
-    shares = [rollout.text.count("a") / max(1, len(rollout.text)) for rollout in scorer.seen]
-    assert rank.curve("reward/score_mean")[1] == pytest.approx((sum(shares) - 8 * truncated) / 8)  # -1 for each one that was cut off
-
-
 def trained(rank: Any, policy: Path, prompts: Path, output: Path, **changes: Any) -> dict[str, torch.Tensor]:
     """Policy and value model after two steps. The large eps keeps rounding in a gradient near 0 from reversing a step."""
     train(rank, settings(steps=2, ppo_epochs=2, eps=1e-3, **changes), policy, [prompts], [ShareOfA()], 1, output)
@@ -385,41 +251,6 @@ def test_the_policy_does_not_change_while_the_value_model_warms_up(make_rank, po
     assert sorted(rank.curve("train/loss")) == sorted(rank.curve("train/lr")) == [3]
 
 
-def test_scores_of_several_scorers_are_added(make_rank, policy, prompts, tmp_path):
-    rank = make_rank()
-    train(rank, one_update(missing_end_score=0.75), policy, [prompts], [Always(0.5), Always(0.25)], 1, tmp_path / "model")
-    assert rank.curve("reward/score_mean")[1] == 0.75
-    assert rank.curve("reward/score_std")[1] == 0.0
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("max_response_tokens", [1, 8])
-def test_equal_scores_are_reported_and_change_no_weight(max_response_tokens, precision, make_rank, policy, prompts, tmp_path):
-    config = one_update(algorithm="reinforce", max_response_tokens=max_response_tokens, missing_end_score=0.3, precision=precision)
-    rank = make_rank()
-    train(rank, config, policy, [prompts], [Always(0.3)], 1, tmp_path / "model")
-    [warning] = rank.warnings
-    expected = {
-        1: "all 8 responses of step 1 were cut off at max_response_tokens = 1, ",
-        8: "all 8 responses of step 1 got the same score, 0.3, so there is nothing to learn from them. ",
-    }
-    assert warning.startswith(expected[max_response_tokens])
-    for name, tensor in weights(policy).items():
-        assert torch.equal(weights(tmp_path / "model")[name], tensor), name
-
-
-def test_steps_with_only_truncated_responses_are_reported_once_and_the_run_continues(make_rank, policy, prompts, tmp_path):
-    rank, scorer = make_rank(), ShareOfA()
-    config = settings(max_response_tokens=1, missing_end_score=-2.0)
-    trained = train(rank, config, policy, [prompts], [scorer], 1, tmp_path / "model")
-    assert len(rank.warnings) == 1
-    assert rank.curve("rollout/truncated_share") == {1: 1.0, 2: 1.0}
-    assert rank.curve("reward/score_mean") == {1: -2.0, 2: -2.0}
-    assert rank.curve("rollout/response_tokens") == {1: 1.0, 2: 1.0}
-    assert trained.figures["rollout/truncated_share"] == 1.0
-    assert scorer.seen == []
-
-
 def test_without_a_kl_coefficient_there_is_no_reference_policy(make_rank, policy, prompts, tmp_path):
     rank = make_rank()
     train(rank, settings(kl_coef=0.0), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
@@ -433,54 +264,6 @@ def test_an_entropy_bonus_raises_the_entropy(make_rank, policy, prompts, tmp_pat
     train(rank, config, policy, [prompts], [Always(0.0)], 1, tmp_path / "model")
     entropy = rank.curve("train/entropy")
     assert entropy[4] > entropy[1] + 0.5
-
-
-def test_a_score_of_nan_is_a_failure_and_gets_missing_end_score(make_rank, policy, prompts, tmp_path):
-    rank = make_rank()
-    config = one_update(missing_end_score=-3.0, max_failed_share=1.0)
-    train(rank, config, policy, [prompts], [Always(float("nan"))], 1, tmp_path / "model")
-    assert rank.curve("reward/score_mean") == {1: -3.0}
-    assert rank.curve("rollout/failed_share")[1] == 1 - rank.curve("rollout/truncated_share")[1] > 0
-
-
-def test_a_response_that_several_scorers_fail_on_counts_as_one_failure(make_rank, policy, prompts, tmp_path):
-    # Both fail on every response, yet no more failures are counted than there are responses.
-    rank = make_rank()
-    config = one_update(missing_end_score=-3.0, max_failed_share=1.0)
-    train(rank, config, policy, [prompts], [Always(float("nan")), Always(float("nan"))], 1, tmp_path / "model")
-    assert rank.curve("reward/score_mean") == {1: -3.0}
-    assert rank.curve("rollout/failed_share")[1] == 1 - rank.curve("rollout/truncated_share")[1] > 0
-
-
-def test_more_failures_than_the_allowed_share_fail_the_step_with_the_first_reason(make_rank, policy, prompts, tmp_path):
-    scorers = [Always(0.0, "score() raised ZeroDivisionError", "another")]
-    rank = make_rank()
-    train(rank, one_update(max_failed_share=0.25), policy, [prompts], scorers, 1, tmp_path / "model")
-    assert rank.curve("rollout/failed_share") == {1: 0.25}
-    with pytest.raises(ValueError, match=r"step 1: 2 of 8 responses .* = 0\.2\. The first failure: score\(\) raised ZeroDivisionError\."):
-        train(make_rank("strict"), one_update(max_failed_share=0.2), policy, [prompts], scorers, 1, tmp_path / "strict")
-
-
-def test_a_reward_model_with_non_finite_scores_fails_with_the_response_and_score(make_rank, policy, prompts, reward_model, tmp_path):
-    broken = replace(reward_model, mean=float("inf"))
-    with pytest.raises(ValueError, match=r"RewardModelScorer scored '.*' -inf"):
-        train(make_rank(), settings(algorithm="reinforce", global_batch_size=8), policy, [prompts], [broken], 1, tmp_path / "model")
-
-
-def test_prompts_that_leave_no_room_for_a_response_are_left_out_and_counted(make_rank, policy, make_prompts, tmp_path):
-    # Of seq_len 32, the prompt's three special tokens and 24 response tokens leave 5.
-    folder = make_prompts("x" * 5, "x" * 6, "y", "y" * 100)
-    scorer = ShareOfA()
-    rank = make_rank()
-    trained = train(rank, one_update(max_response_tokens=24), policy, [folder], [scorer], 1, tmp_path / "model")
-    assert trained.metadata["prompts"] == {"train": 2, "too_long": 2}
-    assert rank.warnings[0].startswith("2 of 4 prompts are left out: they leave no room for max_response_tokens = ")
-    assert {len(rollout.prompt_ids) for rollout in scorer.seen} == {8, 4}
-
-
-def test_prompts_of_which_none_fits_are_refused(make_rank, policy, make_prompts, tmp_path):
-    with pytest.raises(ValueError, match=r"none of 1 leaves room for max_response_tokens = 8 within the models' seq_len = 32"):
-        train(make_rank(), settings(), policy, [make_prompts("x" * 22)], [ShareOfA()], 1, tmp_path / "model")
 
 
 @pytest.mark.parametrize("broken", [GPT, RewardModel])
@@ -501,23 +284,3 @@ def test_the_artifact_is_the_policy_with_its_own_dropout_and_tokenizer(make_rank
     assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
     for name, tensor in weights(policy).items():
         assert not torch.equal(weights(tmp_path / "model")[name], tensor), name
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"value_warmup_steps": 2}, "value_warmup_steps = 2 leaves the policy none of steps = 2 to learn in; lower .*, or raise steps"),
-        ({"value_warmup_steps": 5}, "value_warmup_steps = 5 leaves the policy none of steps = 2"),
-        ({"algorithm": "reinforce", "clip_eps": 0.1}, 'clip_eps = 0.1 would have no effect with algorithm = "reinforce"; remove it'),
-        ({"algorithm": "reinforce", "value_lr": 0.1, "gae_lambda": 0.9}, "value_lr = 0.1 and gae_lambda = 0.9 would .*; remove them"),
-        (
-            {"algorithm": "reinforce", "value_clip_eps": 0.1, "value_warmup_steps": 1},
-            "value_clip_eps = 0.1 and value_warmup_steps = 1 would",
-        ),
-        ({"eval_every": 5}, "Extra inputs are not permitted"),
-    ],
-)
-def test_settings_that_leave_nothing_to_learn_or_have_no_effect_are_refused(changes, words):
-    size = 8 if changes.get("algorithm") == "reinforce" else 4
-    with pytest.raises(ValueError, match=words):
-        settings(global_batch_size=size, **changes)
