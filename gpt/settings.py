@@ -169,8 +169,8 @@ class TrainSettings(Settings):
     max_restarts: Operational[int] = Field(default=2, ge=0)
     """How often a gang that lost a rank is restarted from its newest checkpoint."""
     start_deadline_s: Operational[float] = Field(default=300, gt=0)
-    """Most seconds from the gang's start to its first step, not counting the encoding of records, which has this long for every 1,000
-    records. Also how long a gang waits for resources that no node has."""
+    """Most seconds for the gang to start, for each part of preparing the first step, and for encoding 1,000 records. Also how long a gang
+    waits for resources that no node has."""
     step_deadline_s: Operational[float] = Field(default=600, gt=0)
     """Most seconds for one step, evaluation or checkpoint."""
 

@@ -72,13 +72,9 @@ def test_a_stage_knows_neither_other_stages_nor_the_line(path: Path):
 
 
 def test_packages_are_empty_but_for_their_modules():
-    for package in (
-        "pipelines",
-        *(f"pipelines/{wing}" for wing in ("observe", "plan", "run", "serve", "stages", "store")),
-        "gpt",
-        "cluster",
-    ):
-        assert (ROOT / package / "__init__.py").read_text() == ""
+    # pipelines.ingest alone has a face: what stage authors import
+    packages = {path.parent.relative_to(ROOT).as_posix() for path in FILES} - {"pipelines/ingest"}
+    assert {package for package in packages if (ROOT / package / "__init__.py").read_text()} == set()
 
 
 @pytest.mark.parametrize(

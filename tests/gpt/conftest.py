@@ -1,4 +1,4 @@
-"""Fixtures of the training tests: a Rank whose checkpoints are a folder, and tokens."""
+"""Fixtures of the training tests: a Rank with checkpoints in a folder, and tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_rank(tmp_path: Path) -> Callable[..., FakeRank]:
 
 @pytest.fixture
 def make_tokens(tmp_path: Path) -> Callable[..., Path]:
-    """A tokens artifact's folder."""
+    """Make a tokens artifact's folder."""
 
     def make(train: Sequence[int], held_out: Sequence[int] = (), name: str = "tokens") -> Path:
         folder = tmp_path / name

@@ -1,6 +1,9 @@
-"""Answers counted by hand, and their log-probabilities against one row at a time."""
+"""Answers counted by hand, and their logprobs compared with those of single rows."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,12 +24,19 @@ def model() -> GPT:
     return GPT(config, torch.Generator().manual_seed(1)).eval()
 
 
-def said(text: str, stopped: bool = True) -> Answer:
+def given(text: str, stopped: bool = True) -> Answer:
     return Answer([ASSISTANT], [*text.encode(), END], text, stopped)
 
 
-def test_what_is_right_declined_and_declined_falsely_is_counted_apart():
-    answers = [said("a"), said("b "), said("c", stopped=False), said(NO), said(NO), said("d")]
+def test_evaluation_imports_no_training_loop():
+    loops = ("gpt.loop", "gpt.pretrain", "gpt.sft", "gpt.reward", "gpt.rl.loop")
+    program = f"import sys, gpt.answers, gpt.evaluation; print([name for name in {loops} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_right_answers_refusals_and_false_refusals_are_counted_separately():
+    answers = [given("a"), given("b "), given("c", stopped=False), given(NO), given(NO), given("d")]
     references = ["a", "b", "c", "d", NO, NO]
     assert answer_figures(answers, references, refusal=NO) == {
         "exactly_right": 2 / 4,  # a and b; c was cut off, and d was declined
@@ -36,17 +46,21 @@ def test_what_is_right_declined_and_declined_falsely_is_counted_apart():
     assert answer_figures(answers, references) == {"exactly_right": 3 / 6}
 
 
-def test_an_answer_depends_on_no_neighbour_and_ends_with_its_end_token(model):
+def test_an_answer_does_not_depend_on_its_neighbours_and_ends_with_its_end_token(model):
     prompts = [[{"role": "user", "content": text}] for text in ("a", "bcd", "ef")]
-    drawn = answer(model, TOKENIZER, prompts, seed=1, name="test", max_tokens=8, temperature=1.0)
-    alone = answer(model, TOKENIZER, prompts[:1], seed=1, name="test", max_tokens=8, temperature=1.0)
-    assert drawn[0] == alone[0]
+    shown: list[tuple[int, int]] = []
+    drawn = answer(
+        model, TOKENIZER, prompts, seed=1, name="test", max_tokens=8, temperature=1.0, on_progress=lambda *counts: shown.append(counts)
+    )
+    assert shown == [(3, 3)]
+    by_itself = answer(model, TOKENIZER, prompts[:1], seed=1, name="test", max_tokens=8, temperature=1.0)
+    assert drawn[0] == by_itself[0]
     assert all(each.stopped == (each.token_ids[-1] == END) for each in drawn)
     assert all(each.text == TOKENIZER.decode(t for t in each.token_ids if t != END) for each in drawn)
 
 
 @pytest.mark.parametrize("held", [1, 5, 1024])
-def test_log_probabilities_of_whole_responses_are_those_of_one_row_at_a_time_however_few_logits_are_held(model, monkeypatch, held):
+def test_response_logprobs_equal_those_of_single_rows_however_few_logits_are_computed_at_once(model, monkeypatch, held):
     prompts = [[{"role": "user", "content": text}] for text in ("a", "bcd")]
     answers = answer(model, TOKENIZER, prompts, seed=1, name="test", max_tokens=6, temperature=0.7)
     expected = []
@@ -60,12 +74,12 @@ def test_log_probabilities_of_whole_responses_are_those_of_one_row_at_a_time_how
     found = response_logprobs(model, answers).tolist()
     hook.remove()
     assert found == pytest.approx(expected, abs=1e-4)
-    assert sum(most) == sum(len(each.token_ids) for each in answers)  # none is made for the prompts
+    assert sum(most) == sum(len(each.token_ids) for each in answers)  # none is computed for the prompts
     assert max(most) <= held
 
 
-def test_a_number_is_right_behind_the_last_marker_whatever_else_is_said_and_never_in_an_answer_that_was_cut_off():
-    answers = [said("2 + 2 = 4\n#### 4"), said("#### 4.0"), said("4"), said("#### 5"), said("#### 4", stopped=False), said("#### 4")]
+def test_only_the_number_after_the_last_marker_counts_and_never_in_a_truncated_answer():
+    answers = [given("2 + 2 = 4\n#### 4"), given("#### 4.0"), given("4"), given("#### 5"), given("#### 4", stopped=False), given("#### 4")]
     references = ["#### 4", "so #### 4", "4", "4", "4", "many"]
     assert answer_figures(answers, references, number_marker="####") == {
         "exactly_right": 1 / 6,  # the third
@@ -73,7 +87,7 @@ def test_a_number_is_right_behind_the_last_marker_whatever_else_is_said_and_neve
     }
 
 
-def test_the_best_of_four_is_the_one_that_scores_highest_and_the_gain_is_in_deviations_of_the_baselines_scores(model):
+def test_the_best_of_four_scores_highest_and_the_gain_is_in_deviations_of_the_baselines_scores(model):
     class Lengths:
         """Scores a response by its tokens."""
 

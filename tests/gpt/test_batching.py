@@ -12,12 +12,12 @@ from gpt.random_streams import permutation, stream_seed
 
 
 def batches(*lengths: int, seq_len: int = 4, global_batch_size: int = 3, seed: int = 1) -> TrainingBatches:
-    """File f holds the tokens 1000 f, 1000 f + 1, ...: a token says where it stands."""
+    """File f holds the tokens 1000 f, 1000 f + 1, ..., so that a token tells its position."""
     files = [np.arange(1000 * file, 1000 * file + n, dtype=np.uint16) for file, n in enumerate(lengths)]
     return TrainingBatches(files, seq_len=seq_len, global_batch_size=global_batch_size, seed=seed)
 
 
-def test_targets_are_the_tokens_one_place_on():
+def test_targets_are_the_tokens_shifted_by_one():
     batch = batches(30).micro_batch(0, range(3))
     assert batch.token_ids.shape == batch.targets.shape == batch.loss_mask.shape == (3, 4)
     assert (batch.targets == batch.token_ids + 1).all()
@@ -41,11 +41,11 @@ def test_an_epoch_visits_every_window_once_and_no_two_overlap(lengths, global_ba
     assert all(start in range(lengths[file] - 4) for file, start in begun)
     assert {file for file, _ in begun} == set(range(len(lengths)))
     for file, length in enumerate(lengths):
-        # All but the offset's room, which is at most two windows less a token.
+        # Everything except the room for the offset, which is at most two windows minus a token.
         assert sum(f == file for f, _ in begun) == max(1, (length - 4) // 4)
 
 
-def test_epochs_differ_in_order_and_in_where_windows_begin():
+def test_epochs_differ_in_order_and_in_window_offsets():
     data = batches(100, global_batch_size=1)
     n = data.windows_per_epoch()
     epochs = [[data.window(step, 0)[1] for step in range(e * n, (e + 1) * n)] for e in range(6)]
@@ -53,7 +53,7 @@ def test_epochs_differ_in_order_and_in_where_windows_begin():
     assert {min(epoch) for epoch in epochs} == {0, 1, 2, 3}
 
 
-def test_a_step_is_the_same_whatever_was_asked_before_it():
+def test_a_step_does_not_depend_on_which_steps_were_read_before_it():
     whole = batches(60)
     in_order = [whole.micro_batch(step, range(3)).token_ids for step in range(20)]
     resumed = batches(60)
@@ -68,7 +68,7 @@ def test_ranks_and_micro_batches_partition_the_same_global_batch(world_size, pas
 
 
 def test_the_order_of_a_seed_never_changes():
-    # These numbers are part of what a checkpoint means: a run resumed under another version must see the same rows.
+    # Checkpoints depend on these numbers: a run that resumes under another version must see the same rows.
     assert stream_seed(1, "order", 0) == 954623460253835154
     assert permutation(stream_seed(1, "order", 0), 8).tolist() == [0, 7, 6, 3, 5, 4, 1, 2]
 
@@ -88,14 +88,14 @@ def test_a_file_of_exactly_one_window_is_read_whole():
     assert batches(5).micro_batch(7, range(1)).token_ids.tolist() == [[0, 1, 2, 3]]
 
 
-def test_a_token_beyond_the_vocabulary_is_named_with_its_place(tmp_path):
+def test_a_token_outside_the_vocabulary_is_named_with_its_position(tmp_path):
     np.array([1, 2, 30, 4], "<u2").tofile(tmp_path / "train.bin")
     assert open_tokens(tmp_path / "train.bin", "uint16", 31).tolist() == [1, 2, 30, 4]
     with pytest.raises(ValueError, match=r"train\.bin: expected the tokenizer's ids 0 to 29, found 30 at token 2"):
         open_tokens(tmp_path / "train.bin", "uint16", 30)
 
 
-def test_a_file_that_ends_inside_a_token_is_refused(tmp_path):
+def test_a_file_that_ends_within_a_token_is_refused(tmp_path):
     (tmp_path / "train.bin").write_bytes(b"abc")
     with pytest.raises(ValueError, match="expected uint16 tokens of 2 bytes each, found 3 bytes"):
         open_tokens(tmp_path / "train.bin", "uint16", 300)
@@ -108,7 +108,7 @@ def test_an_empty_file_has_no_tokens(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(0, 40), max_size=3), stride=st.integers(1, 6))
-def test_held_out_windows_score_every_token_but_a_file_s_first_once(lengths, stride):
+def test_held_out_windows_score_every_token_except_a_files_first_once(lengths, stride):
     windows = held_out_windows(lengths, 6, stride)
     scored = Counter((w.file, place) for w in windows for place in range(w.score_from, w.stop))
     assert scored == Counter((file, place) for file, n in enumerate(lengths) for place in range(1, n))
@@ -116,7 +116,7 @@ def test_held_out_windows_score_every_token_but_a_file_s_first_once(lengths, str
     assert all(w.score_from - w.start >= 7 - stride for w in windows if w.start)
 
 
-def test_a_held_out_row_counts_what_its_window_scores():
+def test_only_the_tokens_that_a_window_scores_count_in_its_row():
     tokens = np.arange(10, 20)
     windows = held_out_windows([10], 4, 2)
     batch = held_out_batch([tokens], windows, 4)
@@ -126,7 +126,7 @@ def test_a_held_out_row_counts_what_its_window_scores():
     assert batch.loss_mask[1].tolist() == [False, False, True, True]
 
 
-def test_shuffled_rows_visit_every_example_once_an_epoch_and_batches_may_straddle_two():
+def test_shuffled_rows_visit_every_example_once_per_epoch_and_a_batch_may_span_two_epochs():
     rows = ShuffledRows(5, batch_size=2, seed=1, name="test")
     drawn = [row for step in range(5) for row in rows.of_step(step)]  # 10 of them: two epochs of 5
     assert sorted(drawn[:5]) == sorted(drawn[5:]) == [0, 1, 2, 3, 4]
@@ -134,12 +134,12 @@ def test_shuffled_rows_visit_every_example_once_an_epoch_and_batches_may_straddl
     assert rows.of_step(3) == ShuffledRows(5, batch_size=2, seed=1, name="test").of_step(3)
 
 
-def test_unequal_rows_are_padded_on_the_right():
+def test_rows_of_unequal_length_are_padded_on_the_right():
     assert padded([[1, 2, 3], [4]], pad_id=9).tolist() == [[1, 2, 3], [4, 9, 9]]
 
 
-def test_a_few_of_many_lie_evenly_from_the_first_on_and_fewer_than_asked_are_all():
+def test_evenly_selects_evenly_spaced_items_from_the_first_on_or_all_if_there_are_too_few():
     assert evenly("abcdef", 3) == ["a", "c", "e"]
-    assert evenly("abcde", 3) == ["a", "b", "d"]  # places 0, 5 / 3 and 10 / 3, rounded down
+    assert evenly("abcde", 3) == ["a", "b", "d"]  # indices 0, 5 / 3 and 10 / 3, rounded down
     assert evenly("ab", 3) == ["a", "b"]
     assert evenly("", 3) == []

@@ -20,7 +20,7 @@ DOCUMENT = 19
 
 
 def by_definition(tokens: list[int], stride: int) -> float:
-    """Every token with the longest context that its window gives it: windows begin at multiples of the stride, after the first."""
+    """Score every token with all the context that its window has. Windows after the first start at multiples of the stride."""
     text = [DOCUMENT, *tokens]
     nats = 0.0
     for place in range(1, len(text)):
@@ -45,7 +45,7 @@ def test_the_default_stride_is_half_a_window():
     assert held_out_nats(MODEL, tokens) == held_out_nats(MODEL, tokens, stride=4)
 
 
-def test_a_stride_that_would_leave_tokens_out_is_refused():
+def test_a_stride_that_would_skip_tokens_is_refused():
     with pytest.raises(ValueError, match="expected stride from 1 to seq_len = 8, found 9"):
         held_out_nats(MODEL, np.arange(9, dtype=np.uint16), stride=9)
 
@@ -59,15 +59,15 @@ def test_no_held_out_bytes_is_an_error_that_says_what_to_do():
         bits_per_byte(1.0, 0)
 
 
-def test_xz_needs_its_file_s_bits():
+def test_xz_is_measured_by_the_size_of_its_file():
     text = b"to be or not to be " * 20
     chunks = [text[:7], b"", text[7:]]
     assert xz_bits_per_byte(chunks) == 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
 
 
-def test_a_statistical_coder_that_has_read_the_text_before_needs_almost_nothing_for_it():
+def test_ppmd_needs_almost_nothing_for_a_text_that_it_has_read_before():
     drawn = random.Random(1)
     text = bytes(drawn.choices(b"abcdefgh ", k=3000))
     other = bytes(drawn.choices(b"abcdefgh ", k=3000))
     assert ppmd_bits_per_byte(lambda: [text], lambda: [text[:1000], text[1000:]]) < 0.7
-    assert 3.0 < ppmd_bits_per_byte(lambda: [other], lambda: [text]) < 3.8  # 9 even letters: log2 9 = 3.17 bits
+    assert 3.0 < ppmd_bits_per_byte(lambda: [other], lambda: [text]) < 3.8  # 9 equally likely letters: log2 9 = 3.17 bits

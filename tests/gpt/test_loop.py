@@ -23,14 +23,14 @@ def test_a_checkpoint_is_saved_every_few_steps_and_after_the_last_one_only_if_as
     assert rank.saved == saved
 
 
-def test_the_last_step_is_not_saved_twice_or_against_the_loops_wish_where_a_checkpoint_would_be_due(make_rank):
+def test_a_last_step_at_which_a_checkpoint_is_due_is_saved_once_or_not_at_all(make_rank):
     for save_last, saved in ((True, [2, 4]), (False, [2])):
         rank = make_rank(str(save_last))
         assert not any(save_or_stop(rank, settings(steps=4), finished, save_last=save_last) for finished in range(1, 5))
         assert rank.saved == saved
 
 
-def test_a_stop_saves_the_step_at_which_it_is_noticed_and_never_comes_after_the_last_one(make_rank):
+def test_a_stop_saves_the_step_at_which_it_is_noticed_and_is_ignored_after_the_last_step(make_rank):
     rank = make_rank(stop_after=3)
     assert [save_or_stop(rank, settings(), finished) for finished in (1, 2, 3)] == [False, False, True]
     assert rank.saved == [2, 3]
@@ -38,6 +38,6 @@ def test_a_stop_saves_the_step_at_which_it_is_noticed_and_never_comes_after_the_
     assert not save_or_stop(last, settings(), 7)
 
 
-def test_a_result_can_be_pickled_as_a_gang_does():
+def test_a_result_survives_pickling():
     trained = Trained({"role": "policy", "steps": 7}, figures={"reward/score_mean": 0.5})
     assert pickle.loads(pickle.dumps(trained)) == trained

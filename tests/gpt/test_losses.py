@@ -34,7 +34,7 @@ def test_only_tokens_that_count_are_summed():
 def test_parts_of_a_batch_add_up_to_its_loss_and_its_gradient():
     logits = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(1)).requires_grad_()
     targets = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(2))
-    loss_mask = torch.rand(4, 5, generator=torch.Generator().manual_seed(3)) < 0.6  # rows of unequal weight
+    loss_mask = torch.rand(4, 5, generator=torch.Generator().manual_seed(3)) < 0.6  # rows with unequal counts
     count = int(loss_mask.sum())
     whole = lm_loss(logits, targets, loss_mask, global_count=count)
     [gradient] = torch.autograd.grad(whole, logits)
@@ -57,8 +57,8 @@ NAN = float("nan")
 EVERYTHING = torch.ones(1, 2, dtype=torch.bool)
 
 
-def test_a_good_token_earns_nothing_beyond_the_clip_and_a_bad_one_is_pushed_back_without_limit():
-    # Twice as likely as when drawn: a good one earns 1.2 of 2, a bad one costs all 2; half as likely, the bad one earns 0.8.
+def test_a_good_token_earns_nothing_beyond_the_clip_and_a_bad_one_is_penalised_without_limit():
+    # Twice as likely as when drawn, a good token earns 1.2 rather than 2 and a bad one costs 2. Half as likely, the bad one earns 0.8.
     logprobs = torch.tensor([[2.0, 2.0, 0.5]]).log().requires_grad_()
     advantages = torch.tensor([[1.0, -1.0, -1.0]])
     loss = ppo_policy_loss(logprobs, torch.zeros(1, 3), advantages, clip_eps=0.2, keep=torch.ones(1, 3, dtype=torch.bool), global_count=1)
@@ -67,14 +67,14 @@ def test_a_good_token_earns_nothing_beyond_the_clip_and_a_bad_one_is_pushed_back
     assert gradient[0].tolist() == pytest.approx([0.0, 2.0, 0.0])
 
 
-def test_a_ratio_beyond_e_to_the_20_is_cut_there():
+def test_a_ratio_is_clamped_at_e_to_the_20():
     # The good token earns 1.2, the bad one costs e^20.
     far = torch.tensor([[100.0, 100.0]])
     loss = ppo_policy_loss(far, torch.zeros(1, 2), torch.tensor([[1.0, -1.0]]), clip_eps=0.2, keep=EVERYTHING, global_count=1)
     assert loss.item() == pytest.approx(math.exp(20) - 1.2)
 
 
-def test_before_the_first_update_ppo_and_reinforce_have_one_gradient():
+def test_before_the_first_update_ppo_and_reinforce_have_the_same_gradient():
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
     drawn = torch.randint(5, (2, 3), generator=torch.Generator().manual_seed(2))
     advantages = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]])
@@ -92,8 +92,8 @@ def test_reinforce_by_hand():
     assert reinforce_loss(logprobs, advantages, keep=EVERYTHING, global_count=2).item() == -0.5
 
 
-def test_a_value_may_move_by_the_clip_and_pays_the_larger_error():
-    # At 0.5 the clipped 0.2 is farther from 1: 0.8^2 / 2, and nothing pulls on. At -0.5 it is 1.5^2 / 2, and pulled back.
+def test_a_value_beyond_the_clip_pays_the_larger_error():
+    # At 0.5 the clipped value 0.2 is farther from 1: 0.8^2 / 2, without a gradient. At -0.5 the loss is 1.5^2 / 2, with a gradient.
     values = torch.tensor([[0.5, -0.5]]).requires_grad_()
     loss = value_loss(values, torch.zeros(1, 2), torch.ones(1, 2), value_clip_eps=0.2, keep=EVERYTHING, global_count=1)
     assert loss.item() == pytest.approx(0.32 + 1.125)
@@ -107,7 +107,7 @@ def test_a_value_within_the_clip_pays_half_its_squared_error():
     assert torch.autograd.grad(loss, values)[0][0].tolist() == pytest.approx([-0.45, -0.45])
 
 
-def test_logprobs_are_those_of_the_temperature_that_was_sampled_at_and_leave_the_logits_alone():
+def test_logprobs_use_the_sampling_temperature_and_do_not_change_the_logits():
     # Logits ln 1 and ln 4: at temperature 2 the shares are 1 : 2.
     logits = torch.tensor([[[0.0, math.log(4)]]])
     before = logits.clone()
@@ -118,21 +118,21 @@ def test_logprobs_are_those_of_the_temperature_that_was_sampled_at_and_leave_the
     assert in_bf16.item() == pytest.approx(-math.log(50000), rel=1e-6)
 
 
-def test_doubt_among_four_is_ln_4_and_a_certain_token_has_none():
+def test_the_entropy_of_four_equal_tokens_is_ln_4_and_of_a_certain_one_0():
     logits = torch.tensor([[[0.0, 0.0, 0.0, 0.0], [99.0, 0.0, 0.0, 0.0], [0.0, 99.0, 0.0, 0.0]]])
     keep = torch.tensor([[True, True, False]])
     assert mean_entropy(logits, 1.0, keep=keep, global_count=2).item() == pytest.approx(math.log(4) / 2)
 
 
-def test_more_temperature_is_more_doubt():
+def test_a_higher_temperature_means_more_entropy():
     logits = torch.tensor([[[0.0, math.log(4)]]])  # at temperature 2: 1/3 and 2/3
     entropy = mean_entropy(logits, 2.0, keep=torch.ones(1, 1, dtype=torch.bool), global_count=1)
     assert entropy.item() == pytest.approx(math.log(3) - 2 / 3 * math.log(2))
 
 
-def test_parts_of_a_batch_add_up_to_every_rl_loss_and_what_is_masked_may_be_nan():
+def test_parts_of_a_batch_add_up_to_every_rl_loss_and_masked_values_may_be_nan():
     draw = torch.Generator().manual_seed(1)
-    keep = torch.rand(4, 5, generator=draw) < 0.6  # rows of unequal weight
+    keep = torch.rand(4, 5, generator=draw) < 0.6  # rows with unequal counts
     logits = torch.randn(4, 5, 7, generator=draw).masked_fill(~keep[..., None], NAN).requires_grad_()
     values = torch.randn(4, 5, generator=draw).masked_fill(~keep, NAN).requires_grad_()
     old_logprobs, advantages, old_values, returns = torch.randn(4, 4, 5, generator=draw).masked_fill(~keep, NAN).unbind()
@@ -161,20 +161,20 @@ def test_parts_of_a_batch_add_up_to_every_rl_loss_and_what_is_masked_may_be_nan(
             torch.testing.assert_close(part, gradient, equal_nan=True)
 
 
-def test_a_pair_of_equal_scores_costs_ln_2_and_the_better_chosen_the_less():
+def test_a_pair_of_equal_scores_costs_ln_2_and_a_better_chosen_response_costs_less():
     loss = reward_pair_loss(torch.tensor([0.7, math.log(3)]), torch.tensor([0.7, 0.0]), global_count=1)
     assert loss.item() == pytest.approx(math.log(2) - math.log(3 / 4))  # odds of 3 to 1 are a share of 3/4
 
 
-def test_a_pair_loss_knows_differences_alone():
+def test_a_pair_loss_depends_only_on_the_difference():
     scores = torch.tensor([[0.5, -1.0], [0.25, 2.0]], requires_grad=True)  # sums with 3 are exact
     losses = [reward_pair_loss(*(scores + shift), global_count=2) for shift in (0.0, 3.0)]
     one, other = (torch.autograd.grad(loss, scores)[0] for loss in losses)
     assert torch.equal(one, other)
-    assert torch.equal(one[0], -one[1])  # so what moves both scores alike has no gradient
+    assert torch.equal(one[0], -one[1])  # so moving both scores alike has no gradient
 
 
-def test_a_hopeless_pair_costs_its_difference_and_not_infinity():
+def test_a_pair_with_a_huge_wrong_difference_costs_that_difference_and_not_infinity():
     scores = torch.tensor([-1000.0], requires_grad=True)
     loss = reward_pair_loss(scores, torch.tensor([1000.0]), global_count=1)
     assert loss.item() == 2000.0
@@ -199,10 +199,10 @@ def test_parts_of_a_batch_of_scores_add_up_to_its_loss(loss):
     first, second = torch.rand(2, 5, generator=torch.Generator().manual_seed(1))
     whole = loss(first, second, global_count=5)
     parts = [loss(first[rows], second[rows], global_count=5) for rows in (slice(0, 2), slice(2, 2), slice(2, 5))]
-    assert parts[1].item() == 0.0  # a part may be empty: a micro-batch need not have both kinds of item
+    assert parts[1].item() == 0.0  # a part may be empty, since a micro-batch need not have both pairs and ratings
     torch.testing.assert_close(sum(parts), whole)
 
 
-def test_centering_leaves_a_pair_alone_whose_scores_are_opposite():
+def test_centering_leaves_a_pair_of_opposite_scores_unchanged():
     chosen, rejected = torch.tensor([2.0, 2.0]), torch.tensor([-2.0, 1.0])
     assert reward_centering_loss(chosen, rejected, global_count=2).item() == pytest.approx((0.0 + 9.0) / 2)

@@ -47,7 +47,7 @@ def some_tokens(rows: int, n: int) -> Tensor:
 
 
 def layer_of(preset: str, kind: str, **changes):
-    """One sub-layer with weights large enough to matter."""
+    """A sub-layer whose weights are large enough to matter."""
     layer = getattr(new(preset, **changes).blocks[0], kind)
     with torch.no_grad():
         for number, parameter in enumerate(layer.parameters()):
@@ -56,7 +56,7 @@ def layer_of(preset: str, kind: str, **changes):
 
 
 def attention_by_definition(layer: Attention, x: Tensor, head_dim: int, rotary: bool) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v of each head over the places not after it. Vaswani et al. 2017, eq. 1."""
+    """softmax(q k^T / sqrt(D)) v of each head over the current and earlier positions. Vaswani et al. 2017, eq. 1."""
     groups = layer.n_head // layer.n_kv_head
     rows = []
     for sequence in x:
@@ -79,7 +79,7 @@ def attention_by_definition(layer: Attention, x: Tensor, head_dim: int, rotary: 
 
 
 def rotated_by_definition(x: Tensor) -> Tensor:
-    """Pair i of place t is a complex number, multiplied by e^(i t 10000^(-2 i / D)). Su et al. 2021, eq. 12 and 14."""
+    """Pair i at position t is a complex number, multiplied by e^(i t 10000^(-2 i / D)). Su et al. 2021, eq. 12 and 14."""
     x = x.detach()
     n, head_dim = x.shape
     half = head_dim // 2
@@ -109,7 +109,7 @@ def test_rotation_multiplies_complex_numbers():
     torch.testing.assert_close(turned, rotated_by_definition(x), rtol=1e-5, atol=1e-5)
 
 
-def test_rotated_scores_depend_on_the_distance_alone():
+def test_rotated_scores_depend_only_on_the_distance():
     q, k = drawn(1, 1, 1, 6), drawn(1, 1, 1, 6, seed=4)
 
     def score(q_place: int, k_place: int) -> float:
@@ -121,7 +121,7 @@ def test_rotated_scores_depend_on_the_distance_alone():
     assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-3)
 
 
-def test_sinusoids_are_the_paper_s():
+def test_sinusoids_equal_the_papers():
     table = sinusoids(torch.tensor([[0, 3]]), 4)[0]
     assert table[0].tolist() == [0.0, 1.0, 0.0, 1.0]
     assert table[1].tolist() == pytest.approx([math.sin(3), math.cos(3), math.sin(3 / 100), math.cos(3 / 100)])
@@ -151,11 +151,11 @@ def test_a_block_normalises_before_or_after_each_sub_layer(norm_first):
 
     if norm_first:
         middle = x + block.attention(normalised(x))
-        wanted = middle + block.feed_forward(normalised(middle))
+        expected = middle + block.feed_forward(normalised(middle))
     else:
         middle = normalised(x + block.attention(x))
-        wanted = normalised(middle + block.feed_forward(middle))
-    torch.testing.assert_close(block(x), wanted, rtol=1e-4, atol=1e-5)
+        expected = normalised(middle + block.feed_forward(middle))
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @FAMILIES
@@ -182,13 +182,13 @@ def test_the_order_of_the_tokens_matters(preset):
     model = new(preset)
     with torch.no_grad():
         for block in model.blocks:
-            block.attention.qkv.weight.mul_(20.0)  # the first weights look at all places almost evenly
+            block.attention.qkv.weight.mul_(20.0)  # initial weights attend to all positions almost evenly
     one, two = model(torch.tensor([[1, 2, 3]])), model(torch.tensor([[2, 1, 3]]))
     assert not torch.allclose(one[:, -1], two[:, -1], atol=1e-4)
 
 
 @FAMILIES
-def test_dropout_acts_in_training_alone(preset):
+def test_dropout_acts_only_in_training(preset):
     model = new(preset, dropout=0.5)
     token_ids = some_tokens(2, 10)
     assert torch.equal(model(token_ids), model(token_ids))
@@ -201,8 +201,8 @@ def test_the_2017_paper_scales_embeddings_by_the_root_of_their_width():
     embedded = []
     model.blocks[0].register_forward_pre_hook(lambda module, inputs: embedded.append(inputs[0]))
     model(torch.tensor([[7]]))
-    wanted = math.sqrt(32) * model.token_embedding.weight[7] + torch.tensor([0.0, 1.0]).repeat(16)
-    torch.testing.assert_close(embedded[0][0, 0], wanted)
+    expected = math.sqrt(32) * model.token_embedding.weight[7] + torch.tensor([0.0, 1.0]).repeat(16)
+    torch.testing.assert_close(embedded[0][0, 0], expected)
 
 
 def test_a_sequence_longer_than_the_window_is_refused():
@@ -210,7 +210,7 @@ def test_a_sequence_longer_than_the_window_is_refused():
         new("gpt2-nano")(some_tokens(1, 33))
 
 
-def test_the_first_weights_are_gpt_2_s():
+def test_weights_are_initialised_as_in_gpt_2():
     model = new("gpt2-tiny")
     block = model.blocks[0]
     assert block.attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.02)
@@ -220,7 +220,7 @@ def test_the_first_weights_are_gpt_2_s():
     assert block.attention_norm.weight.tolist() == [1.0] * 128
 
 
-def test_the_first_weights_follow_from_the_generator_and_leave_the_global_one_alone():
+def test_initial_weights_depend_only_on_the_generator_and_leave_the_global_one_untouched():
     torch.manual_seed(5)
     before = torch.get_rng_state()
     one, again, other = new("gpt2-nano", seed=1), new("gpt2-nano", seed=1), new("gpt2-nano", seed=2)
@@ -230,14 +230,14 @@ def test_the_first_weights_follow_from_the_generator_and_leave_the_global_one_al
 
 
 def test_gpt2_124m_has_its_published_number_of_parameters():
-    # Radford et al.'s smallest with 50,257 tokens: 124,439,808.
+    # The smallest model of Radford et al., with 50,257 tokens, has 124,439,808 parameters.
     config = GPTConfig(**PRESETS["gpt2-124m"].model_dump(), vocab_size=50257)
     assert count_parameters(GPT(config)) == 124_439_808
     assert flops_per_token(config) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
 
 
 @FAMILIES
-def test_a_saved_model_is_the_same_model(preset, tmp_path):
+def test_a_saved_model_loads_as_the_same_model(preset, tmp_path):
     model = new(preset)
     save_model(tmp_path, model.config, dict(model.named_parameters()))
     loaded = load_model(tmp_path)
@@ -277,7 +277,7 @@ def test_saving_twice_gives_the_same_bytes(tmp_path):
         ),
     ],
 )
-def test_weights_that_do_not_fit_their_config_are_named(change, complaint, tmp_path):
+def test_weights_that_do_not_match_their_config_are_named(change, complaint, tmp_path):
     model = new("gpt2-nano")
     save_model(tmp_path, model.config, dict(model.named_parameters()))
     weights = load_file(tmp_path / "model.safetensors")
@@ -289,7 +289,7 @@ def test_weights_that_do_not_fit_their_config_are_named(change, complaint, tmp_p
         save_model(tmp_path / "again", model.config, weights)
 
 
-def test_a_reward_model_is_its_policys_trunk_and_scores_every_place(tmp_path):
+def test_a_reward_model_has_its_policys_trunk_and_a_score_at_every_position(tmp_path):
     policy = new("gpt2-tiny")
     model = RewardModel.from_policy(policy, torch.Generator().manual_seed(1)).requires_grad_(False)
     token_ids = torch.arange(10)[None]
@@ -306,7 +306,7 @@ def test_a_reward_model_is_its_policys_trunk_and_scores_every_place(tmp_path):
         load_model(tmp_path)
 
 
-def test_a_copy_with_another_dropout_drops_that_share_of_the_same_weights_and_leaves_the_model_as_it_was():
+def test_a_copy_with_another_dropout_has_the_same_weights_and_leaves_the_original_unchanged():
     policy = new("gpt2-nano").eval()
     model = RewardModel.from_policy(policy, torch.Generator().manual_seed(1)).eval()
     for original in (policy, model):

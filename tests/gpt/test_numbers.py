@@ -58,7 +58,7 @@ def test_a_reference_is_a_number_or_a_worked_answer(reference, number):
     assert reference_number(reference, "####") == (None if number is None else Decimal(number))
 
 
-def test_numbers_are_compared_by_value_and_not_by_spelling():
+def test_numbers_are_compared_by_value_rather_than_spelling():
     assert has_number("#### 1,234.0", Decimal(1234), "####")
     assert not has_number("#### 1234.01", Decimal(1234), "####")
     assert not has_number("1234", Decimal(1234), "####")

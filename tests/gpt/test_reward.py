@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
-import pickle
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,15 +20,10 @@ from gpt.reward import (
     Pair,
     Rating,
     all_scores,
-    conversations,
-    held_out_figures,
     read_items,
-    score_scale,
     train,
 )
-from gpt.reward_scorer import RewardScorer, end_scores, value_model
-from gpt.rl.scorers import RewardModelScorer
-from gpt.rl.scoring import Rollout
+from gpt.reward_scorer import RewardScorer
 from gpt.settings import GPTConfig, RewardSettings
 from gpt.tokenizer import byte_tokenizer
 from gpt.torch_engine import TorchEngine
@@ -72,7 +65,7 @@ def policy(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_records(tmp_path: Path) -> Callable[..., Path]:
-    """The folder of preferences or ratings."""
+    """Make the folder of a preferences or ratings artifact."""
 
     def make(train: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]] = (), name: str = "records") -> Path:
         folder = tmp_path / name
@@ -85,7 +78,7 @@ def make_records(tmp_path: Path) -> Callable[..., Path]:
 
 
 def saved_reward_model(folder: Path) -> RewardModel:
-    """A reward model that nobody trained, and its folder."""
+    """Save an untrained reward model to a folder and return it."""
     generator = torch.Generator().manual_seed(2)
     model = RewardModel.from_policy(GPT(SHAPE, generator), generator).eval()
     save_model(folder, SHAPE, dict(model.named_parameters()), RewardModel)
@@ -98,11 +91,11 @@ def conversation(prompt: str, response: str) -> list[int]:
 
 @torch.no_grad()
 def slow_score(model: RewardModel, token_ids: list[int]) -> float:
-    """By itself, without padding."""
+    """Score a row by itself, without padding."""
     return model(torch.tensor([token_ids]))[0, -1].item()
 
 
-def test_a_preference_for_a_over_b_is_learned_and_holds_for_prompts_never_seen(policy, make_records, make_rank, tmp_path):
+def test_a_preference_for_a_over_b_is_learned_and_generalises_to_unseen_prompts(policy, make_records, make_rank, tmp_path):
     held_out = [pair(letter, "aa", "bb", kind="seen in training") for letter in "cd"]
     held_out += [pair(letter, "aa", "bb", kind="New!") for letter in "xyz"]
     rank = make_rank()
@@ -129,7 +122,7 @@ def test_ratings_are_learned_as_log_odds(policy, make_records, make_rank, tmp_pa
 
 
 def test_pairs_and_ratings_are_learned_from_together(policy, make_records, make_rank, tmp_path):
-    # The pairs say that "aa" is better than "bb", the ratings that "e" is better than "f": neither kind tells of the other's.
+    # The pairs prefer "aa" to "bb", and the ratings prefer "ee" to "ff": neither contains the other's preference.
     rated = [rating(letter, *each) for letter in LETTERS for each in (("ee", 1.0), ("ff", 0.0))]
     pairs, ratings = make_records(PAIRS, PAIRS, "pairs"), make_records(rated, rated, "ratings")
     rank = make_rank()
@@ -161,7 +154,7 @@ def test_a_run_stopped_after_any_step_ends_in_the_same_bits_and_the_same_curve(p
             assert {**first.curve(metric), **second.curve(metric)} == whole.curve(metric), (stop_after, metric)
 
 
-def test_a_run_killed_in_its_last_evaluation_takes_no_step_again_and_ends_in_the_same_bits(policy, make_records, make_rank, tmp_path):
+def test_a_run_killed_in_its_last_evaluation_repeats_no_step_and_ends_in_the_same_bits(policy, make_records, make_rank, tmp_path):
     pairs, ratings = make_records(PAIRS, PAIRS[:3], "pairs"), make_records(RATINGS, RATINGS[:3], "ratings")
 
     whole, first, second = make_rank("whole"), make_rank("killed"), make_rank("killed")
@@ -195,7 +188,7 @@ def test_what_is_logged_and_when(policy, make_records, make_rank, tmp_path):
         assert per_second * rank.curve("time/step_s")[step] == pytest.approx(4 * 2 * 7)
 
 
-def test_validation_loss_is_the_mean_over_held_out_pairs_and_ratings_of_one_item_each(policy, make_records, make_rank, tmp_path):
+def test_validation_loss_is_the_mean_over_held_out_pairs_and_ratings(policy, make_records, make_rank, tmp_path):
     pairs, ratings = make_records(PAIRS, [pair("x", "aa", "b")], "pairs"), make_records([], [rating("x", "aaaa", 0.25)], "ratings")
     rank = make_rank()
     train(rank, settings(centering_coef=1.0), policy, [pairs], [ratings], 1, tmp_path / "model")
@@ -206,7 +199,7 @@ def test_validation_loss_is_the_mean_over_held_out_pairs_and_ratings_of_one_item
     assert rank.curve("val/loss")[5] == pytest.approx(((of_pair + of_rating) / 2).item(), rel=1e-4)
 
 
-def test_the_centering_term_is_logged_beside_the_loss_and_its_weight_changes_the_model_alone(policy, make_records, make_rank, tmp_path):
+def test_the_centering_term_is_logged_separately_and_its_weight_changes_only_the_model(policy, make_records, make_rank, tmp_path):
     pairs, ratings = make_records([pair("x", "aa", "b")], name="pairs"), make_records([rating("x", "aaaa", 0.25)], name="ratings")
     ends = {}
     for coef in (0.0, 5.0):
@@ -240,7 +233,7 @@ def test_the_metadata_has_the_mean_and_the_deviation_of_all_training_scores(poli
     assert trained.metadata["score_std"] == pytest.approx(statistics.pstdev(scores), rel=1e-5)
 
 
-def test_what_a_bf16_training_says_of_its_scores_is_true_of_the_fp32_model_that_it_leaves(policy, make_records, make_rank, tmp_path):
+def test_the_score_statistics_of_a_bf16_training_are_those_of_its_fp32_model(policy, make_records, make_rank, tmp_path):
     texts = ["a" * n for n in range(1, 10)]
     pairs, ratings = make_records(PAIRS, PAIRS, "pairs"), make_records([rating("q", text, len(text) / 10) for text in texts], (), "ratings")
     trained = train(make_rank(), settings(precision="bf16"), policy, [pairs], [ratings], 1, tmp_path / "model")
@@ -257,24 +250,13 @@ def test_what_a_bf16_training_says_of_its_scores_is_true_of_the_fp32_model_that_
     assert trained.figures["eval/pair_accuracy"] == (of_pairs[:12] > of_pairs[12:]).double().mean()
 
 
-def test_equal_scores_are_refused_since_they_tell_nothing_apart(policy, make_records, make_rank, tmp_path):
+def test_equal_scores_are_refused_because_they_rank_nothing(policy, make_records, make_rank, tmp_path):
     with pytest.raises(ValueError, match="the scores are equal: over 1 training responses"):
         train(make_rank(), settings(), policy, [], [make_records([rating("q", "a", 1.0)])], 1, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
-def test_a_scale_is_the_mean_and_the_biased_deviation_and_scores_that_differ_by_rounding_or_are_no_numbers_have_none():
-    assert score_scale(torch.tensor([1.0, 3.0], dtype=torch.float64)) == (2.0, 1.0)
-    for scores, fault in (
-        ([100.0, 100.00001], "equal: over 2 training"),
-        ([math.nan, 1.0], "not finite: over 2 training"),
-        ([math.inf, 1.0], "not finite"),
-    ):
-        with pytest.raises(ValueError, match=f"the scores are {fault}"):
-            score_scale(torch.tensor(scores, dtype=torch.float64))
-
-
-def test_a_training_that_diverges_ends_before_it_saves_what_is_left_of_it(policy, make_records, make_rank, tmp_path):
+def test_a_diverged_training_fails_before_it_saves_a_checkpoint_of_that_step(policy, make_records, make_rank, tmp_path):
     rank = make_rank()
     config = settings(steps=20, lr=1e30, warmup_steps=0, checkpoint_every=1)
     with pytest.raises(ValueError, match=r"the gradient norm of step \d+ is (nan|inf)") as caught:
@@ -283,8 +265,8 @@ def test_a_training_that_diverges_ends_before_it_saves_what_is_left_of_it(policy
     assert not (tmp_path / "model").exists()
 
 
-def test_what_is_too_long_or_has_nothing_to_prefer_is_left_out_whole_and_counted(make_records):
-    # Around a prompt and a response stand 4 tokens, so of 16 there are 12 for text.
+def test_records_that_are_too_long_or_have_equal_responses_are_left_out_and_counted(make_records):
+    # A prompt and a response have 4 special tokens, which leaves 12 of 16 for text.
     fits, too_long = "a" * 11, "a" * 12
     pairs = make_records([pair("q", fits, "b"), pair("q", too_long, "b"), pair("q", "b", too_long), pair("q", "a", "a")], name="pairs")
     ratings = make_records([rating("q", fits, 0.5), rating("long prompts", "a", 0.5)], name="ratings")
@@ -294,7 +276,7 @@ def test_what_is_too_long_or_has_nothing_to_prefer_is_left_out_whole_and_counted
     assert len(conversation("q", fits)) == 16
 
 
-def test_what_is_left_out_is_told(policy, make_records, make_rank, tmp_path):
+def test_records_that_are_left_out_are_reported(policy, make_records, make_rank, tmp_path):
     rank, records = make_rank(), make_records([*PAIRS, pair("q", "a" * 100, "b"), pair("q", "a", "a")])
     train(rank, settings(), policy, [records], [], 1, tmp_path / "model")
     assert rank.warnings == [
@@ -303,48 +285,14 @@ def test_what_is_left_out_is_told(policy, make_records, make_rank, tmp_path):
     ]
 
 
-def test_records_of_which_none_can_be_used_are_refused_with_their_counts(policy, make_records, make_rank, tmp_path):
+def test_records_that_are_all_unusable_are_refused_with_their_counts(policy, make_records, make_rank, tmp_path):
     records = make_records([pair("q", "a" * 12, "b"), pair("q", "a", "a")])
     with pytest.raises(ValueError, match="1 are longer than the policy's seq_len = 16 tokens, and 1 are pairs of equal responses"):
         train(make_rank(), settings(), policy, [records], [], 1, tmp_path / "model")
 
 
-def test_the_score_is_read_at_the_end_token_whatever_is_padded_behind_it(tmp_path):
-    # The second response ends in the byte 0, which is also what rows are padded with.
-    model = saved_reward_model(tmp_path)
-    rows = [conversation("q", text) for text in ("a", "a\0\0", "abcdefg")]
-    assert [row[-1] for row in rows] == [TOKENIZER.special["end"]] * 3
-    together = end_scores(model, rows, CPU)
-    assert together.tolist() == pytest.approx([slow_score(model, row) for row in rows], abs=1e-6)
-    assert len({round(score, 3) for score in together.tolist()}) == 3
-
-
-def test_the_share_of_pairs_in_order_counts_a_tie_as_half_and_kinds_apart():
-    kinds = ("helpful", "helpful", "harmless", None)
-    items = [Pair([1], [2], kind) for kind in kinds]
-    scores = torch.tensor([3.0, 0.0, 1.0, 1.0, 2.0, 5.0, 1.0, 0.0])  # 3 > 2, 0 < 5, 1 = 1, 1 > 0
-    assert held_out_figures(items, scores) == {
-        "eval/pair_accuracy": 2.5 / 4,
-        "eval/pair_accuracy_helpful": 0.5,
-        "eval/pair_accuracy_harmless": 0.5,
-    }
-
-
-def test_a_kind_is_written_in_a_metrics_letters():
-    kinds = ["Helpful & honest", "安全", 3, None]
-    items, _ = read_items(TOKENIZER, [pair("q", "a", "b", kind=kind) for kind in kinds], [], 16)
-    assert [item.kind for item in items] == ["helpful_honest", "other", "3", None]
-
-
-def test_the_probability_that_a_good_response_is_scored_above_a_bad_one_by_counting():
-    items = [Rating([1], each) for each in (1.0, 0.5, 0.4, 0.0)]
-    scores = torch.tensor([3.0, 1.0, 2.0, 1.0])  # 3 > 2, 3 > 1, 1 < 2, 1 = 1: 2.5 of 4
-    assert held_out_figures(items, scores) == {"eval/rating_auc": 2.5 / 4}
-    assert held_out_figures(items[:2], scores[:2]) == {}  # nothing bad to compare with
-
-
 def test_one_step_moves_every_weight(policy, make_records, make_rank, tmp_path):
-    # Pairs alone would leave the head's bias where it is: they know differences only.
+    # Pairs determine only differences, so by themselves they would not move the head's bias.
     pairs = make_records([pair("q" * 9, "a", "b")], name="pairs")
     ratings = make_records([rating("q" * 9, "ab", 1.0)], name="ratings")
     config = settings(steps=1, warmup_steps=0, global_batch_size=2, weight_decay=0.0)
@@ -354,10 +302,10 @@ def test_one_step_moves_every_weight(policy, make_records, make_rank, tmp_path):
     assert {name for name in after if name not in before} == {"output.weight", "output.bias"}
     for name, tensor in before.items():
         assert not torch.equal(after[name], tensor), name
-    assert after["output.bias"].item() == pytest.approx(1e-2, rel=1e-3)  # from 0, Adam's first step, up: the response was good
+    assert after["output.bias"].item() == pytest.approx(1e-2, rel=1e-3)  # Adam's first step from 0, upwards because the response was good
 
 
-def test_another_dropout_is_this_stages_own_and_does_not_reach_those_after_it(policy, make_records, make_rank, tmp_path):
+def test_a_dropout_set_for_this_stage_does_not_reach_later_ones(policy, make_records, make_rank, tmp_path):
     pairs = make_records(PAIRS)
     for name, dropout in (("own", None), ("same", 0.1), ("other", 0.5)):
         train(make_rank(name), settings(dropout=dropout), policy, [pairs], [], 1, tmp_path / name)
@@ -376,36 +324,7 @@ def test_recomputing_activations_changes_nothing(policy, make_records, make_rank
     torch.testing.assert_close(recomputed["output.weight"], kept["output.weight"], rtol=0, atol=1e-6)
 
 
-def test_a_scorer_normalises_the_score_at_the_end(tmp_path):
-    model = saved_reward_model(tmp_path)
-    responses = ["a" * (1 + n % 8) for n in range(40)]  # more than one pass, of unequal lengths
-    scores = RewardScorer(tmp_path, mean=0.5, std=2.0, device=CPU).scores(
-        [encode_prompt(TOKENIZER, asked("q"))] * 40, [encode_response(TOKENIZER, response) for response in responses]
-    )
-    assert scores.tolist() == pytest.approx([(slow_score(model, conversation("q", each)) - 0.5) / 2.0 for each in responses], abs=1e-6)
-
-
-def test_a_reward_model_travels_to_its_ranks_without_weights(tmp_path):
-    saved_reward_model(tmp_path)
-    prompt, response = encode_prompt(TOKENIZER, asked("q")), encode_response(TOKENIZER, "ab")
-    sent = pickle.dumps(RewardModelScorer(tmp_path, mean=0.5, std=2.0))
-    assert len(sent) < 1000
-    arrived = pickle.loads(sent)
-    arrived.open(CPU)
-    [score] = arrived.scores([Rollout({}, prompt, response, "ab")]).scores.tolist()
-    assert score == RewardScorer(tmp_path, mean=0.5, std=2.0, device=CPU).scores([prompt], [response]).item()
-
-
-def test_the_value_model_starts_as_the_normalised_score(tmp_path):
-    saved_reward_model(tmp_path)
-    scorer = RewardScorer(tmp_path, mean=-0.7, std=0.25, device=CPU)
-    prompt, response = encode_prompt(TOKENIZER, asked("q")), encode_response(TOKENIZER, "abc")
-    with torch.no_grad():
-        values = value_model(tmp_path, mean=-0.7, std=0.25)(torch.tensor([[*prompt, *response]]))  # (1, T)
-    assert values[0, -1].item() == pytest.approx(scorer.scores([prompt], [response]).item(), abs=1e-5)
-
-
-def test_the_loss_of_a_step_is_the_same_however_its_rows_are_split(policy, make_records, make_rank, tmp_path):
+def test_micro_batches_do_not_change_the_loss_of_a_step(policy, make_records, make_rank, tmp_path):
     pairs, ratings = make_records(PAIRS, name="pairs"), make_records(RATINGS, name="ratings")
     ends = {}
     for size in (4, 2, 1):
@@ -421,7 +340,7 @@ def test_the_loss_of_a_step_is_the_same_however_its_rows_are_split(policy, make_
 
 
 def train_and_score(rank: Any, folder: Path, scored: Path, output: Path) -> tuple[Trained, torch.Tensor]:
-    """Its metadata; and what all ranks say of 40 conversations under given weights, in 3 passes: one rank has none in the last."""
+    """Train, then score 40 conversations with given weights in 3 passes, the last of which leaves one of two ranks without work."""
     config = settings(dropout=0.0, eps=1e-3, log_every=1)
     trained = train(rank, config, folder / "policy", [folder / "pairs"], [folder / "ratings"], 1, output)
     engine = TorchEngine(load_reward_model(scored), [{"params": load_reward_model(scored).parameters()}], config, device=CPU)
@@ -436,24 +355,19 @@ def train_and_score_as_two(rank: int, folder: str) -> None:
         torch.save(((trained.metadata, trained.figures), scores, list(both.curve("train/loss").values())), Path(folder) / "of_two.pt")
 
 
-def test_two_ranks_change_training_by_rounding_alone_and_the_scores_of_given_weights_not_at_all(policy, make_records, make_rank, tmp_path):
+def test_two_ranks_change_training_only_by_rounding_and_the_scores_of_given_weights_not_at_all(policy, make_records, make_rank, tmp_path):
     make_records(PAIRS, PAIRS[:5], "pairs")
     make_records(RATINGS, RATINGS[:5], "ratings")
     saved_reward_model(tmp_path / "scored")
-    alone = make_rank()
-    trained, scores = train_and_score(alone, tmp_path, tmp_path / "scored", tmp_path / "alone")
+    single = make_rank()
+    trained, scores = train_and_score(single, tmp_path, tmp_path / "scored", tmp_path / "single")
     as_two_ranks(train_and_score_as_two, tmp_path)
     (metadata_of_two, figures_of_two), scores_of_two, losses = torch.load(tmp_path / "of_two.pt")
     assert torch.equal(scores_of_two, scores)
-    assert losses == pytest.approx(list(alone.curve("train/loss").values()), rel=1e-5)
+    assert losses == pytest.approx(list(single.curve("train/loss").values()), rel=1e-5)
     assert figures_of_two == trained.figures
     for name in ("score_mean", "score_std"):
         assert metadata_of_two[name] == pytest.approx(trained.metadata[name], abs=2e-5)
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "both"))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("single", "both"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5)
-
-
-def test_the_rows_of_a_batch_are_all_chosen_then_all_rejected_then_all_rated():
-    items = [Pair([1], [2]), Rating([9], 0.5), Pair([3], [4])]
-    assert conversations(items) == [[1], [3], [2], [4], [9]]

@@ -19,12 +19,12 @@ def small_model(preset: str, **changes) -> GPT:
     model = GPT(config, torch.Generator().manual_seed(1)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3.0)  # sharper distributions: a fault would show in the text
+            parameter.mul_(3.0)  # sharper distributions, so that a bug would change the text
     return model
 
 
 def by_definition(model: GPT, prompt: list[int], stream: int, max_tokens: int, temperature: float, stop_ids=()) -> list[int]:
-    """No cache, no batch, one token at a time."""
+    """Sample without cache or batch, one token at a time."""
     text = list(prompt)
     for draw in uniforms(stream, max_tokens):
         context = torch.tensor([text[context_start(len(text), model.config.seq_len) :]])
@@ -36,7 +36,7 @@ def by_definition(model: GPT, prompt: list[int], stream: int, max_tokens: int, t
 
 
 @FAMILIES
-def test_reading_in_pieces_from_the_cache_equals_reading_at_once(preset):
+def test_reading_in_pieces_with_the_cache_equals_reading_at_once(preset):
     model = small_model(preset)
     token_ids = torch.randint(VOCAB, (3, 16), generator=torch.Generator().manual_seed(2))
     cache = Cache(model.config, 3)
@@ -45,7 +45,7 @@ def test_reading_in_pieces_from_the_cache_equals_reading_at_once(preset):
 
 
 @FAMILIES
-def test_prompts_of_unequal_length_continue_as_each_would_alone_even_beyond_the_window(preset):
+def test_prompts_of_unequal_length_continue_as_each_would_by_itself_even_beyond_the_window(preset):
     model = small_model(preset)
     prompts = [[1], [2, 3, 4, 5, 6], list(range(15)), list(range(40)), [7] * 16]
     streams = [stream_seed(1, "sample", 0, i, 0) for i in range(5)]
@@ -55,7 +55,7 @@ def test_prompts_of_unequal_length_continue_as_each_would_alone_even_beyond_the_
         assert not response.stopped
 
 
-def test_keys_and_values_have_room_for_what_can_be_written_and_no_more(monkeypatch):
+def test_the_cache_has_room_for_the_tokens_that_may_be_written_and_no_more(monkeypatch):
     # A prompt of 3 tokens and 5 more need room for 8 of the window's 16; 14 more would need 17.
     rooms: list[int] = []
 
@@ -70,7 +70,7 @@ def test_keys_and_values_have_room_for_what_can_be_written_and_no_more(monkeypat
     assert set(rooms[1:]) == {16}
 
 
-def test_a_response_ends_with_its_stop_token_and_the_others_go_on():
+def test_a_response_ends_with_its_stop_token_while_others_continue():
     model = small_model("gpt2-nano")
     streams = list(range(8))
     stop_ids = set(range(0, VOCAB, 7))
@@ -103,19 +103,19 @@ def test_temperature_0_takes_the_likeliest_token():
     assert responses[0].token_ids[0] == int(model(torch.tensor([[1, 2, 3]]))[0, -1].argmax())
 
 
-def test_a_draw_falls_into_the_token_whose_share_of_the_unit_interval_it_hits():
+def test_a_draw_selects_the_token_whose_part_of_the_unit_interval_it_falls_in():
     logits = torch.tensor([[0.5, 0.25, 0.25]]).log().expand(5, 3)
     token_ids, logprobs = sample_token(logits, torch.tensor([0.0, 0.49, 0.51, 0.74, 0.99], dtype=torch.float64), temperature=1.0)
     assert token_ids.tolist() == [0, 0, 1, 1, 2]
     assert logprobs.tolist() == pytest.approx([math.log(p) for p in (0.5, 0.5, 0.25, 0.25, 0.25)])
 
 
-def test_a_text_that_outgrew_the_window_loses_half_a_window_at_a_time():
+def test_a_text_longer_than_the_window_drops_half_a_window_at_a_time():
     assert [context_start(n, 4) for n in range(1, 10)] == [0, 0, 0, 0, 2, 2, 4, 4, 6]
     assert [context_start(n, 1) for n in range(1, 4)] == [0, 1, 2]
 
 
-def test_uniforms_of_a_stream_are_reproducible_and_even():
+def test_the_uniforms_of_a_stream_are_reproducible_and_evenly_distributed():
     draws = uniforms(stream_seed(1, "sample", 0), 4000)
     assert (draws[:10] == uniforms(stream_seed(1, "sample", 0), 10)).all()
     assert 0 <= draws.min() < 0.01 < 0.99 < draws.max() < 1

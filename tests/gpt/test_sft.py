@@ -1,4 +1,4 @@
-"""On the tokenizer of bytes: "a" is 97, a character is a token, and the special tokens follow after 255."""
+"""Tests with the byte tokenizer: "a" is 97, a character is a token, and the special tokens follow after 255."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNEQUAL = [("a", "b"), ("cd", "efg"), ("h", "ijklmnop"), ("qrs", "tuvwx")]  # 2,
 
 
 def conversation(*texts: str) -> list[dict[str, str]]:
-    """User and assistant in turn."""
+    """Messages of user and assistant in turn."""
     return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
 
 
@@ -48,7 +48,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def make_policy(tmp_path: Path) -> Callable[..., Path]:
-    """A policy's folder."""
+    """Make a policy's folder."""
 
     def make(preset: str = "gpt2-nano", **changes: object) -> Path:
         config = GPTConfig(**{**PRESETS[preset].model_dump(), "seq_len": 24, "vocab_size": TOKENIZER.vocab_size, **changes})
@@ -62,7 +62,7 @@ def make_policy(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def make_conversations(tmp_path: Path) -> Callable[..., Path]:
-    """A conversations artifact's folder."""
+    """Make a conversations artifact's folder."""
 
     def make(train: Sequence[Sequence[str]], held_out: Sequence[Sequence[str]] = (), name: str = "conversations") -> Path:
         folder = tmp_path / name
@@ -77,20 +77,20 @@ def make_conversations(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
-    """The gradients of every step that any engine takes."""
-    noted: list[dict[str, torch.Tensor]] = []
+    """Record the gradients of every step that any engine takes."""
+    recorded: list[dict[str, torch.Tensor]] = []
     step = TorchEngine.step
 
-    def noting(engine: TorchEngine, lr: float) -> float:
-        noted.append({name: parameter.grad.clone() for name, parameter in engine.module.named_parameters()})
+    def recording(engine: TorchEngine, lr: float) -> float:
+        recorded.append({name: parameter.grad.clone() for name, parameter in engine.module.named_parameters()})
         return step(engine, lr)
 
-    monkeypatch.setattr(TorchEngine, "step", noting)
-    return noted
+    monkeypatch.setattr(TorchEngine, "step", recording)
+    return recorded
 
 
 def nats(model: GPT, *texts: str) -> tuple[float, int]:
-    """Of the assistant's tokens, ends included, and how many they are: from the definition, one token at a time."""
+    """The nats of the assistant's tokens, ends included, and their number, by definition, one token at a time."""
     total, count, token_ids = 0.0, 0, []
     for place, text in enumerate(texts):
         token_ids.append(ASSISTANT if place % 2 else USER)
@@ -102,7 +102,7 @@ def nats(model: GPT, *texts: str) -> tuple[float, int]:
     return total, count
 
 
-def test_an_answer_of_three_tokens_counts_four_times_first_after_the_assistants_token_and_last_at_its_end():
+def test_an_answer_of_three_tokens_has_four_counting_targets_the_last_of_which_is_its_end_token():
     encoded = encode_conversation(TOKENIZER, conversation("a", "bcd"))
     batch = conversation_batch([encoded], PAD)
     assert batch.token_ids.tolist() == [[USER, 97, END, ASSISTANT, 98, 99, 100]]
@@ -128,16 +128,16 @@ def test_the_loss_is_the_mean_over_the_assistants_tokens_of_all_turns(make_rank,
     assert rank.curve("train/loss")[1] == pytest.approx(sum(total for total, _ in by_definition) / 10, rel=1e-5)
 
 
-def test_splitting_a_step_over_micro_batches_and_ranks_changes_its_gradients_by_rounding_alone(
+def test_splitting_a_step_over_micro_batches_and_ranks_changes_its_gradients_only_by_rounding(
     gradients, make_rank, make_policy, make_conversations, tmp_path
 ):
-    # 2, 4, 9 and 6 counting tokens: a mean of means would weigh them otherwise.
+    # 2, 4, 9 and 6 counting tokens: a mean of means would weigh them differently.
     policy, conversations = make_policy(), make_conversations(UNEQUAL, UNEQUAL[:3])
 
     def run(name: str, number: int, world_size: int, micro_batch_size: int) -> dict[str, float]:
         rank = make_rank(name)
         rank.rank, rank.world_size = number, world_size
-        # Nothing is summed between these ranks, so that val/loss, after the step, wants weights that it hardly moved.
+        # These ranks sum nothing, so val/loss after the step needs weights that the step hardly changed.
         config = one_step(lr=1e-9, micro_batch_size=micro_batch_size)
         train(rank, config, policy, [conversations], 1, tmp_path / "model")
         return {metric: rank.curve(metric)[1] for metric in ("train/loss", "val/loss")}
@@ -202,7 +202,7 @@ def test_a_run_stopped_after_any_step_ends_in_the_same_bits_and_the_same_curve(m
             assert {**first.curve(metric), **second.curve(metric)} == whole.curve(metric), (stop_after, metric)
 
 
-def test_a_run_killed_in_its_last_evaluation_takes_no_step_again_and_ends_in_the_same_bits(
+def test_a_run_killed_in_its_last_evaluation_repeats_no_step_and_ends_in_the_same_bits(
     make_rank, make_policy, make_conversations, tmp_path
 ):
     policy, conversations = make_policy(dropout=0.1), make_conversations(UNEQUAL, UNEQUAL[:3])
@@ -227,7 +227,7 @@ def test_a_run_killed_in_its_last_evaluation_takes_no_step_again_and_ends_in_the
 
 
 @pytest.mark.parametrize("preset", ["gpt2-nano", "llama-nano", "transformer-nano"])
-def test_one_step_moves_every_weight_by_its_gradient_alone(preset, make_rank, make_policy, make_conversations, tmp_path):
+def test_one_step_without_weight_decay_moves_every_weight(preset, make_rank, make_policy, make_conversations, tmp_path):
     policy = make_policy(preset)
     train(make_rank(), one_step(), policy, [make_conversations(UNEQUAL)], 1, tmp_path / "model")
     before, after = weights(policy), weights(tmp_path / "model")
@@ -236,8 +236,8 @@ def test_one_step_moves_every_weight_by_its_gradient_alone(preset, make_rank, ma
         assert not torch.equal(after[name], tensor), name
 
 
-def test_what_is_logged_and_when_and_what_the_model_says_of_itself(make_rank, make_policy, make_conversations, tmp_path):
-    # seq_len 11 reads 11 tokens and scores a 12th. ("a", "bcd") has 8; with a second turn of ("e", "f") it has 15, and is cut;
+def test_what_is_logged_and_when_and_the_metadata_of_the_model(make_rank, make_policy, make_conversations, tmp_path):
+    # With seq_len 11 a model reads 11 tokens and predicts a 12th. ("a", "bcd") has 8; a second turn ("e", "f") makes it 15, and it is cut;
     # ("a", "bcdefgh") has 12, and fits; ("a", "bcdefghi") has 13, and does not.
     policy = make_policy(seq_len=11)
     conversations = [
@@ -268,7 +268,7 @@ def test_what_is_logged_and_when_and_what_the_model_says_of_itself(make_rank, ma
     assert set(rank.sections) == {"start", "encode", "step", "checkpoint", "evaluate"}
 
 
-def test_where_no_answer_fits_one_is_told_so(make_rank, make_policy, make_conversations, tmp_path):
+def test_conversations_of_which_none_fits_are_refused(make_rank, make_policy, make_conversations, tmp_path):
     conversations = make_conversations([("a", "bcdefghi"), ("a", "bcdefghij")])
     message = r"in none of 2 does the first answer end within the policy's seq_len \+ 1 = 12 tokens; use shorter conversations"
     with pytest.raises(ValueError, match=message):
@@ -283,14 +283,14 @@ def test_without_held_out_conversations_that_fit_there_is_no_validation_loss(mak
     assert "evaluate" not in rank.sections
 
 
-@pytest.mark.parametrize(("eval_conversations", "looked_at"), [(256, [0, 1, 2, 3]), (2, [0, 2]), (3, [0, 1, 2])])
+@pytest.mark.parametrize(("eval_conversations", "expected_rows"), [(256, [0, 1, 2, 3]), (2, [0, 2]), (3, [0, 1, 2])])
 def test_validation_loss_is_the_mean_over_the_tokens_of_the_chosen_conversations(
-    eval_conversations, looked_at, make_rank, make_policy, make_conversations, tmp_path
+    eval_conversations, expected_rows, make_rank, make_policy, make_conversations, tmp_path
 ):
     rank = make_rank()
     config = one_step(eval_conversations=eval_conversations, micro_batch_size=1)
     train(rank, config, make_policy(dropout=0.5), [make_conversations([("a", "b")], UNEQUAL)], 1, tmp_path / "model")
-    by_definition = [nats(load_model(tmp_path / "model"), *UNEQUAL[row]) for row in looked_at]
+    by_definition = [nats(load_model(tmp_path / "model"), *UNEQUAL[row]) for row in expected_rows]
     expected = sum(total for total, _ in by_definition) / sum(count for _, count in by_definition)
     assert rank.curve("val/loss")[1] == pytest.approx(expected, rel=1e-5)
 
@@ -305,7 +305,7 @@ def test_folders_are_read_one_after_the_other(make_rank, make_policy, make_conve
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_another_seed_ends_in_other_weights(make_rank, make_policy, make_conversations, tmp_path):
+def test_another_seed_gives_other_weights(make_rank, make_policy, make_conversations, tmp_path):
     policy, conversations = make_policy(), make_conversations(UNEQUAL)
     for seed in (1, 2):
         train(make_rank(str(seed)), settings(global_batch_size=1), policy, [conversations], seed, tmp_path / str(seed))
@@ -313,9 +313,7 @@ def test_another_seed_ends_in_other_weights(make_rank, make_policy, make_convers
     assert all(not torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_dropout_of_this_stage_takes_the_place_of_the_policys_own_and_ends_with_the_stage(
-    make_rank, make_policy, make_conversations, tmp_path
-):
+def test_a_dropout_set_for_this_stage_overrides_the_policys_only_during_training(make_rank, make_policy, make_conversations, tmp_path):
     policy, conversations = make_policy(dropout=0.3), make_conversations(UNEQUAL)
     losses = {}
     for dropout in (None, 0.3, 0.0):
@@ -343,7 +341,7 @@ def test_recomputing_activations_changes_nothing(monkeypatch, make_rank, make_po
         torch.testing.assert_close(weights(tmp_path / "True")[name], tensor, rtol=0, atol=1e-6)
 
 
-def test_a_training_that_diverges_ends_with_words_before_it_saves(make_rank, make_policy, make_conversations, tmp_path):
+def test_a_diverged_training_fails_with_advice_before_it_saves(make_rank, make_policy, make_conversations, tmp_path):
     rank = make_rank()
     config = settings(lr=1e30, warmup_steps=0, checkpoint_every=1)
     with pytest.raises(ValueError, match=r"the gradient norm of step 2 is nan: .* Lower lr"):
@@ -351,7 +349,7 @@ def test_a_training_that_diverges_ends_with_words_before_it_saves(make_rank, mak
     assert rank.saved == [1]
 
 
-def test_bf16_learns_too_and_its_artifact_is_fp32(make_rank, make_policy, make_conversations, tmp_path):
+def test_bf16_training_learns_and_its_artifact_is_fp32(make_rank, make_policy, make_conversations, tmp_path):
     rank = make_rank()
     conversations = make_conversations([("a", "one")], [("a", "one")])
     train(rank, settings(steps=40, precision="bf16"), make_policy(), [conversations], 1, tmp_path / "model")

@@ -29,7 +29,7 @@ BOTH = pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
 @BOTH
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_every_text_comes_back_byte_for_byte(tokenizer, text):
+def test_every_text_decodes_to_the_same_bytes(tokenizer, text):
     token_ids = tokenizer.encode(text)
     assert tokenizer.decode_bytes(token_ids) == text.encode()
     assert tokenizer.decode(token_ids) == text
@@ -37,7 +37,7 @@ def test_every_text_comes_back_byte_for_byte(tokenizer, text):
 
 @BOTH
 @pytest.mark.parametrize("text", ["", " ", "\r\n\t", "  two  spaces ", "\x00", "\ufeffBOM", "👩‍👩‍👧 ñ ﷽", "a" * 5000])
-def test_awkward_texts_come_back_too(tokenizer, text):
+def test_awkward_texts_decode_to_themselves(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -66,7 +66,7 @@ def test_the_first_merge_is_the_most_frequent_pair():
     assert tokenizer.encode("aacc") == [256, 99, 99]
 
 
-def test_a_vocabulary_has_the_size_asked_for_or_what_the_text_can_give():
+def test_a_vocabulary_has_the_requested_size_or_as_many_tokens_as_the_text_yields():
     assert BPE.vocab_size == 300
     assert train_bpe(["ab ab"], 1000).vocab_size == MIN_VOCAB_SIZE + 2  # "ab", " ab"
 
@@ -74,7 +74,7 @@ def test_a_vocabulary_has_the_size_asked_for_or_what_the_text_can_give():
 @pytest.mark.parametrize(
     "word", ["acgt" * 50_000, "明月" * 30_000, "=" * 10_000, " " * 10_000], ids=["letters", "chinese", "signs", "spaces"]
 )
-def test_no_word_that_merges_are_learned_from_is_longer_than_the_limit_and_no_byte_is_lost(word):
+def test_words_to_learn_from_are_cut_at_the_limit_without_losing_a_byte(word):
     # Learning takes time quadratic in a word's length, so this bounds it: 200,000 letters are 196 words.
     words = [text for text, _ in training_words().pre_tokenize_str(f"a {word}")]
     assert max(map(len, words)) == MAX_TRAINED_WORD_BYTES
@@ -82,7 +82,7 @@ def test_no_word_that_merges_are_learned_from_is_longer_than_the_limit_and_no_by
     assert len(words) <= len(word.encode()) // MAX_TRAINED_WORD_BYTES + 3
 
 
-def test_words_up_to_the_limit_are_those_of_gpt2s_pattern():
+def test_words_up_to_the_limit_are_split_by_gpt2s_pattern_only():
     text = "The cat's 123 mats,\n\n  月几时有 " + "x" * (MAX_TRAINED_WORD_BYTES - 1)  # and the space before
     assert training_words().pre_tokenize_str(text) == pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
 
@@ -95,7 +95,7 @@ def test_a_stream_of_texts_is_encoded_in_batches_and_in_order(monkeypatch):
     assert sizes == [3, 1]
 
 
-def test_a_vocabulary_that_cannot_hold_the_bytes_is_refused():
+def test_a_vocabulary_too_small_for_the_bytes_is_refused():
     with pytest.raises(ValueError, match=r"expected vocab_size of at least 262, .*, found 100"):
         train_bpe(TEXTS, 100)
 
@@ -116,7 +116,7 @@ train_bpe([f"w{i % 97} x{i % 31}y" for i in range(3000)], 500).save(Path(sys.arg
     assert files[0] == files[1] == files[2]
 
 
-def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path):
+def test_a_saved_tokenizer_loads_as_the_same_tokenizer(tmp_path):
     BPE.save(tmp_path / "tokenizer.json")
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
     loaded.save(tmp_path / "again.json")
@@ -133,23 +133,23 @@ def test_a_tokenizer_without_the_special_tokens_is_refused():
 
 
 @BOTH
-def test_a_batch_is_encoded_as_each_text_alone(tokenizer):
+def test_a_batch_is_encoded_like_each_text_by_itself(tokenizer):
     assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
 
 
-def test_a_stream_gives_a_character_with_its_last_byte():
+def test_a_stream_returns_a_character_with_its_last_byte():
     stream = BYTES.stream()
     assert [stream.feed(byte) for byte in "月a".encode()] == ["", "", "月", "a"]
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_a_stream_token_by_token_gives_the_whole_text(text):
+def test_a_stream_fed_token_by_token_returns_the_whole_text(text):
     stream = BPE.stream()
     assert "".join(stream.feed(token_id) for token_id in BPE.encode(text)) == text
 
 
-def test_a_text_that_breaks_off_inside_a_character_shows_no_part_of_it():
+def test_a_text_that_ends_within_a_character_shows_no_part_of_it():
     broken = BYTES.encode("青天")[:-1]
     assert BYTES.stream().feed(*broken) == "青"
     assert BYTES.decode(broken) == "青\ufffd"

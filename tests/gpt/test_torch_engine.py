@@ -33,7 +33,7 @@ def engine_of(point: Point, decay: float = 0.0, **changes) -> TorchEngine:
     return TorchEngine(point, [{"params": list(point.parameters()), "weight_decay": decay}], settings(**changes), device=CPU)
 
 
-def test_adamw_s_first_step_is_the_learning_rate_against_the_gradient_after_decay():
+def test_adamws_first_step_is_the_learning_rate_against_the_gradient_after_decay():
     # 2 * (1 - 0.1 * 0.5) - 0.1 = 1.8, whatever the gradient's size.
     point = Point(2.0)
     engine = engine_of(point, decay=0.5)
@@ -49,7 +49,7 @@ def test_the_norm_before_clipping_is_returned_and_gradients_of_all_passes_add_up
     engine.backward(engine(torch.tensor([2.0, 0.0])))
     assert engine.step(0.1) == pytest.approx(5.0)
     engine.backward(engine(torch.tensor([0.6, 0.8])))
-    assert engine.step(0.1) == pytest.approx(1.0)  # the step left no gradient behind
+    assert engine.step(0.1) == pytest.approx(1.0)  # the step has zeroed the gradients
 
 
 def test_gradients_are_clipped_to_the_norm():
@@ -89,7 +89,7 @@ def test_fp16_on_a_cpu_is_refused():
 
 
 def one_step(rank: int, world_size: int, passes: int) -> tuple[float, dict[str, torch.Tensor]]:
-    """A real model's step over the same global batch; the gradient's norm, and the weights after it."""
+    """Take a real model's step over the same global batch. Return the gradient's norm and the new weights."""
     config = GPTConfig(**PRESETS["llama-nano"].model_dump(), vocab_size=40)
     model = GPT(config, torch.Generator().manual_seed(1))
     engine = TorchEngine(model, parameter_groups(model, 0.1), settings(eps=1e-3), device=CPU, world_size=world_size)
@@ -107,7 +107,7 @@ def splits_of_two(rank: int, folder: str) -> None:
         torch.save(splits, Path(folder) / "splits.pt")
 
 
-def test_splitting_a_batch_over_micro_batches_and_ranks_changes_a_step_by_rounding_alone(tmp_path):
+def test_splitting_a_batch_over_micro_batches_and_ranks_changes_a_step_only_by_rounding(tmp_path):
     norm, weights = one_step(0, 1, 1)
     as_two_ranks(splits_of_two, tmp_path)
     for split_norm, split_weights in [one_step(0, 1, 2), one_step(0, 1, 4), *torch.load(tmp_path / "splits.pt")]:

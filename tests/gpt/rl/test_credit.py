@@ -1,4 +1,4 @@
-"""Credit by hand: one response of two tokens, then groups."""
+"""Credit computed by hand, for two responses of two tokens each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def judged(rewards: list[list[float]], values: list[list[float]]) -> Judged:
     return Judged(rows.sum(dim=1), rows, torch.tensor(values), EVERYTHING)
 
 
-def test_reinforce_credits_each_token_with_the_discounted_return_from_it_on_less_the_mean():
+def test_reinforce_credits_each_token_with_its_discounted_return_minus_the_mean():
     # Returns with gamma 0.5: 0 + 0.5 * 4 = 2 and 4; 0 + 0.5 * 8 = 4 and 8.
     # Their mean is 4.5, their variance (6.25 + 0.25 + 0.25 + 12.25) / 4 = 19 / 4.
     credit = reinforce(settings(algorithm="reinforce", gamma=0.5), judged([[0.0, 4.0], [0.0, 8.0]], [[0.0, 0.0], [0.0, 0.0]]))
@@ -35,7 +35,7 @@ def test_reinforce_credits_each_token_with_the_discounted_return_from_it_on_less
     assert credit.advantages.flatten().tolist() == pytest.approx([each / deviation for each in (-2.5, -0.5, -0.5, 3.5)])
 
 
-def test_ppo_credits_each_token_with_what_exceeds_the_values_and_its_returns_keep_the_rewards_unit():
+def test_ppo_credits_each_token_with_its_advantage_and_keeps_the_returns_unwhitened():
     # delta: 0 + 0.5 - 0.25 = 0.25 and 1 - 0.5 = 0.5; with lambda 0.5 the first advantage is 0.25 + 0.5 * 0.5 = 0.5.
     # The second response is as expected: 0 + 1 - 1 = 0 and 1 - 1 = 0.
     credit = ppo(settings(gae_lambda=0.5), judged([[0.0, 1.0], [0.0, 1.0]], [[0.25, 0.5], [1.0, 1.0]]))
@@ -52,7 +52,7 @@ def test_the_loop_names_no_algorithm():
     assert not strings & set(ALGORITHMS)
 
 
-def test_the_rows_of_a_prompt_are_consecutive_as_a_baseline_within_a_group_needs_them():
+def test_a_baseline_within_a_group_can_rely_on_consecutive_rows_per_prompt():
     # A leave-one-out baseline, RLOO: each response against the mean of the prompt's other ones.
     def rloo(config: RlSettings, judged: Judged) -> Credit:
         groups = judged.scores.view(-1, config.responses_per_prompt)

@@ -11,7 +11,7 @@ def settings(**changes: Any) -> RlSettings:
     return RlSettings(**{**base, **changes})
 
 
-def test_an_epoch_visits_every_rollout_once_in_an_order_of_its_own():
+def test_an_epoch_visits_every_rollout_once_in_its_own_order():
     first, second = update_rows(settings(ppo_epochs=2), seed=1, step=3)
     for updates in (first, second):
         assert [len(update) for update in updates] == [4, 4]

@@ -9,7 +9,7 @@ from gpt.rl.rollouts import Rollouts
 
 
 def test_the_metrics_of_a_step_computed_by_hand():
-    # Two responses of 1 and 3 tokens. k1: ln 2 on the first's token, 0 on the others; k3 there: 1/2 - 1 + ln 2.
+    # Two responses of 1 and 3 tokens. The first's token has k1 = ln 2 and k3 = 1/2 - 1 + ln 2, the others 0.
     written = torch.tensor([[True, False, False], [True, True, True]])
     nothing = torch.zeros(2, 3)
     tokens = Batch(nothing.long(), nothing.long(), written)

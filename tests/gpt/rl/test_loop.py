@@ -1,11 +1,8 @@
-"""On the tokenizer of bytes: "a" is 97, a character is a token, and the special tokens follow after 255."""
+"""Tests with the byte tokenizer: "a" is 97, a character is a token, and the special tokens follow after 255."""
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,131 +10,34 @@ import pytest
 import torch
 from ranks import RankOfTwo, as_two_ranks
 from safetensors.torch import load_file
+from small import END, TOKENIZER, Always, ShareOfA, one_update, settings
 
-from gpt.batching import padded
-from gpt.chat import encode_prompt, encode_response
-from gpt.losses import lm_loss
-from gpt.model import GPT, RewardModel, load_config, load_model, save_model
+from gpt.chat import encode_prompt
+from gpt.model import GPT, RewardModel, load_config, load_model
 from gpt.random_streams import stream_seed
 from gpt.reward_scorer import value_model
 from gpt.rl.experience import update_rows
 from gpt.rl.figures import FIGURES
 from gpt.rl.loop import train
-from gpt.rl.scorers import RewardModelScorer
-from gpt.rl.scoring import Rollout, Scores
 from gpt.sampling import sample
-from gpt.settings import PRESETS, GPTConfig, RlSettings
-from gpt.tokenizer import byte_tokenizer
+from gpt.settings import RlSettings
 from gpt.torch_engine import TorchEngine
 
-END = 259
-TOKENIZER = byte_tokenizer()
 CLOCKS = ("time/", "rollout/tokens_per_s")
-
-
-def settings(**changes: Any) -> RlSettings:
-    base = dict(steps=2, prompts_per_step=4, responses_per_prompt=2, global_batch_size=4, max_response_tokens=8, lr=1e-2, log_every=1)
-    return RlSettings(**{**base, "weight_decay": 0.0, "lr_schedule": "constant", **changes})
-
-
-def one_update(**changes: Any) -> RlSettings:
-    return settings(steps=1, global_batch_size=8, **changes)
-
-
-class ShareOfA:
-    """What share of a response is the letter a."""
-
-    def __init__(self) -> None:
-        self.seen: list[Rollout] = []
-
-    def open(self, device: torch.device) -> None:
-        self.seen.clear()
-
-    def scores(self, rollouts: Sequence[Rollout]) -> Scores:
-        self.seen += rollouts
-        return Scores(torch.tensor([rollout.text.count("a") / max(1, len(rollout.text)) for rollout in rollouts]))
-
-
-class Always:
-    """One score for all, but the first ones, which it can't judge: for each of them a reason."""
-
-    def __init__(self, score: float, *failures: str) -> None:
-        self.found = score, failures
-
-    def open(self, device: torch.device) -> None: ...
-
-    def scores(self, rollouts: Sequence[Rollout]) -> Scores:
-        score, failures = self.found
-        scores = torch.full((len(rollouts),), score)
-        scores[: len(failures)] = torch.nan
-        return Scores(scores, dict(enumerate(failures)))
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model that has learned to answer with one to six letters of "abcd" and an end token, each as likely as the others."""
-    torch.set_num_threads(1)
-    config = GPTConfig(**{**PRESETS["gpt2-nano"].model_dump(), "dropout": 0.1}, vocab_size=TOKENIZER.vocab_size)
-    model = GPT(config, torch.Generator().manual_seed(1)).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    draw = random.Random(1)
-    for _ in range(80):
-        rows, masks = [], []
-        for _ in range(32):
-            prompt = encode_prompt(TOKENIZER, [{"role": "user", "content": "".join(draw.choices("xyz", k=draw.randint(1, 5)))}])
-            response = encode_response(TOKENIZER, "".join(draw.choices("abcd", k=draw.randint(1, 6))))
-            rows.append([*prompt, *response])
-            masks.append([0] * len(prompt) + [1] * len(response))
-        token_ids, mask = padded(rows, 0), padded(masks, 0).bool()
-        loss = lm_loss(model(token_ids[:, :-1]), token_ids[:, 1:], mask[:, 1:], global_count=int(mask.sum()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    folder = tmp_path_factory.mktemp("policy")
-    save_model(folder, config, dict(model.named_parameters()))
-    TOKENIZER.save(folder / "tokenizer.json")
-    return folder
-
-
-@pytest.fixture
-def reward_model(policy: Path, tmp_path: Path) -> RewardModelScorer:
-    model = RewardModel.from_policy(load_model(policy), torch.Generator().manual_seed(5))
-    save_model(tmp_path / "reward", model.config, dict(model.named_parameters()), RewardModel)
-    return RewardModelScorer(tmp_path / "reward", mean=0.5, std=2.0)
-
-
-@pytest.fixture
-def make_prompts(tmp_path: Path) -> Callable[..., Path]:
-    """A prompts artifact's folder."""
-
-    def make(*texts: str, name: str = "prompts") -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        records = [{"prompt": [{"role": "user", "content": text}], "reference": None, "source": "test"} for text in texts]
-        (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        (folder / "held_out.jsonl").touch()
-        return folder
-
-    return make
-
-
-@pytest.fixture
-def prompts(make_prompts: Callable[..., Path]) -> Path:
-    return make_prompts("x", "yy", "zzz", "xyxy", "z", "yzyzy")
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TorchEngine, float, dict[str, torch.Tensor]]]:
-    """Of every step that any engine takes: the engine, its learning rate, the gradients."""
-    noted: list[tuple[TorchEngine, float, dict[str, torch.Tensor]]] = []
+    """Record the engine, the learning rate and the gradients of every step that any engine takes."""
+    recorded: list[tuple[TorchEngine, float, dict[str, torch.Tensor]]] = []
     step = TorchEngine.step
 
-    def noting(self: TorchEngine, lr: float) -> float:
-        noted.append((self, lr, {name: p.grad.clone() for name, p in self.module.named_parameters() if p.grad is not None}))
+    def recording(self: TorchEngine, lr: float) -> float:
+        recorded.append((self, lr, {name: p.grad.clone() for name, p in self.module.named_parameters() if p.grad is not None}))
         return step(self, lr)
 
-    monkeypatch.setattr(TorchEngine, "step", noting)
-    return noted
+    monkeypatch.setattr(TorchEngine, "step", recording)
+    return recorded
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -145,13 +45,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def logged(rank: Any) -> dict[tuple[str, int], float]:
-    """All points but those that a clock gave."""
+    """All logged points except those that depend on a clock."""
     return {(name, step): value for name, step, value in rank.points if not name.startswith(CLOCKS)}
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "reinforce"])
-def test_the_policy_learns_to_write_what_is_rewarded(algorithm, make_rank, policy, prompts, tmp_path):
-    # At first a letter in four is an a. Writing nothing but a, and stopping, earns 1.
+def test_the_policy_learns_to_write_rewarded_responses(algorithm, make_rank, policy, prompts, tmp_path):
+    # At first one letter in four is an a. A response of only a, with an end, scores 1.
     rank = make_rank()
     config = settings(algorithm=algorithm, steps=12, prompts_per_step=16, responses_per_prompt=4, global_batch_size=64, kl_coef=0.01)
     train(rank, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
@@ -162,7 +62,7 @@ def test_the_policy_learns_to_write_what_is_rewarded(algorithm, make_rank, polic
     assert rank.curve("rollout/kl_k1_nats_per_response")[12] > 1.0
 
 
-def test_a_run_stopped_at_any_place_ends_in_the_same_bits_and_the_same_curves(make_rank, policy, prompts, tmp_path):
+def test_a_run_stopped_at_any_point_ends_in_the_same_bits_and_the_same_curves(make_rank, policy, prompts, tmp_path):
     config = settings(steps=3, ppo_epochs=2, max_response_tokens=5, checkpoint_every=2)
 
     def run(name: str, stop_after: int | None = None):
@@ -172,7 +72,7 @@ def test_a_run_stopped_at_any_place_ends_in_the_same_bits_and_the_same_curves(ma
 
     whole, metadata = run("whole")
     last = whole._engines["value"].full_weights()
-    # A stop is looked for between rollout and updates, and after the updates of all steps but the last.
+    # The loop checks for a stop between rollout and updates, and after the updates of all steps but the last.
     for stop_after, saved in ((1, []), (2, [1]), (3, [1]), (4, [2]), (5, [2, 2])):
         name = f"stopped_{stop_after}"
         first, nothing = run(name, stop_after)
@@ -187,9 +87,9 @@ def test_a_run_stopped_at_any_place_ends_in_the_same_bits_and_the_same_curves(ma
             assert torch.equal(last[weight], tensor), (stop_after, weight)
 
 
-def test_a_run_that_fails_after_its_last_step_still_knows_that_step_s_figures(make_rank, policy, prompts, tmp_path):
+def test_a_run_that_failed_after_its_last_step_resumes_with_that_steps_figures(make_rank, policy, prompts, tmp_path):
     config = settings(checkpoint_every=1)
-    (tmp_path / "file").touch()  # nothing can be written below it
+    (tmp_path / "file").touch()  # so nothing can be written below it
     with pytest.raises(OSError, match="file"):
         train(make_rank(), config, policy, [prompts], [ShareOfA()], 1, tmp_path / "file" / "model")
     resumed, whole = make_rank(), make_rank("whole")
@@ -198,31 +98,11 @@ def test_a_run_that_fails_after_its_last_step_still_knows_that_step_s_figures(ma
     assert trained.figures["reward/score_mean"] == whole.curve("reward/score_mean")[2]
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_how_many_responses_are_sampled_at_once_changes_none_of_them(at_once, make_rank, policy, prompts, monkeypatch, tmp_path):
-    def responses(name: str) -> list[list[int]]:
-        scorer = ShareOfA()
-        train(make_rank(name), one_update(), policy, [prompts], [scorer], 1, tmp_path / name)
-        return [rollout.response_ids for rollout in scorer.seen]
-
-    whole = responses("whole")
-    sizes: list[int] = []
-
-    def noting(model: GPT, prompts: Sequence[Sequence[int]], **limits: Any) -> Any:
-        sizes.append(len(prompts))
-        return sample(model, prompts, **limits)
-
-    monkeypatch.setattr("gpt.rl.rollouts.sample", noting)
-    monkeypatch.setattr("gpt.rl.rollouts.SAMPLED_AT_ONCE", at_once)
-    assert responses("slices") == whole
-    assert sizes == {1: [1] * 8, 3: [3, 3, 2]}[at_once]
-
-
 @pytest.mark.parametrize(("precision", "mismatch"), [("fp32", 1e-5), ("bf16", 0.05)])
-def test_before_the_first_update_every_ratio_is_1_and_the_policy_is_its_reference(
+def test_before_the_first_update_every_ratio_is_1_and_the_policy_equals_its_reference(
     precision, mismatch, make_rank, policy, prompts, tmp_path
 ):
-    # Responses of unequal length, micro-batches padded each in its own way, and a policy that came with dropout.
+    # Responses of unequal length, micro-batches with different padding, and a policy that was trained with dropout.
     rank = make_rank()
     config = settings(temperature=0.7, micro_batch_size=2, ppo_epochs=2, precision=precision)
     train(rank, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
@@ -234,16 +114,16 @@ def test_before_the_first_update_every_ratio_is_1_and_the_policy_is_its_referenc
     assert 0 < max(rank.curve("rollout/logprob_mismatch").values()) < mismatch
 
 
-def test_what_a_ratio_compares_was_read_in_the_same_micro_batches(make_rank, policy, prompts, monkeypatch, tmp_path):
-    # A CPU may round alike in another layout, a GPU does not.
+def test_both_sides_of_a_ratio_are_read_in_the_same_micro_batches(make_rank, policy, prompts, monkeypatch, tmp_path):
+    # A CPU may round the same way in another layout; a GPU does not.
     read: dict[tuple[type, bool], list[torch.Tensor]] = {}
     call = TorchEngine.__call__
 
-    def noting(self: TorchEngine, token_ids: torch.Tensor) -> torch.Tensor:
+    def recording(self: TorchEngine, token_ids: torch.Tensor) -> torch.Tensor:
         read.setdefault((type(self.module), torch.is_grad_enabled()), []).append(token_ids)
         return call(self, token_ids)
 
-    monkeypatch.setattr(TorchEngine, "__call__", noting)
+    monkeypatch.setattr(TorchEngine, "__call__", recording)
     train(make_rank(), settings(steps=1, micro_batch_size=2, ppo_epochs=2), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
     for model in (GPT, RewardModel):
         before, learned_from = read[model, False], read[model, True]
@@ -252,14 +132,14 @@ def test_what_a_ratio_compares_was_read_in_the_same_micro_batches(make_rank, pol
             assert torch.equal(first, second)
 
 
-def test_on_policy_nothing_is_clipped(make_rank, policy, prompts, tmp_path):
+def test_nothing_is_clipped_on_policy(make_rank, policy, prompts, tmp_path):
     rank = make_rank()
     train(rank, one_update(), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
     assert rank.curve("train/clip_fraction")[1] == rank.curve("train/approx_kl")[1] == 0.0
 
 
 def responses_by_definition(model: GPT, texts: Sequence[str], config: RlSettings, step: int = 0) -> list[tuple[list[int], list[int]]]:
-    """Prompt and response, each sampled alone."""
+    """Sample each response by itself, and return it with its prompt."""
     pairs = []
     for place, text in enumerate(texts):
         prompt = encode_prompt(TOKENIZER, [{"role": "user", "content": text}])
@@ -272,9 +152,9 @@ def responses_by_definition(model: GPT, texts: Sequence[str], config: RlSettings
 
 
 @pytest.mark.parametrize(("algorithm", "size"), [("reinforce", 8), ("ppo", 8), ("ppo", 4)])
-def test_the_first_gradients_are_those_of_the_definition(algorithm, size, make_rank, policy, make_prompts, reward_model, steps, tmp_path):
-    # One response at a time, without padding. Policy: -A log p at every token, A = score - V, less its mean over all tokens, by its
-    # deviation. At its first update PPO is the same: a ratio of 1, which nothing clips. Value model, with lambda 1: (V - score)^2 / 2.
+def test_the_first_gradients_equal_their_definition(algorithm, size, make_rank, policy, make_prompts, reward_model, steps, tmp_path):
+    # One response at a time, without padding. Policy: -A log p at every token, where A = score - V, minus its mean, divided by its
+    # deviation. PPO's first update is the same, since a ratio of 1 is not clipped. Value model, with lambda 1: (V - score)^2 / 2.
     config = settings(algorithm=algorithm, global_batch_size=size, temperature=0.8, micro_batch_size=2, max_response_tokens=5)
     if algorithm == "ppo":
         config = config.model_copy(update={"gae_lambda": 1.0})
@@ -293,37 +173,23 @@ def test_the_first_gradients_are_those_of_the_definition(algorithm, size, make_r
     expected = torch.stack(values).detach() if algorithm == "ppo" else 0.0
     advantages = torch.tensor(scores) - expected
     advantages = (advantages - advantages.mean()) / advantages.std(correction=0)
-    mine = torch.tensor([row in update_rows(config, seed=1, step=0)[0][0] for row in of_row])
-    losses = {"policy": -(torch.stack(logprobs) * advantages)[mine].mean()}
+    in_first_update = torch.tensor([row in update_rows(config, seed=1, step=0)[0][0] for row in of_row])
+    losses = {"policy": -(torch.stack(logprobs) * advantages)[in_first_update].mean()}
     if algorithm == "ppo":
-        losses["value"] = (torch.stack(values) - torch.tensor(scores)).square()[mine].mean() / 2
+        losses["value"] = (torch.stack(values) - torch.tensor(scores)).square()[in_first_update].mean() / 2
     for (_, _, gradients), (name, loss), learner in zip(steps, losses.items(), (model, value), strict=False):
         for (weight, _), gradient in zip(learner.named_parameters(), torch.autograd.grad(loss, list(learner.parameters())), strict=True):
             torch.testing.assert_close(gradients[weight], gradient, rtol=1e-3, atol=3e-6, msg=f"{name} {weight}")
 
 
-def test_all_samples_of_a_prompt_differ_even_where_a_step_has_the_prompt_twice(make_rank, policy, make_prompts, tmp_path):
+def test_all_samples_of_a_prompt_differ_even_if_a_step_has_the_prompt_twice(make_rank, policy, make_prompts, tmp_path):
     scorer = ShareOfA()
     train(make_rank(), one_update(), policy, [make_prompts("x")], [scorer], 1, tmp_path / "model")
-    assert len({rollout.text for rollout in scorer.seen}) >= 4  # of 8 responses, less those that were cut off
-
-
-def test_a_scorer_sees_finished_responses_with_their_prompt_s_record(make_rank, policy, prompts, tmp_path):
-    scorer = ShareOfA()
-    rank = make_rank()
-    config = one_update(max_response_tokens=4)
-    train(rank, config, policy, [prompts], [scorer], 1, tmp_path / "model")
-    truncated = rank.curve("rollout/truncated_share")[1]
-    assert 0 < truncated == 1 - len(scorer.seen) / 8
-    for rollout in scorer.seen:
-        assert rollout.response_ids == [*rollout.text.encode(), END]
-        assert rollout.prompt_ids == encode_prompt(TOKENIZER, rollout.record["prompt"])
-    shares = [rollout.text.count("a") / max(1, len(rollout.text)) for rollout in scorer.seen]
-    assert rank.curve("reward/score_mean")[1] == pytest.approx((sum(shares) - 8 * truncated) / 8)  # -1 for what was cut off
+    assert len({rollout.text for rollout in scorer.seen}) >= 4  # of 8 responses, except those that were cut off
 
 
 def trained(rank: Any, policy: Path, prompts: Path, output: Path, **changes: Any) -> dict[str, torch.Tensor]:
-    """The policy after two steps, and the value model. A large eps, so that rounding in a gradient near 0 doesn't turn a step around."""
+    """Policy and value model after two steps. The large eps keeps rounding in a gradient near 0 from reversing a step."""
     train(rank, settings(steps=2, ppo_epochs=2, eps=1e-3, **changes), policy, [prompts], [ShareOfA()], 1, output)
     value = {f"value {name}": tensor for name, tensor in rank._engines["value"].full_weights().items()}
     return value | {f"policy {name}": tensor for name, tensor in rank._engines["policy"].full_weights().items()}
@@ -337,7 +203,7 @@ def trained_by_two(rank: int, folder: str, policy: str, prompts: str) -> None:
         torch.save(weights, Path(folder) / "of_two.pt")
 
 
-def test_micro_batches_and_ranks_change_policy_and_value_model_by_rounding_alone(make_rank, policy, prompts, tmp_path):
+def test_micro_batches_and_ranks_change_policy_and_value_model_only_by_rounding(make_rank, policy, prompts, tmp_path):
     whole = trained(make_rank("whole"), policy, prompts, tmp_path / "whole")
     others = [trained(make_rank(str(n)), policy, prompts, tmp_path / str(n), micro_batch_size=n) for n in (2, 1)]
     as_two_ranks(trained_by_two, tmp_path, policy, prompts)
@@ -359,14 +225,14 @@ def test_one_update_moves_every_weight_of_policy_and_value_model(make_rank, poli
             assert not torch.equal(after[name], parameter), (engine, name)
 
 
-def test_the_value_model_begins_as_the_reward_model_that_scores(make_rank, policy, prompts, reward_model, tmp_path):
+def test_the_value_model_starts_from_the_reward_model(make_rank, policy, prompts, reward_model, tmp_path):
     rank = make_rank(stop_after=1)  # after the first rollout, before an update
     assert train(rank, settings(), policy, [prompts], [Always(0.0), reward_model], 1, tmp_path / "model") is None
     head = rank._engines["value"].full_weights()["output.weight"]
     assert torch.equal(head, weights(tmp_path / "reward")["output.weight"] / 2.0)
 
 
-def test_without_a_reward_model_nothing_is_expected_at_first(make_rank, policy, prompts, tmp_path):
+def test_without_a_reward_model_the_first_values_are_0(make_rank, policy, prompts, tmp_path):
     rank = make_rank(stop_after=1)
     train(rank, settings(), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
     value = rank._engines["value"].full_weights()
@@ -374,7 +240,7 @@ def test_without_a_reward_model_nothing_is_expected_at_first(make_rank, policy, 
     assert torch.equal(value["token_embedding.weight"], load_model(policy).token_embedding.weight)
 
 
-def test_while_the_value_model_warms_up_the_policy_stays_as_it_is(make_rank, policy, prompts, steps, tmp_path):
+def test_the_policy_does_not_change_while_the_value_model_warms_up(make_rank, policy, prompts, steps, tmp_path):
     rank = make_rank()
     config = settings(steps=3, global_batch_size=8, value_warmup_steps=2, value_lr=3e-3)
     train(rank, config, policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
@@ -385,49 +251,14 @@ def test_while_the_value_model_warms_up_the_policy_stays_as_it_is(make_rank, pol
     assert sorted(rank.curve("train/loss")) == sorted(rank.curve("train/lr")) == [3]
 
 
-def test_scores_of_several_scorers_are_added(make_rank, policy, prompts, tmp_path):
-    rank = make_rank()
-    train(rank, one_update(missing_end_score=0.75), policy, [prompts], [Always(0.5), Always(0.25)], 1, tmp_path / "model")
-    assert rank.curve("reward/score_mean")[1] == 0.75
-    assert rank.curve("reward/score_std")[1] == 0.0
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("max_response_tokens", [1, 8])
-def test_where_all_scores_are_equal_there_is_nothing_to_learn(max_response_tokens, precision, make_rank, policy, prompts, tmp_path):
-    config = one_update(algorithm="reinforce", max_response_tokens=max_response_tokens, missing_end_score=0.3, precision=precision)
-    rank = make_rank()
-    train(rank, config, policy, [prompts], [Always(0.3)], 1, tmp_path / "model")
-    [warning] = rank.warnings
-    wanted = {
-        1: "all 8 responses of step 1 were cut off at max_response_tokens = 1, ",
-        8: "all 8 responses of step 1 got the same score, 0.3, so there is nothing to learn from them. ",
-    }
-    assert warning.startswith(wanted[max_response_tokens])
-    for name, tensor in weights(policy).items():
-        assert torch.equal(weights(tmp_path / "model")[name], tensor), name
-
-
-def test_steps_whose_responses_were_all_cut_off_are_told_once_and_the_run_goes_on(make_rank, policy, prompts, tmp_path):
-    rank, scorer = make_rank(), ShareOfA()
-    config = settings(max_response_tokens=1, missing_end_score=-2.0)
-    trained = train(rank, config, policy, [prompts], [scorer], 1, tmp_path / "model")
-    assert len(rank.warnings) == 1
-    assert rank.curve("rollout/truncated_share") == {1: 1.0, 2: 1.0}
-    assert rank.curve("reward/score_mean") == {1: -2.0, 2: -2.0}
-    assert rank.curve("rollout/response_tokens") == {1: 1.0, 2: 1.0}
-    assert trained.figures["rollout/truncated_share"] == 1.0
-    assert scorer.seen == []
-
-
-def test_free_divergence_needs_no_reference(make_rank, policy, prompts, tmp_path):
+def test_without_a_kl_coefficient_there_is_no_reference_policy(make_rank, policy, prompts, tmp_path):
     rank = make_rank()
     train(rank, settings(kl_coef=0.0), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
     assert rank.curve("rollout/kl_k1_nats_per_response") == {}
     assert rank.curve("reward/total_mean") == pytest.approx(rank.curve("reward/score_mean"))
 
 
-def test_doubt_can_be_paid_for(make_rank, policy, prompts, tmp_path):
+def test_an_entropy_bonus_raises_the_entropy(make_rank, policy, prompts, tmp_path):
     rank = make_rank()
     config = settings(steps=4, global_batch_size=8, algorithm="reinforce", entropy_coef=1.0, missing_end_score=0.0)
     train(rank, config, policy, [prompts], [Always(0.0)], 1, tmp_path / "model")
@@ -435,57 +266,9 @@ def test_doubt_can_be_paid_for(make_rank, policy, prompts, tmp_path):
     assert entropy[4] > entropy[1] + 0.5
 
 
-def test_a_score_that_is_no_number_is_a_failure_and_counts_as_cut_off(make_rank, policy, prompts, tmp_path):
-    rank = make_rank()
-    config = one_update(missing_end_score=-3.0, max_failed_share=1.0)
-    train(rank, config, policy, [prompts], [Always(float("nan"))], 1, tmp_path / "model")
-    assert rank.curve("reward/score_mean") == {1: -3.0}
-    assert rank.curve("rollout/failed_share")[1] == 1 - rank.curve("rollout/truncated_share")[1] > 0
-
-
-def test_several_scorers_that_fail_on_one_response_fail_on_it_once(make_rank, policy, prompts, tmp_path):
-    # Each of the two fails on all; never more than all responses have failed.
-    rank = make_rank()
-    config = one_update(missing_end_score=-3.0, max_failed_share=1.0)
-    train(rank, config, policy, [prompts], [Always(float("nan")), Always(float("nan"))], 1, tmp_path / "model")
-    assert rank.curve("reward/score_mean") == {1: -3.0}
-    assert rank.curve("rollout/failed_share")[1] == 1 - rank.curve("rollout/truncated_share")[1] > 0
-
-
-def test_past_the_share_that_may_fail_the_step_fails_with_the_first_reason(make_rank, policy, prompts, tmp_path):
-    scorers = [Always(0.0, "score() raised ZeroDivisionError", "another")]
-    rank = make_rank()
-    train(rank, one_update(max_failed_share=0.25), policy, [prompts], scorers, 1, tmp_path / "model")
-    assert rank.curve("rollout/failed_share") == {1: 0.25}
-    with pytest.raises(ValueError, match=r"step 1: 2 of 8 responses .* = 0\.2\. The first failure: score\(\) raised ZeroDivisionError\."):
-        train(make_rank("strict"), one_update(max_failed_share=0.2), policy, [prompts], scorers, 1, tmp_path / "strict")
-
-
-def test_a_reward_model_that_gives_no_numbers_fails_with_words(make_rank, policy, prompts, reward_model, tmp_path):
-    broken = replace(reward_model, mean=float("inf"))
-    with pytest.raises(ValueError, match=r"RewardModelScorer scored '.*' -inf"):
-        train(make_rank(), settings(algorithm="reinforce", global_batch_size=8), policy, [prompts], [broken], 1, tmp_path / "model")
-
-
-def test_prompts_that_leave_no_room_for_a_response_are_left_out_and_counted(make_rank, policy, make_prompts, tmp_path):
-    # seq_len 32: three tokens around a prompt's text and 24 of the response leave 5.
-    folder = make_prompts("x" * 5, "x" * 6, "y", "y" * 100)
-    scorer = ShareOfA()
-    rank = make_rank()
-    trained = train(rank, one_update(max_response_tokens=24), policy, [folder], [scorer], 1, tmp_path / "model")
-    assert trained.metadata["prompts"] == {"train": 2, "too_long": 2}
-    assert rank.warnings[0].startswith("2 of 4 prompts are left out: they leave no room for max_response_tokens = ")
-    assert {len(rollout.prompt_ids) for rollout in scorer.seen} == {8, 4}
-
-
-def test_without_a_prompt_that_fits_there_is_no_run(make_rank, policy, make_prompts, tmp_path):
-    with pytest.raises(ValueError, match=r"none of 1 leaves room for max_response_tokens = 8 within the models' seq_len = 32"):
-        train(make_rank(), settings(), policy, [make_prompts("x" * 22)], [ShareOfA()], 1, tmp_path / "model")
-
-
-@pytest.mark.parametrize("spoilt", [GPT, RewardModel])
-def test_a_gradient_of_either_model_that_is_no_number_ends_the_run(spoilt, make_rank, policy, prompts, monkeypatch, tmp_path):
-    monkeypatch.setattr(TorchEngine, "step", lambda self, lr: float("nan") if type(self.module) is spoilt else 1.0)
+@pytest.mark.parametrize("broken", [GPT, RewardModel])
+def test_a_non_finite_gradient_of_either_model_ends_the_run(broken, make_rank, policy, prompts, monkeypatch, tmp_path):
+    monkeypatch.setattr(TorchEngine, "step", lambda self, lr: float("nan") if type(self.module) is broken else 1.0)
     with pytest.raises(ValueError, match="the gradient norm of step 1 is nan"):
         train(make_rank(), settings(), policy, [prompts], [ShareOfA()], 1, tmp_path / "model")
 
@@ -501,23 +284,3 @@ def test_the_artifact_is_the_policy_with_its_own_dropout_and_tokenizer(make_rank
     assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
     for name, tensor in weights(policy).items():
         assert not torch.equal(weights(tmp_path / "model")[name], tensor), name
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"value_warmup_steps": 2}, "value_warmup_steps = 2 leaves the policy none of steps = 2 to learn in; lower .*, or raise steps"),
-        ({"value_warmup_steps": 5}, "value_warmup_steps = 5 leaves the policy none of steps = 2"),
-        ({"algorithm": "reinforce", "clip_eps": 0.1}, 'clip_eps = 0.1 would have no effect with algorithm = "reinforce"; remove it'),
-        ({"algorithm": "reinforce", "value_lr": 0.1, "gae_lambda": 0.9}, "value_lr = 0.1 and gae_lambda = 0.9 would .*; remove them"),
-        (
-            {"algorithm": "reinforce", "value_clip_eps": 0.1, "value_warmup_steps": 1},
-            "value_clip_eps = 0.1 and value_warmup_steps = 1 would",
-        ),
-        ({"eval_every": 5}, "Extra inputs are not permitted"),
-    ],
-)
-def test_settings_that_leave_nothing_to_learn_or_have_no_effect_are_refused(changes, words):
-    size = 8 if changes.get("algorithm") == "reinforce" else 4
-    with pytest.raises(ValueError, match=words):
-        settings(global_batch_size=size, **changes)

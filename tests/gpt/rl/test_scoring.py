@@ -46,7 +46,7 @@ def test_a_score_beyond_fp32_is_a_failure():
     assert failures == ["AsFloat scored '1e300' inf"]
 
 
-def test_a_rollout_that_one_of_two_scorers_cannot_score_gets_missing_end_score_and_fails_once():
+def test_a_rollout_that_one_of_two_scorers_cannot_score_gets_missing_end_score_and_counts_once():
     # The other scorer's 1 does not count then, in either order. On the third rollout both fail.
     config = RlSettings(steps=1, prompts_per_step=3, global_batch_size=3, max_response_tokens=1, lr=1e-3, missing_end_score=-2.0)
     for scorers in ([AsFloat(), HalfBlind()], [HalfBlind(), AsFloat()]):

@@ -40,7 +40,7 @@ def rollouts(*texts: str, **fields: Any) -> list[Rollout]:
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
-    """A user's file as a stage has loaded it."""
+    """Load a user's file as a stage does."""
 
     def module_of(code: str) -> ModuleType:
         file = tmp_path / "reward.py"
@@ -56,7 +56,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Modul
 
 @pytest.fixture
 def score(load: Callable[..., ModuleType]) -> Callable[..., Scores]:
-    """`score(code, texts, timeout_s=0.5)`: what the function `score` of the code says, by way of a rank that was sent the scorer."""
+    """`score(code, texts, timeout_s=0.5)`: the scores of the code's function `score`, from a scorer that was sent to a rank."""
 
     def scored(code: str, *texts: str, **changes: Any) -> Scores:
         scorer = pickle.loads(pickle.dumps(FunctionScorer.of(load(code).score, **{**LIMITS, **changes})))
@@ -67,7 +67,7 @@ def score(load: Callable[..., ModuleType]) -> Callable[..., Scores]:
 
 
 def is_alive(pid: int) -> bool:
-    """False for a zombie too."""
+    """Whether the process runs; False for a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -81,7 +81,7 @@ def wait_until(true: Callable[[], bool]) -> bool:
     return true()
 
 
-def test_the_function_sees_prompt_response_and_the_whole_record(load):
+def test_the_function_gets_prompt_response_and_the_whole_record(load):
     code = "def score(prompt, response, record): return len(prompt[0]['content'] + response) + int(record['reference']) + record['n']"
     scorer = FunctionScorer.of(load(code).score, **LIMITS)
     scorer.open(CPU)
@@ -92,7 +92,7 @@ def test_the_function_sees_prompt_response_and_the_whole_record(load):
 
 
 @pytest.mark.parametrize(
-    ("returned", "wanted"),
+    ("returned", "expected"),
     [
         ("3", 3.0),
         ("True", 1.0),
@@ -101,8 +101,8 @@ def test_the_function_sees_prompt_response_and_the_whole_record(load):
         ("__import__('numpy').float32(0.5)", 0.5),
     ],
 )
-def test_whatever_python_takes_for_a_finite_number_is_a_score(score, returned, wanted):
-    assert score(f"def score(prompt, response, record): return {returned}", "a").scores.tolist() == [wanted]
+def test_any_finite_python_number_is_a_score(score, returned, expected):
+    assert score(f"def score(prompt, response, record): return {returned}", "a").scores.tolist() == [expected]
 
 
 @pytest.mark.parametrize(
@@ -117,14 +117,14 @@ def test_whatever_python_takes_for_a_finite_number_is_a_score(score, returned, w
         ("1j", "1j"),
     ],
 )
-def test_what_is_no_finite_number_has_failed(score, returned, shown):
+def test_anything_but_a_finite_number_is_a_failure(score, returned, shown):
     found = score(f"def score(prompt, response, record): return {returned}", "a")
     assert found.scores.tolist() == pytest.approx([math.nan], nan_ok=True)
     [failure] = found.failures.values()
     assert failure.startswith(f"score() of reward.py on 'a': expected a finite number, found {shown}")
 
 
-def test_a_function_that_raises_on_every_second_response_fails_on_those_and_its_line_is_named(score):
+def test_a_function_that_raises_on_every_second_response_fails_only_on_those_and_its_line_is_named(score):
     code = "def score(prompt, response, record):\n    n = int(response)\n    return n / (1 - n % 2)\n"
     found = score(code, "0", "1", "2", "3")
     assert found.scores.tolist() == pytest.approx([0.0, math.nan, 2.0, math.nan], nan_ok=True)
@@ -133,7 +133,7 @@ def test_a_function_that_raises_on_every_second_response_fails_on_those_and_its_
     ]
 
 
-def test_a_function_of_other_parameters_fails_on_everything(score):
+def test_a_function_with_other_parameters_fails_on_everything(score):
     [failure] = score("def score(response): return 1", "a").failures.values()
     assert failure == "score() of reward.py on 'a': TypeError: score() takes 1 positional argument but 3 were given"
 
@@ -154,13 +154,13 @@ def test_a_function_of_other_parameters_fails_on_everything(score):
         ("os.closerange(3, 100); time.sleep(60)", "closed the connection to its rank"),
     ],
 )
-def test_however_a_call_fails_the_next_one_is_scored(score, body, failure):
+def test_whatever_way_a_call_fails_the_next_one_is_scored(score, body, failure):
     found = score(FAULTY.format(body=body), "x", "ok")
     assert found.scores.tolist() == pytest.approx([math.nan, 7.0], nan_ok=True)
     assert list(found.failures.values()) == [f"score() of reward.py on 'x': {failure}"]
 
 
-def test_a_process_that_ends_between_two_calls_fails_the_next_one_alone(load):
+def test_a_process_that_ends_between_two_calls_fails_only_the_next_one(load):
     scorer = FunctionScorer.of(load("import os\ndef score(prompt, response, record): return os.getpid()").score, **LIMITS)
     scorer.open(CPU)
     [pid] = scorer.scores(rollouts("a")).scores.tolist()
@@ -179,7 +179,7 @@ def test_a_call_that_hangs_is_ended_and_the_next_one_is_scored(score, body):
     assert list(found.failures.values()) == ["score() of reward.py on 'x': did not return within reward_timeout_s = 2 s"]
 
 
-def test_memory_is_bounded_for_the_process_as_a_whole(score):
+def test_the_memory_limit_covers_the_whole_process(score):
     # Each call keeps 300 MiB. Three fit into 1 GiB, a fourth does not.
     code = "kept = []\ndef score(prompt, response, record):\n    kept.append(bytearray(300 << 20))\n    return len(kept)"
     found = score(code, *"abcd")
@@ -187,7 +187,7 @@ def test_memory_is_bounded_for_the_process_as_a_whole(score):
     assert list(found.failures.values()) == ["score() of reward.py on 'd': MemoryError:  (reward.py, line 3)"]
 
 
-def test_one_failure_more_than_is_allowed_is_enough(score, tmp_path):
+def test_after_one_failure_too_many_the_rest_is_not_tried(score, tmp_path):
     # With 1 allowed, the second failure is one too many: of the 5 responses the last 2 are never tried.
     code = f"def score(prompt, response, record):\n    open({str(tmp_path / 'calls')!r}, 'a').write(response)\n    return int(response)"
     found = score(code, "1", "x", "y", "2", "3", max_failures=1)
@@ -196,7 +196,7 @@ def test_one_failure_more_than_is_allowed_is_enough(score, tmp_path):
     assert list(found.failures.values())[2:] == ["not tried after 2 failures", "not tried after 3 failures"]
 
 
-def test_what_the_function_prints_and_reads_is_no_part_of_an_answer(score, capfd):
+def test_the_functions_input_and_output_do_not_interfere_with_its_replies(score, capfd):
     code = (
         "import os, subprocess, sys\n"
         "print('{\"score\": 9}')\n"
@@ -229,7 +229,7 @@ def test_hashes_are_the_same_in_every_process(score):
     assert first == again == score(code, "a").scores.tolist()[0]
 
 
-def test_the_process_loads_no_torch_and_finds_our_packages_and_neighbours_that_shadow_nothing(load, tmp_path, monkeypatch):
+def test_the_process_loads_no_torch_and_can_import_our_packages_and_the_files_neighbours(load, tmp_path, monkeypatch):
     (tmp_path / "neighbour_of_reward.py").write_text("BONUS = 5")
     (tmp_path / "calendar.py").write_text("TUESDAY = 1000")
     path = sys.path.copy()
@@ -246,7 +246,7 @@ def test_the_process_loads_no_torch_and_finds_our_packages_and_neighbours_that_s
         assert scorer.scores(rollouts("a")).scores.tolist() == [125.0]
 
 
-def test_a_decorated_function_is_the_one_that_is_called(score):
+def test_a_decorated_function_is_called_with_its_decorator(score):
     code = (
         "import functools\n"
         "def doubled(function):\n"
@@ -268,7 +268,7 @@ def test_a_decorated_function_is_the_one_that_is_called(score):
         ("while True: pass", "did not return within 1 s"),
     ],
 )
-def test_a_file_that_can_not_be_imported_on_the_rank_is_told_with_its_line(load, monkeypatch, first_line, failure):
+def test_a_file_that_cannot_be_imported_on_the_rank_is_reported_with_its_line(load, monkeypatch, first_line, failure):
     if first_line.startswith("while"):
         monkeypatch.setattr(user_reward, "START_LIMIT_S", 1.0)
     module = load("def score(prompt, response, record): return 1")
@@ -278,7 +278,7 @@ def test_a_file_that_can_not_be_imported_on_the_rank_is_told_with_its_line(load,
         FunctionScorer.of(module.score, **LIMITS).open(CPU)
 
 
-def test_the_process_ends_with_its_scorer_and_so_does_what_it_started(load, tmp_path):
+def test_the_process_and_everything_it_started_end_with_the_scorer(load, tmp_path):
     code = (
         "import os, subprocess\n"
         "def score(prompt, response, record):\n"
