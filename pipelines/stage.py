@@ -33,7 +33,7 @@ class StageConfig(Settings):
     """Base class of every stage kind's Config."""
 
     def sources(self, data: Path) -> list[Source]:
-        """List the outside files that this stage will read, in order; ValueError says what is missing. `data` is the pipeline's folder."""
+        """List the outside files that this stage will read, in order. ValueError says what is missing; `data` is the data folder."""
         return []
 
 
