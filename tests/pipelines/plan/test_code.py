@@ -381,3 +381,25 @@ def test_differences_are_sentences_with_what_a_person_changed_first():
         "code of gpt.model:GPT changed",
         "code of gpt.model:gone is gone",
     ]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "    if x == 0:\n        return 0\n" + "".join(f"    elif x == {n}:\n        return {n}\n" for n in range(1, 251)),
+        "    return x" + ".a()" * 600 + "\n",
+        "    return " + " + ".join(["x"] * 600) + "\n",
+    ],
+    ids=["an elif chain of 250", "600 chained calls", "a sum of 600"],
+)
+def test_deeply_nested_generated_code_is_hashed(tree: Path, body: str):
+    write(tree, "model", f"def attention(x):\n{body}")
+    before = leaves(tree)
+    write(tree, "model", f"def attention(x):\n    x += 1\n{body}")
+    assert leaves(tree) != before
+
+
+def test_code_that_python_itself_can_not_parse_for_depth_is_refused(tree: Path):
+    write(tree, "model", "def attention(x):\n    return x" + ".a()" * 20_000 + "\n")
+    with pytest.raises(ValueError, match=r"model\.py can't be read as Python: "):
+        leaves(tree)

@@ -347,3 +347,23 @@ def test_the_modules_that_users_import_are_where_they_were(marks: Marks):
         "from pipelines.stage import Source, StageConfig, StageContext, StageFailure",
     )
     assert marks.run() == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ("    hidden: int = Field(default=1, exclude=True)\n", "hidden"),
+        ("    inner: Inner = Inner()\n", "inner.hidden"),
+        ("    inner: list[Inner] | None = None\n", "inner.hidden"),
+    ],
+)
+def test_a_field_that_pydantic_excludes_is_refused(marks: Marks, config: str, field: str):
+    head = "from pydantic import Field\nfrom gpt.settings import PretrainSettings, Settings, UserFunction\n"
+    inner = "class Inner(Settings):\n    hidden: int = Field(default=1, exclude=True)\n\n\nclass MarkConfig"
+    marks.edit("kinds.py", "from gpt.settings import PretrainSettings, UserFunction\n", head)
+    marks.edit("kinds.py", "class MarkConfig", inner)
+    marks.edit("kinds.py", "    reward: UserFunction | None = None\n", "    reward: UserFunction | None = None\n" + config)
+    assert marks.faults()[0] == (
+        f"stages.marked.{field}: has Field(exclude=True), so it would reach neither the key nor the worker; "
+        "remove that (a field that can't change the result may be Operational)"
+    )
