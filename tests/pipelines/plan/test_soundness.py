@@ -1,7 +1,7 @@
 """The key is sound: every project function that ran for a stage is in that stage's key.
 
-Each kind runs tiny and in this process while a profiler notes which functions ran. What lies behind `StageContext` and `Rank`
-is left out by design: it decides how work is carried out, not what comes out.
+Each kind runs on tiny data in this process while a profiler records which functions run. What lies behind `StageContext` and `Rank` is left
+out by design: it decides how work is carried out, not what comes out.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ BEHIND_THE_SEAM = (
 
 
 class Profiler:
-    """Notes the project's functions that run, by file and name, in all threads."""
+    """Records the project's functions that run, in all threads."""
 
     def __init__(self) -> None:
         self.ran: set[CodeType] = set()
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        # Not the body of a class, which runs when its module is imported and only defines.
+        # Leaves out class bodies, which run when their module is imported and only define.
         if event == "call" and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             self.ran.add(frame.f_code)
 
@@ -64,20 +64,20 @@ class Profiler:
         threading.setprofile(None)
 
     def functions(self) -> Iterator[tuple[str, str]]:
-        """(module, top-level name) of what ran."""
+        """Module and top-level name of what ran."""
         for code in self.ran:
             path = Path(code.co_filename)
             if not path.is_relative_to(ROOT) or "site-packages" in path.parts or ".venv" in path.parts:
                 continue
-            place = path.relative_to(ROOT).as_posix()
+            file = path.relative_to(ROOT).as_posix()
             name = code.co_qualname.split(".")[0]
-            if place.split("/")[0] in ("pipelines", "gpt", "cluster") and place not in BEHIND_THE_SEAM and not name.startswith("<"):
-                yield place.removesuffix(".py").replace("/", "."), name
+            if file.split("/")[0] in ("pipelines", "gpt", "cluster") and file not in BEHIND_THE_SEAM and not name.startswith("<"):
+                yield file.removesuffix(".py").replace("/", "."), name
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory, save_foreign: Callable[..., Any]) -> dict[str, tuple[set[tuple[str, str]], set[str]]]:
-    """Stage to what ran and what its key holds."""
+    """Stage to the functions that ran and the code in its key."""
     folder = tmp_path_factory.mktemp("sound")
     save_foreign(folder / "foreign", shards="4KB", tie_word_embeddings=False)
     graph = build(load(write_sound_pipeline(folder)))
