@@ -67,7 +67,7 @@ def test_the_keys_of_a_kind_are_the_recorded_ones(found: dict[str, dict[str, str
     assert now, f"sound_pipeline.py has no stage of kind {kind!r}; add one, then run: {RECORD}"
     assert now == before, (
         f"the key of kind {kind!r} changed, which was the same since {', '.join(since) or 'never'}: in everyone's stores all finished "
-        f"{kind} stages will run again, and what follows them if their outputs differ. If that is intended, say so in CHANGELOG.md and run: "
+        f"{kind} stages will run again, and what follows them if their outputs differ. If intended, say so in CHANGELOG.md and run: "
         f"{RECORD}"
     )
 

@@ -255,7 +255,7 @@ def test_use_takes_an_artifact_as_a_stages_output(small: Small):
     cut = resolve(small.store, f"run:{small.store.runs()[0]}/cut")
     small.write("words.txt", "uvwxyz")
     assert small.run(use={"cut": f"sha256:{cut[:12]}"}) == (0, {"words": "done", "cut": "reused", "report": "done"})
-    with pytest.raises(ConfigError, match=r"--use cut=.* is report, wanted documents"):
+    with pytest.raises(ConfigError, match=r"--use cut=.* is report, expected documents"):
         small.run(use={"cut": f"run:{small.store.runs()[0]}/report"})
 
 
@@ -265,7 +265,7 @@ def test_an_artifact_of_another_run_is_an_input(small: Small):
     small.write("small.toml", TOML.replace('inputs = { documents = "words" }', f'inputs = {{ documents = "run:{run}/words" }}'))
     assert small.run() == (0, {"words": "reused", "cut": "reused", "report": "reused"})
     small.write("small.toml", TOML.replace('inputs = { documents = "words" }', f'inputs = {{ documents = "run:{run}/report" }}'))
-    with pytest.raises(ConfigError, match="is report, wanted documents"):
+    with pytest.raises(ConfigError, match="is report, expected documents"):
         small.run()
     small.write("small.toml", TOML.replace('inputs = { documents = "words" }', 'inputs = { documents = "run:20200101-gone/words" }'))
     with pytest.raises(ConfigError, match="there is no run '20200101-gone'; the newest are"):
