@@ -1,13 +1,13 @@
-"""What makes a stage's key, and how two keys differ.
+"""The code that a stage can reach: part of its key, and what a snapshot must hold.
 
-A key is the digest of named leaves: the kind, the seed, the config less its operational fields, the inputs' digests, the content of
-outside sources, and the code that the stage can reach. `plan` explains itself by comparing leaves.
+Code is read, never imported. Top-level definitions are followed by name from the kind's function, through imports at module and function
+level, and are hashed as syntax trees without docstrings and comments, so that an edit of those reruns nothing. Three rules keep the set
+small and still sound (a test profiles every stage and checks that each function that ran is in its key):
 
-Code is read, never imported: top-level definitions are followed by name from the kind's function through imports at module and at
-function level. Definitions are compared as syntax trees without docstrings and comments, so that neither reruns anything. Three rules
-keep the set small without losing soundness (a test profiles every stage and asks that each function that ran is in its key):
-a Protocol class is an interface and never runs; the fields of the kind's own config are in the key already, by value; and what lies
-behind `StageContext` and `Rank` (store, gang, runner) is not followed, since it decides how work is carried out and not what comes out.
+- a Protocol class is an interface and never runs, so it is left out;
+- the fields of the kind's own config are in the key by value, so their definitions are left out;
+- what lies behind `StageContext` and `Rank` (store, gang, runner) is not followed, since it decides how work is carried out, not what
+  comes out.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ from pipelines.plan.syntax import (
 
 PACKAGES = ("pipelines", "gpt", "cluster")
 DUMP_VERSION = 1
-"""Of `canonical_dump`: part of every code hash, so that a change to the dump is a change of key."""
+"""The version of `canonical_dump`. It is part of every hash, so that a change to the dump changes the keys."""
 
 LOOSE = "<module>"
+"""Stands for a module's statements that define nothing."""
 WHOLE = "*"
+"""Stands for everything in a module."""
 
 
 N = TypeVar("N", bound=ast.stmt)
@@ -52,30 +54,35 @@ Name = tuple[str, str]
 
 @dataclass(frozen=True)
 class _Definition:
+    """What a top-level definition reads and imports."""
+
     chains: frozenset[tuple[str, ...]]
     """Dotted names read in it: ("F", "cross_entropy"), ("GPT",)."""
     imports: dict[str, list[str]]
-    """Imports inside it: bound name to dotted targets, several where the code chooses."""
+    """Imports inside it: bound name to dotted targets, several if the code chooses between them."""
     stars: list[str]
+    """Modules imported by star."""
 
 
 @dataclass
 class _Module:
+    """A parsed file of ours or the user's, or a folder of files, which has an empty tree."""
+
     name: str
     package: str
     tree: ast.Module
     nodes: dict[str, list[ast.stmt]] = field(default_factory=lambda: {LOOSE: []})
     """Top-level definitions by name; LOOSE holds the statements that define nothing."""
     imports: dict[str, list[str]] = field(default_factory=dict)
-    """What the module binds by importing, at its top or in loose statements."""
+    """What the module binds by imports at the top level and in loose statements: name to dotted targets."""
     definitions: dict[str, _Definition] = field(default_factory=dict)
-    """Of `nodes`, as far as they were asked for."""
+    """The definitions in `nodes` that were asked for so far."""
     digests: dict[tuple[str, bool], str] = field(default_factory=dict)
-    """Likewise; True: without its fields, which the key holds by value."""
+    """Their hashes; True: without the fields, which are in the key by value."""
 
 
 class Code:
-    """The project's source as definitions that name each other.
+    """Our source and the user's as definitions that refer to each other.
 
     `root` holds our packages; `user` is the folder of a user's own files, whose imports of each other are followed too.
     """
@@ -89,13 +96,13 @@ class Code:
         self._settings: dict[Name, bool] = {}
 
     def leaves(self, entries: Iterable[Name], called: Iterable[Name] = ()) -> dict[str, str]:
-        """Hashes of all definitions that these (module, name) pairs can reach: {"gpt.model:GPT": "1f0c..."}.
+        """Hash all definitions that these (module, name) pairs can reach: {"gpt.model:GPT": "1f0c..."}.
 
-        Settings that an entry takes as a parameter are the stage's config, whose fields the key holds by value: they don't count here.
-        What is `called` is given no config. ValueError says which pair leads nowhere, or which file is no Python.
+        A Settings parameter of an entry is the stage's config, whose fields are in the key by value, so they are left out here. `called`
+        are functions that aren't given that config. ValueError names the pair that can't be found, or the file that can't be parsed.
         """
         asked = entries, called = tuple(entries), tuple(called)
-        if asked not in self._known:  # stages of one kind ask the same
+        if asked not in self._known:  # stages of one kind have the same entries
             reached = self._reach([*entries, *called])
             by_value = self._by_value(entries, reached)
             digests = {":".join(name): self._digest(name, by_value=name in by_value) for name in reached}
@@ -103,7 +110,7 @@ class Code:
         return dict(self._known[asked])
 
     def files(self, entries: Iterable[Name]) -> list[Path]:
-        """The user's own files without which these entries can't be loaded: what they reach, and all that those files import."""
+        """The user's own files that are needed to import these entries: those that they reach and all that those import."""
         waiting = [module_name for module_name, _ in self._reach(entries)]
         found: dict[str, Path] = {}
         while waiting:
@@ -119,7 +126,7 @@ class Code:
         return sorted({path for path in found.values() if path.is_file()})
 
     def _reach(self, entries: Iterable[Name]) -> list[Name]:
-        """The definitions that can be reached by name, each once."""
+        """List the definitions that can be reached by name, each once."""
         waiting = list(dict.fromkeys(self._entry(module_name, name) for module_name, name in entries))
         seen = set(waiting)
         reached = []
@@ -133,7 +140,7 @@ class Code:
                 found += self._references(module, self._definition((module_name, name)))
             if name == WHOLE:
                 found += [(module_name, each) for each in module.nodes]
-            # imported there, and passed on
+            # imported there and re-exported
             passed_on = itertools.chain.from_iterable(module.imports.values()) if name == WHOLE else module.imports.get(name, ())
             found += [each for target in passed_on for each in self._target(target, ())]
             fresh = [each for each in dict.fromkeys(found) if each not in seen]
@@ -144,15 +151,15 @@ class Code:
     def _entry(self, module_name: str, name: str) -> Name:
         path = self._path(module_name)
         if path is None:
-            where = self._root if module_name.split(".")[0] in PACKAGES else self._user
-            dotted = "; a file's name can't have a dot before .py" if "." in module_name and where == self._user else ""
-            raise ValueError(f"the code of {module_name}:{name} can't be found: {where} has no module {module_name!r}{dotted}")
+            folder = self._root if module_name.split(".")[0] in PACKAGES else self._user
+            hint = "; a file's name can't have a dot before .py" if "." in module_name and folder == self._user else ""
+            raise ValueError(f"the code of {module_name}:{name} can't be found: {folder} has no module {module_name!r}{hint}")
         module = self._module(module_name)
         if name in module.nodes or name in module.imports:
             return module_name, name
         if not module.nodes[LOOSE]:
             raise ValueError(f"the code of {module_name}:{name} can't be found: {path} defines no {name!r}")
-        return module_name, WHOLE  # a loose statement makes it: a star, or a def under an if
+        return module_name, WHOLE  # a loose statement defines it: a star import, or a def under an if
 
     def _references(self, module: _Module, definition: _Definition) -> Iterator[Name]:
         for star in definition.stars:
@@ -161,20 +168,20 @@ class Code:
             yield from self._named(module, chain, definition.imports)
 
     def _named(self, module: _Module, chain: tuple[str, ...], imports: Mapping[str, list[str]] = MappingProxyType({})) -> Iterator[Name]:
-        """What a dotted name may be bound to: several things, where one is tried or wrapped by another."""
+        """Yield what a dotted name may be bound to: several definitions if the code chooses or wraps one in another."""
         for target in [*imports.get(chain[0], ()), *module.imports.get(chain[0], ())]:
             yield from self._target(target, chain[1:])
         if chain[0] in module.nodes:
             yield module.name, chain[0]
 
     def _target(self, dotted: str, rest: tuple[str, ...]) -> list[Name]:
-        """What `dotted.rest` names: a module of ours and one definition in it, or the whole module where that can't be told."""
+        """Find what `dotted.rest` names: a definition in a module of ours, or the whole module if that can't be determined."""
         parts = [*dotted.split("."), *rest]
         size = 0
         while size < len(parts) and self._path(".".join(parts[: size + 1])):
             size += 1
         if not size:
-            return []  # not ours
+            return []  # neither ours nor the user's
         module_name = ".".join(parts[:size])
         module = self._module(module_name)
         if size == len(parts) or (parts[size] not in module.nodes and parts[size] not in module.imports):
@@ -190,7 +197,7 @@ class Code:
         return module.definitions[name[1]]
 
     def _digest(self, name: Name, *, by_value: bool) -> str:
-        """Empty where there is nothing in it that counts."""
+        """Hash a definition; empty if nothing in it counts."""
         module, asked = self._module(name[0]), (name[1], by_value)
         if asked not in module.digests:
             nodes = self._counted(name, [name] if by_value else [])
@@ -198,15 +205,16 @@ class Code:
         return module.digests[asked]
 
     def _counted(self, name: Name, by_value: Collection[Name]) -> list[ast.stmt]:
+        """The statements of a definition that count for the key."""
         nodes = [node for node in self._module(name[0]).nodes[name[1]] if not is_protocol(node)]
         return [without_fields(node) for node in nodes] if name in by_value else nodes
 
     # ---- which settings the key holds by value ----
 
     def _by_value(self, entries: Iterable[Name], reached: Collection[Name]) -> set[Name]:
-        """The entries' config classes with all that a `model_dump` of them holds, less what the reached code builds by itself.
+        """The entries' config classes and all Settings that their `model_dump` holds, except those that the reached code builds itself.
 
-        Settings that code builds (a preset, a default of its own) are in no dump: there a field's default is code like any other.
+        Settings that code builds (a preset, a default of its own) are not in the dump, so a field's default counts as code there.
         """
         functions = [node for entry in entries for name in self._resolved([entry]) for node in self._nodes(name, ast.FunctionDef)]
         annotations = [(name, each) for name, node in functions for each in parameter_annotations(node)]
@@ -220,7 +228,7 @@ class Code:
             held -= gone
 
     def _fields_of(self, classes: Iterable[Name]) -> set[Name]:
-        """These Settings classes, those that they extend, and those that are their fields' types."""
+        """Collect Settings classes, those that they extend, and those that are their fields' types."""
         waiting = list(classes)
         found: set[Name] = set()
         while waiting:
@@ -232,17 +240,17 @@ class Code:
         return found
 
     def _settings_in(self, expressions: Iterable[tuple[Name, ast.expr]]) -> list[Name]:
-        """The Settings classes that expressions name; each comes with the definition that it stands in."""
+        """The Settings classes that expressions name; each expression comes with the definition that contains it."""
         return [
             name
             for where, expression in expressions
             for chain in dotted_names(expression)
-            for name in self._resolved(self._meant(where, chain))
+            for name in self._resolved(self._targets(where, chain))
             if self._is_settings(name)
         ]
 
-    def _meant(self, where: Name, chain: tuple[str, ...]) -> Iterable[Name]:
-        if chain == ("cls",):  # a class method builds its own class
+    def _targets(self, where: Name, chain: tuple[str, ...]) -> Iterable[Name]:
+        if chain == ("cls",):  # in a class method
             return [where]
         return self._named(self._module(where[0]), chain, self._definition(where).imports)
 
@@ -252,7 +260,7 @@ class Code:
         return self._settings[name]
 
     def _ancestry(self, name: Name) -> set[Name]:
-        """A class and all that it extends, as far as that is ours."""
+        """A class and its base classes, as far as they are ours or the user's."""
         waiting, found = [name], set[Name]()
         while waiting:
             each = waiting.pop()
@@ -263,7 +271,7 @@ class Code:
         return found
 
     def _resolved(self, names: Iterable[Name]) -> set[Name]:
-        """Where names are defined that modules may import and pass on."""
+        """Follow names through re-exports to where they are defined."""
         waiting, seen = list(names), set[Name]()
         while waiting:
             each = waiting.pop()
@@ -278,7 +286,7 @@ class Code:
     # ---- files ----
 
     def _path(self, module_name: str) -> Path | None:
-        """A module's file, or the folder of a namespace; None for what is not ours."""
+        """A module's file, or the folder of a namespace package; None if it is neither ours nor the user's."""
         if module_name not in self._paths:
             self._paths[module_name] = self._find(module_name)
         return self._paths[module_name]
@@ -297,20 +305,20 @@ class Code:
     def _module(self, name: str) -> _Module:
         if name not in self._modules:
             path = self._path(name)
-            assert path is not None, f"{name} is not ours"
+            assert path is not None, f"{name} is neither ours nor the user's"
             self._modules[name] = _Module(name, name, ast.Module([], [])) if path.is_dir() else _parse(name, path, path.read_bytes())
         return self._modules[name]
 
 
 @functools.cache
 def _parse(name: str, path: Path, source: bytes) -> _Module:
-    """The same file with the same text is read once in a process, whoever asks: a run asks again at the end of every stage."""
+    """Parse a file; the same text only once in a process, since a run asks again at the end of every stage."""
     try:
         tree = ast.parse(source, filename=str(path))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{path} can't be read as Python: {error}") from error
     module = _Module(name, name if path.name == "__init__.py" else name.rpartition(".")[0], tree)
-    top: list[ast.stmt] = []  # what binds names in the whole module by importing
+    top: list[ast.stmt] = []  # statements whose imports bind names in the whole module
     waiting = tree.body[::-1]
     while waiting:
         node = waiting.pop()
@@ -320,12 +328,12 @@ def _parse(name: str, path: Path, source: bytes) -> _Module:
                 if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
                     module.nodes[LOOSE].append(node)
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-                module.nodes.setdefault(node.name, []).append(node)  # a name bound twice counts with both
+                module.nodes.setdefault(node.name, []).append(node)  # a name that is bound twice counts with both
             case ast.Assign() | ast.AnnAssign() if names := assigned_names(node):
                 for each in names:
                     module.nodes.setdefault(each, []).append(node)
             case ast.If() if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-                waiting += node.orelse[::-1]  # that never runs, this always does
+                waiting += node.orelse[::-1]  # the body never runs, the else always does
             case _ if not is_bare_string(node):
                 module.nodes[LOOSE].append(node)
                 top.append(node)
@@ -334,7 +342,7 @@ def _parse(name: str, path: Path, source: bytes) -> _Module:
 
 
 def _sha256(nodes: list[ast.stmt], module: _Module) -> str:
-    """Names of other people's modules count as what they are bound to."""
+    """Hash statements; a name that is bound by an import counts as the module that it stands for."""
     roots = {chain[0] for node in nodes for chain in dotted_names(node)}
     bound = sorted(f"{root} is {' or '.join(module.imports[root])}" for root in roots & module.imports.keys())
     text = "\n".join([f"dump {DUMP_VERSION}", *(canonical_dump(node) for node in nodes), *bound])

@@ -205,7 +205,10 @@ def _read_gates(value: Any, where: str) -> tuple[list[Gate], list[Fault]]:
 
 def _as_recorded(config: Settings, where: str) -> tuple[Settings, list[Fault]]:
     """Return a config as a worker will read it from JSON, the form that keys and records hold. A default may not fit its own setting."""
-    excluded = "has Field(exclude=True), so neither the key nor the worker would get it; remove that, or mark the field Operational"
+    excluded = (
+        "has Field(exclude=True), so it would reach neither the key nor the worker; "
+        "remove that (a field that can't change the result may be Operational)"
+    )
     faults = [Fault(f"{where}.{name}", excluded) for name in _excluded(type(config), set())]
     for name in type(config).model_fields:
         try:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from pipelines.artifacts import Model, Tokenizer, Tokens
 from pipelines.plan.config import Fault
@@ -21,17 +21,13 @@ from pipelines.stage import Models, Role
 
 @dataclass(frozen=True)
 class TokenizerId:
-    """Two of one kind that differ are different tokenizers."""
+    """What identifies a tokenizer: two of one kind are the same tokenizer if they are equal, two of different kinds can't be compared."""
 
-    kind: str
-    """"digest", or "recipe": the kinds and settings that make one."""
+    kind: Literal["digest", "recipe"]
+    """A recipe is what the file says of how the tokenizer is made."""
     value: str
-    name: str
+    name: str = field(compare=False)
     """For messages."""
-
-    def differs(self, other: TokenizerId) -> bool:
-        """Whether the two are certainly not the same tokenizer."""
-        return self.kind == other.kind and self.value != other.value
 
 
 @dataclass(frozen=True)
@@ -89,19 +85,19 @@ def _role_faults(stage: Reader, known: Mapping[str, Traits]) -> list[Fault]:
 
 
 def _tokenizer_faults(stage: Reader, known: Mapping[str, Traits]) -> list[Fault]:
-    first: tuple[str, TokenizerId] | None = None
+    first: dict[str, tuple[str, TokenizerId]] = {}
+    """Kind of id to the first reference whose tokenizer is known so."""
     faults = []
     for parameter, reference in _carriers(stage):
         tokenizer = known.get(reference, Traits()).tokenizer
         if tokenizer is None:
             continue
-        if first is None or first[1].kind != tokenizer.kind:
-            first = first or (reference, tokenizer)
-        elif first[1].differs(tokenizer):
+        other, expected = first.setdefault(tokenizer.kind, (reference, tokenizer))
+        if tokenizer != expected:
             faults.append(
                 Fault(
                     f"stages.{stage.name}.inputs.{parameter}",
-                    f"{reference!r} has {tokenizer.name}, but {first[0]!r} has {first[1].name}; expected one tokenizer for all inputs of "
+                    f"{reference!r} has {tokenizer.name}, but {other!r} has {expected.name}; expected one tokenizer for all inputs of "
                     f"{stage.kind.uses}",
                 )
             )

@@ -59,7 +59,7 @@ def leaves(tree: Path, name: str = "attention", module: str = "gpt.model") -> di
     return Code(tree).leaves([(module, name)])
 
 
-def test_a_function_reaches_what_it_names_and_what_that_names_and_no_more(tree: Path):
+def test_a_function_reaches_what_it_names_and_what_that_names_and_nothing_else(tree: Path):
     assert sorted(leaves(tree)) == ["gpt.model:LIMIT", "gpt.model:attention", "gpt.parts:deeper", "gpt.parts:helper"]
 
 
@@ -74,7 +74,7 @@ def test_a_function_reaches_what_it_names_and_what_that_names_and_no_more(tree: 
         ("import math\n", "import math\nimport os\n"),
     ],
 )
-def test_comments_docstrings_layout_and_code_out_of_reach_change_no_key(tree: Path, old: str, new: str):
+def test_comments_docstrings_layout_and_unreached_code_are_not_in_the_key(tree: Path, old: str, new: str):
     before = leaves(tree)
     assert old in MODEL
     write(tree, "model", MODEL.replace(old, new))
@@ -89,14 +89,14 @@ def test_comments_docstrings_layout_and_code_out_of_reach_change_no_key(tree: Pa
         ("parts", PARTS, "x * 2", "x * 3", "gpt.parts:deeper"),
     ],
 )
-def test_an_edit_within_reach_changes_the_one_definition_that_it_is_in(tree: Path, file: str, text: str, old: str, new: str, changed: str):
+def test_an_edit_of_reached_code_changes_only_its_own_hash(tree: Path, file: str, text: str, old: str, new: str, changed: str):
     before = leaves(tree)
     write(tree, file, text.replace(old, new))
     after = leaves(tree)
     assert [name for name in after if after[name] != before.get(name)] == [changed]
 
 
-def test_what_an_imported_name_is_bound_to_counts(tree: Path):
+def test_the_module_behind_an_imported_name_is_in_the_hash(tree: Path):
     write(tree, "model", "import torch.nn.functional as F\n\ndef attention(x):\n    return F.relu(x)\n")
     before = leaves(tree)
     write(tree, "model", "import numpy as F\n\ndef attention(x):\n    return F.relu(x)\n")
@@ -126,12 +126,12 @@ def test_every_way_to_import_is_followed(tree: Path, body: str):
         "from gpt import parts\n\ndef attention(x):\n    return parts.made_at_run_time(x)\n",
     ],
 )
-def test_what_cannot_be_resolved_counts_the_whole_module(tree: Path, body: str):
+def test_a_name_that_can_not_be_resolved_adds_the_whole_module(tree: Path, body: str):
     write(tree, "model", body)
     assert "gpt.parts:never" in leaves(tree)
 
 
-def test_loose_statements_of_a_reached_module_count(tree: Path):
+def test_top_level_statements_of_a_reached_module_are_in_the_key(tree: Path):
     write(tree, "parts", PARTS + "\nif True:\n    deeper = None\n")
     before = leaves(tree)
     assert "gpt.parts:<module>" in before
@@ -139,7 +139,7 @@ def test_loose_statements_of_a_reached_module_count(tree: Path):
     assert leaves(tree) != before
 
 
-def test_a_protocol_is_an_interface_and_counts_for_nothing(tree: Path):
+def test_a_protocol_class_is_not_in_the_key(tree: Path):
     text = "from typing import Protocol\n\nclass Rank(Protocol):\n    rank: int\n\ndef attention(rank: Rank):\n    return rank.rank\n"
     write(tree, "model", text)
     assert sorted(leaves(tree)) == ["gpt.model:attention"]
@@ -198,9 +198,9 @@ def kind(tree: Path) -> Path:
         ("c: int = 1", "c: int = 2\n    log_every: int = 10"),
         ("Inner = Inner()", "Inner = Inner(c=3)"),
     ],
-    ids=["its own", "a base's", "those of a field's type", "a default that is built"],
+    ids=["its own field", "a base class's field", "a field of a field's type", "a default that is built"],
 )
-def test_fields_of_the_kinds_config_count_by_value(kind: Path, old: str, new: str):
+def test_fields_of_the_kinds_config_are_in_the_key_by_value_not_as_code(kind: Path, old: str, new: str):
     before = leaves(kind)
     write(kind, "model", KIND.replace(old, new))
     write(kind, "parts", SETTINGS.replace(old, new))
@@ -218,7 +218,7 @@ def test_fields_of_the_kinds_config_count_by_value(kind: Path, old: str, new: st
         ("ground: int = 1", "ground: int = 2", "gpt.parts:Ground"),
     ],
 )
-def test_what_no_dump_of_the_config_holds_counts_as_code(kind: Path, old: str, new: str, changed: str):
+def test_settings_outside_the_configs_dump_are_in_the_key_as_code(kind: Path, old: str, new: str, changed: str):
     before = leaves(kind)
     write(kind, "model", KIND.replace(old, new))
     write(kind, "parts", SETTINGS.replace(old, new))
@@ -233,7 +233,7 @@ def test_what_no_dump_of_the_config_holds_counts_as_code(kind: Path, old: str, n
         ("def twice(self):", "@classmethod\n    def small(cls):\n        return cls()\n\n    def twice(self):"),
     ],
 )
-def test_settings_in_the_config_count_whole_once_the_code_builds_them_itself(kind: Path, old: str, new: str):
+def test_settings_that_the_code_builds_itself_are_in_the_key_as_code_even_if_the_config_has_them(kind: Path, old: str, new: str):
     write(kind, "model", KIND.replace(old, new))
     before = leaves(kind)
     write(kind, "parts", SETTINGS.replace("b: int = 1", "b: int = 2"))
@@ -250,7 +250,7 @@ def test_settings_in_the_config_count_whole_once_the_code_builds_them_itself(kin
         ("gpt/settings.py", '"gpt2-nano": ModelShape(n_layer=2', '"gpt2-nano": ModelShape(n_layer=3', True),
     ],
 )
-def test_pretrains_key_is_blind_to_operational_settings_and_sees_the_models_shape(
+def test_pretrains_key_ignores_operational_settings_and_includes_the_models_shape(
     tmp_path: Path, file: str, old: str, new: str, changes: bool
 ):
     for package in PACKAGES:
@@ -264,7 +264,7 @@ def test_pretrains_key_is_blind_to_operational_settings_and_sees_the_models_shap
 
 
 def users(tmp_path: Path, files: dict[str, str]) -> Path:
-    """A user's folder; the name "helpers/text" is helpers/text.py."""
+    """Write files into a user's folder; the name "helpers/text" is helpers/text.py."""
     folder = tmp_path / "mine"
     for name, text in files.items():
         path = folder / f"{name}.py"
@@ -273,7 +273,7 @@ def users(tmp_path: Path, files: dict[str, str]) -> Path:
     return folder
 
 
-def test_a_users_file_and_its_neighbours_are_followed(tree: Path, tmp_path: Path):
+def test_imports_between_a_users_files_are_followed(tree: Path, tmp_path: Path):
     clean = "import words\nfrom gpt.parts import helper\n\ndef clean(x):\n    return helper(words.SHORT)\n"
     user = users(tmp_path, {"clean": clean, "words": "SHORT = 3\nLONG = 9\n"})
     found = Code(tree, user).leaves([("clean", "clean")])
@@ -291,22 +291,22 @@ def test_a_users_file_and_its_neighbours_are_followed(tree: Path, tmp_path: Path
         ("from star import f\n", "words", []),
         ("from words import f\nf = staticmethod(f)\n", "words", ["clean:f"]),
     ],
-    ids=["a try", "its except", "a folder", "a folder by name", "a star that passes on", "passed on", "wrapped under its own name"],
+    ids=["a try", "its except", "a folder", "a folder by name", "a re-exporting star", "re-exported", "wrapped under its own name"],
 )
-def test_roundabout_imports_of_a_users_file_are_followed(tree: Path, tmp_path: Path, clean: str, neighbour: str, also: list[str]):
+def test_indirect_imports_of_a_users_file_are_followed(tree: Path, tmp_path: Path, clean: str, neighbour: str, also: list[str]):
     text = f"{clean}\ndef clean(x):\n    return f(x)\n"
     user = users(tmp_path, {"clean": text, "star": "from words import f\n", neighbour: "def f(x):\n    return x\n"})
     module = neighbour.replace("/", ".")
     assert sorted(Code(tree, user).leaves([("clean", "clean")])) == sorted(["clean:clean", f"{module}:f", *also])
 
 
-def test_the_else_of_type_checking_counts(tree: Path, tmp_path: Path):
+def test_the_else_branch_of_type_checking_is_followed_and_its_body_is_not(tree: Path, tmp_path: Path):
     text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from gpt.parts import never\nelse:\n    LIMIT = 1\n"
     user = users(tmp_path, {"clean": text + "\ndef clean(x):\n    return never, LIMIT\n"})
     assert sorted(Code(tree, user).leaves([("clean", "clean")])) == ["clean:LIMIT", "clean:clean"]
 
 
-def test_an_entry_that_leads_nowhere_is_refused(tree: Path, tmp_path: Path):
+def test_an_entry_that_does_not_exist_is_refused(tree: Path, tmp_path: Path):
     user = users(tmp_path, {"clean.v2": "def clean(x): ...\n", "words": "def clean(x): ...\n", "broken": "def clean(x) ...\n"})
     with pytest.raises(ValueError, match=r"the code of clean\.v2:clean can't be found: .*mine has no module.*can't have a dot before \.py"):
         Code(tree, user).leaves([("clean.v2", "clean")])
@@ -316,7 +316,7 @@ def test_an_entry_that_leads_nowhere_is_refused(tree: Path, tmp_path: Path):
         Code(tree, user).leaves([("broken", "clean")])
 
 
-def test_the_files_of_an_entry_are_all_that_loading_it_imports_from_the_users_folder(tree: Path, tmp_path: Path):
+def test_the_files_of_an_entry_are_all_user_files_that_importing_it_needs(tree: Path, tmp_path: Path):
     files = {
         "clean": "import json\nimport extra\n\ndef clean(x): ...\n\ndef other(x):\n    from late import f\n    return extra.f(x)\n",
         "extra": "try:\n    import package.part\nexcept ImportError:\n    pass\n",
@@ -358,7 +358,7 @@ def test_the_dump_of_one_source_is_the_same_on_every_python():
             assert other == here
 
 
-def test_a_dump_has_no_positions_and_no_bare_strings():
+def test_a_dump_leaves_out_positions_and_bare_strings():
     assert canonical_dump(ast.parse("'text'\nx = 1")) == "Module(body=[Assign(targets=[Name(id=str:'x')],value=Constant(value=int:1))])"
 
 
@@ -370,7 +370,7 @@ def test_flat_names_every_leaf():
     assert dict(flat({"a": [1, {"b": None}], "c": {}}, "config")) == {"config.a.0": 1, "config.a.1.b": None, "config.c": {}}
 
 
-def test_differences_are_sentences_with_what_a_person_changed_first():
+def test_differences_list_first_what_a_person_changed():
     old = {"config.lr": 1e-3, "input.tokens.0": "a" * 64, "code.gpt.model:GPT": "1", "source.a.txt": "x", "code.gpt.model:gone": "5"}
     new = {"config.lr": 3e-4, "input.tokens.0": "b" * 64, "code.gpt.model:GPT": "2", "source.a.txt": "y", "source.b.txt": "z"}
     assert differences(old, new) == [
@@ -381,3 +381,25 @@ def test_differences_are_sentences_with_what_a_person_changed_first():
         "code of gpt.model:GPT changed",
         "code of gpt.model:gone is gone",
     ]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "    if x == 0:\n        return 0\n" + "".join(f"    elif x == {n}:\n        return {n}\n" for n in range(1, 251)),
+        "    return x" + ".a()" * 600 + "\n",
+        "    return " + " + ".join(["x"] * 600) + "\n",
+    ],
+    ids=["an elif chain of 250", "600 chained calls", "a sum of 600"],
+)
+def test_deeply_nested_generated_code_is_hashed(tree: Path, body: str):
+    write(tree, "model", f"def attention(x):\n{body}")
+    before = leaves(tree)
+    write(tree, "model", f"def attention(x):\n    x += 1\n{body}")
+    assert leaves(tree) != before
+
+
+def test_code_too_deep_for_pythons_parser_is_refused(tree: Path):
+    write(tree, "model", "def attention(x):\n    return x" + ".a()" * 20_000 + "\n")
+    with pytest.raises(ValueError, match=r"model\.py can't be read as Python: "):
+        leaves(tree)

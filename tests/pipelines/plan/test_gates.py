@@ -1,4 +1,4 @@
-"""Gates: what a closed one stops, what it leaves, and what is said of it."""
+"""Gates: what a closed gate stops, what it leaves alone, and how it is reported."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Gated:
         return build(load(self.folder / "gated.toml", overrides))
 
     def run(self, *overrides: str, **options: Any) -> tuple[int, dict[str, str]]:
-        """Exit code, and what became of each stage."""
+        """Run the pipeline; the exit code and the status of each stage."""
         graph = self.graph(*overrides)
         self.out = io.StringIO()
         with Progress(self.out, live=False) as progress:
@@ -143,7 +143,7 @@ def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gated:
     return Gated(tmp_path)
 
 
-def test_a_closed_gate_stops_what_follows_and_nothing_else(gated: Gated):
+def test_a_closed_gate_blocks_the_stages_that_read_it_and_no_others(gated: Gated):
     assert gated.run() == (1, {"measure": "done", "aside": "done", "read": "blocked", "read_again": "blocked"})
     assert gated.reason("read") == CLOSED
     assert gated.reason("read_again") == "its input read can't be built"
@@ -151,13 +151,13 @@ def test_a_closed_gate_stops_what_follows_and_nothing_else(gated: Gated):
     assert gated.ending().text == f"{CLOSED}. Then resume with: gptline run gated.toml"
 
 
-def test_an_open_gate_is_passed_and_its_bounds_belong_to_what_passes(gated: Gated):
+def test_a_figure_on_the_bound_passes_the_gate(gated: Gated):
     done = {"measure": "done", "aside": "done", "read": "done", "read_again": "done"}
     assert gated.run("stages.measure.accuracy=0.65") == (0, done)
     assert gated.plan("stages.measure.accuracy=0.65", "stages.measure.gate.max=0.65")["read"][0] == "reuse"
 
 
-def test_it_is_said_where_the_stage_ends_to_people_and_on_the_page(gated: Gated):
+def test_a_closed_gate_is_reported_when_the_stage_ends_in_the_last_line_and_on_the_page(gated: Gated):
     gated.run()
     lines = gated.out.getvalue().splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith("measure     made: "))
@@ -168,7 +168,7 @@ def test_it_is_said_where_the_stage_ends_to_people_and_on_the_page(gated: Gated)
     assert "gate is closed: eval/pair_accuracy is 0.61, expected at least 0.65" in render(gated.store, gated.store.runs()[-1])
 
 
-def test_what_a_closed_gates_stage_made_is_kept_and_a_plan_says_the_same(gated: Gated):
+def test_the_output_behind_a_closed_gate_is_kept_and_the_plan_agrees_with_the_run(gated: Gated):
     gated.run()
     assert gated.run() == (1, {"measure": "reused", "aside": "reused", "read": "blocked", "read_again": "blocked"})
     assert gated.reason("read") == CLOSED
@@ -184,15 +184,15 @@ def test_what_a_closed_gates_stage_made_is_kept_and_a_plan_says_the_same(gated: 
     assert lines[-1] == "nothing to do: 2 blocked"
 
 
-def test_a_changed_gate_reruns_nothing_and_lets_through_what_it_now_admits(gated: Gated):
+def test_changing_a_gate_reruns_nothing_and_only_decides_what_may_be_read(gated: Gated):
     gated.run()
     overrides = ("stages.measure.gate.min=0.6",)
-    assert [word for word, _ in gated.plan(*overrides).values()] == ["reuse", "run", "run", "reuse"]
+    assert [action for action, _ in gated.plan(*overrides).values()] == ["reuse", "run", "run", "reuse"]
     assert gated.run(*overrides) == (0, {"measure": "reused", "aside": "reused", "read": "done", "read_again": "done"})
     assert gated.run() == (1, {"measure": "reused", "aside": "reused", "read": "blocked", "read_again": "blocked"})  # closed again
 
 
-def test_a_gate_counts_where_nothing_follows(gated: Gated):
+def test_a_closed_gate_fails_the_run_even_if_no_stage_follows(gated: Gated):
     gated.write(TOML + 'gate = { figure = "eval/pairs", max = 99 }\n')
     code, status = gated.run("stages.measure.gate.min=0.5")
     assert (code, set(status.values())) == (1, {"done"})
@@ -200,7 +200,7 @@ def test_a_gate_counts_where_nothing_follows(gated: Gated):
 
 
 @pytest.mark.parametrize(
-    ("gate", "accuracy", "said"),
+    ("gate", "accuracy", "reason"),
     [
         ("{figure='eval/pair_accuracy', max=0.6}", 0.61, "eval/pair_accuracy is 0.61, expected at most 0.6;"),
         ("{figure='eval/pair_accuracy', min=0.7, max=0.9}", 0.61, "eval/pair_accuracy is 0.61, expected at least 0.7 and at most 0.9;"),
@@ -216,28 +216,28 @@ def test_a_gate_counts_where_nothing_follows(gated: Gated):
         ),
     ],
 )
-def test_what_closes_a_gate_is_told_with_value_and_bound(gated: Gated, gate: str, accuracy: float, said: str):
+def test_a_closed_gate_is_reported_with_the_value_and_the_bound(gated: Gated, gate: str, accuracy: float, reason: str):
     overrides = (f"stages.measure.gate={gate}", f"stages.measure.accuracy={accuracy}")
     assert gated.run(*overrides)[0] == 1
-    assert gated.reason("read").startswith(f"measure's gate is closed: {said}")
-    assert gated.plan(*overrides)["read"] == ("blocked", gated.reason("read"))  # as the record has it, too
+    assert gated.reason("read").startswith(f"measure's gate is closed: {reason}")
+    assert gated.plan(*overrides)["read"] == ("blocked", gated.reason("read"))  # the plan reads the same from the record
 
 
-def test_a_stage_without_any_figures_is_told_so(gated: Gated):
+def test_a_gate_on_a_stage_without_figures_says_so(gated: Gated):
     (gated.folder / "kinds.py").write_text(KINDS.replace("stage.figure(", "print("))
     assert gated.run()[0] == 1
     assert gated.reason("read").startswith("measure's gate is closed: it has no figure eval/pair_accuracy (its figures: none);")
 
 
-def test_the_last_value_of_a_curve_serves_where_there_is_no_such_figure(gated: Gated):
+def test_the_last_value_of_a_curve_counts_if_there_is_no_such_figure(gated: Gated):
     gated.write('pipeline = "gated"\n' + TRAIN.format("train", 1.0) + 'gate = { figure = "val/loss", max = 2.6 }\n')
     assert gated.run()[0] == 0  # 3.0, then 2.5
     assert gated.run("stages.train.gate.max=2.4")[0] == 1
-    wanted = "train's gate is closed: val/loss is 2.5, expected at most 2.4; train it longer or otherwise, or change the gate. "
-    assert gated.ending().text.startswith(wanted)
+    expected = "train's gate is closed: val/loss is 2.5, expected at most 2.4; train it longer or otherwise, or change the gate. "
+    assert gated.ending().text.startswith(expected)
 
 
-def test_newest_is_no_model_whose_gate_is_closed(gated: Gated):
+def test_newest_never_points_to_a_model_whose_gate_is_closed(gated: Gated):
     second = TRAIN.format("second", 2.0) + 'gate = { figure = "val/loss", max = 2.4 }\n'
     gated.write('pipeline = "gated"\n' + TRAIN.format("first", 1.0) + second)
     gated.run()
@@ -247,7 +247,7 @@ def test_newest_is_no_model_whose_gate_is_closed(gated: Gated):
     assert gated.newest() == outputs["first"]
     gated.run("stages.second.gate.max=2.5")
     assert gated.newest() == outputs["second"]
-    gated.run()  # what it pointed to has its gate closed now
+    gated.run()  # the gate of the model that it pointed to is closed now
     assert gated.newest() == outputs["first"]
 
 
@@ -269,7 +269,7 @@ STOPPED = """    if config.lr == 3.0:
         (0, ("stages.first.lr=5.0",), {"until": "first"}),
     ],
 )
-def test_a_run_that_comes_to_less_than_the_whole_line_takes_no_finished_model_away(
+def test_newest_stays_on_the_finished_model_if_a_run_does_not_complete(
     gated: Gated, code: int, changes: tuple[str, ...], options: dict[str, str]
 ):
     (gated.folder / "kinds.py").write_text(KINDS.replace("    for step, loss", STOPPED))
@@ -285,19 +285,19 @@ def test_a_run_that_comes_to_less_than_the_whole_line_takes_no_finished_model_aw
     assert gated.newest() == finished
 
 
-def test_an_artifact_that_a_person_gives_in_a_stages_place_needs_no_figures(gated: Gated):
+def test_an_artifact_given_by_use_needs_no_figures(gated: Gated):
     gated.run()
     given = f"run:{gated.store.runs()[0]}/measure"
     assert gated.run(use={"measure": given}) == (0, {"measure": "reused", "aside": "reused", "read": "done", "read_again": "done"})
 
 
-def test_a_stage_that_failed_is_told_beside_a_closed_gate(gated: Gated):
+def test_a_failed_stage_is_reported_beside_a_closed_gate(gated: Gated):
     assert gated.run("stages.aside.broken=true") == (1, {"measure": "done", "aside": "failed", "read": "blocked", "read_again": "blocked"})
     last = "aside failed; the other results are kept. Fix the cause, then resume with: gptline run gated.toml"
     assert gated.ending().text == f"{CLOSED}. {last}"
 
 
-def test_a_gate_is_in_no_key_and_in_the_runs_config(gated: Gated):
+def test_a_gate_is_in_the_runs_config_but_not_in_the_key(gated: Gated):
     gated.run()
     (action,) = [each for each in gated.store.all_actions() if each.stage == "measure"]
     assert {name for name in action.leaves if not name.startswith("code.")} == {"kind", "seed", "config.accuracy", "config.broken"}
@@ -311,10 +311,7 @@ def test_a_gate_is_in_no_key_and_in_the_runs_config(gated: Gated):
         ("{figure='eval/x'}", "stages.measure.gate: has no bound; wanted min, max or both"),
         ("{figure='eval/x', min=2, max=1}", "stages.measure.gate: min = 2 is more than max = 1; nothing would pass"),
         ("{figure='eval/x', mini=2}", "stages.measure.gate.mini: unknown key; did you mean 'min'?"),
-        (
-            "{figure='Accuracy (%)', min=2}",
-            "stages.measure.gate.figure: metric name 'Accuracy (%)': expected area/name_unit in lower case",
-        ),
+        ("{figure='Accuracy (%)', min=2}", "stages.measure.gate.figure: metric name 'Accuracy (%)': expected area/name_unit in lower case"),
         ("{min=2}", "stages.measure.gate.figure: is missing"),
         ("{figure='eval/x', min='high'}", "stages.measure.gate.min: is 'high', wanted a number"),
         ("{figure='eval/x', min=nan}", "stages.measure.gate.min: is nan, wanted a finite number"),
@@ -322,6 +319,6 @@ def test_a_gate_is_in_no_key_and_in_the_runs_config(gated: Gated):
         ("[{figure='eval/x', min=1}, {figure='eval/y'}]", "stages.measure.gate.1: has no bound; wanted min, max or both"),
     ],
 )
-def test_a_wrong_gate_is_a_fault_of_the_file(gated: Gated, gate: str, fault: str):
+def test_a_gate_that_can_not_be_read_is_a_fault_of_the_file(gated: Gated, gate: str, fault: str):
     (found,) = gated.faults(gate)
     assert found.startswith(fault)

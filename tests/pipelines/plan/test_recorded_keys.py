@@ -1,7 +1,7 @@
 """The key of every stage kind is the recorded one, so no user's finished stages rerun by accident.
 
 The keys are those of the pipeline in `sound_pipeline.py`, with digests of zeros for inputs and source files: they depend on the kinds'
-names, settings and code, not on data. `recorded_keys.json` says for each stage since when it has its key. After a change that is meant:
+names, settings and code, not on data. `recorded_keys.json` says for each stage since when it has its key. After an intended change:
 
     python -m tests.pipelines.plan.test_recorded_keys --record
 """
@@ -67,13 +67,13 @@ def test_the_keys_of_a_kind_are_the_recorded_ones(found: dict[str, dict[str, str
     assert now, f"sound_pipeline.py has no stage of kind {kind!r}; add one, then run: {RECORD}"
     assert now == before, (
         f"the key of kind {kind!r} changed, which was the same since {', '.join(since) or 'never'}: in everyone's stores all finished "
-        f"{kind} stages will run again, and what follows them if their outputs differ. If that is meant, say so in CHANGELOG.md and run: "
+        f"{kind} stages will run again, and what follows them if their outputs differ. If intended, say so in CHANGELOG.md and run: "
         f"{RECORD}"
     )
 
 
 def test_every_recorded_stage_still_exists(found: dict[str, dict[str, str]]):
-    assert list(recorded()) == list(found), f"if stages of sound_pipeline.py were meant to change, run: {RECORD}"
+    assert list(recorded()) == list(found), f"if the stages of sound_pipeline.py were changed on purpose, run: {RECORD}"
 
 
 def record(today: str) -> list[str]:

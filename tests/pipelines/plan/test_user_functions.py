@@ -1,4 +1,4 @@
-"""Functions that a stage's settings name: what of them is in the key, what is refused, and that what runs is what was frozen."""
+"""Functions that a stage's settings name: what is in the key, what is refused, and that the frozen code is what runs."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ uses = "./kinds.py:mark"
 
 
 class Marks:
-    """A pipeline in a folder of its own, two of whose stages name functions of the user's own."""
+    """A pipeline in its own folder, with two stages that name the user's functions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -135,7 +135,7 @@ class Marks:
         self.write(name, text.replace(old, new))
 
     def graph(self, *overrides: str) -> Any:
-        for name in ("gptline_user_kinds", "gptline_user_reward", "gptline_user_elsewhere", "letters"):  # as in a process of its own
+        for name in ("gptline_user_kinds", "gptline_user_reward", "gptline_user_elsewhere", "letters"):  # as in a new process
             sys.modules.pop(name, None)
         sys.path[:] = [each for each in sys.path if not Path(each, "kinds.py").exists()]
         return build(load(self.folder / "marks.toml", overrides))
@@ -160,7 +160,7 @@ class Marks:
 @pytest.fixture
 def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Marks:
     monkeypatch.setattr("pipelines.run.runner.start_tracking", lambda *_: NoTracker())
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two edits within a second would be one to Python
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python would take two edits within a second for one
     return Marks(tmp_path)
 
 
@@ -182,28 +182,28 @@ def test_a_stage_calls_the_functions_that_its_settings_name(marks: Marks):
         ("letters.py", "return 0", "return 1", []),
     ],
 )
-def test_an_edit_changes_the_keys_of_the_stages_that_reach_it_and_no_other(marks: Marks, file: str, old: str, new: str, changed: list[str]):
+def test_an_edit_changes_only_the_keys_of_the_stages_that_reach_it(marks: Marks, file: str, old: str, new: str, changed: list[str]):
     before = marks.planned()
     marks.edit(file, old, new)
     after = marks.planned()
     assert [name for name in after if after[name].key != before[name].key] == changed
 
 
-def test_the_key_holds_what_a_setting_says_and_the_code_behind_it(marks: Marks):
+def test_the_key_has_the_settings_value_and_the_code_behind_it(marks: Marks):
     leaves = marks.planned()["marked"].leaves
     assert leaves["config.reward"] == "./reward.py:score"
     assert {"code.reward:score", "code.letters:count", "code.kinds:mark"} <= leaves.keys()
     assert not {"code.reward:LIMIT", "code.letters:unread"} & leaves.keys()
 
 
-def test_the_place_of_the_pipeline_and_of_its_snapshot_is_in_no_key(marks: Marks, tmp_path_factory: pytest.TempPathFactory):
+def test_the_folders_of_the_pipeline_and_its_snapshot_are_not_in_the_key(marks: Marks, tmp_path_factory: pytest.TempPathFactory):
     marks.run()
     assert [each.action for each in marks.planned().values()] == ["reuse", "reuse"]
     other = Marks(tmp_path_factory.mktemp("elsewhere"))
     assert {name: each.key for name, each in other.planned().items()} == {name: each.key for name, each in marks.planned().items()}
 
 
-def test_settings_that_a_users_function_takes_or_builds_are_its_own_and_count_whole(marks: Marks):
+def test_settings_that_a_users_function_takes_or_builds_are_in_the_key_as_code(marks: Marks):
     marks.write("reward.py", REWARD.replace("def score(response):", "def score(response, shape: Shape = None):"))
     marks.edit(
         "reward.py", "class Score:", "from gpt.settings import Settings\n\n\nclass Shape(Settings):\n    size: int = 3\n\n\nclass Score:"
@@ -215,7 +215,7 @@ def test_settings_that_a_users_function_takes_or_builds_are_its_own_and_count_wh
 
 
 @pytest.mark.parametrize(
-    ("reference", "wanted"),
+    ("reference", "expected"),
     [
         ("./gone.py:score", "'./gone.py:score': there is no Python file "),
         ("./reward.py:scor", "'./reward.py:scor': ./reward.py has no function 'scor'; its functions: shorter, score, best, made"),
@@ -234,22 +234,22 @@ def test_settings_that_a_users_function_takes_or_builds_are_its_own_and_count_wh
         ("./aside/elsewhere.py:score", "'./aside/elsewhere.py:score' and './kinds.py:mark' are in two folders, but a stage's own code is"),
     ],
 )
-def test_what_is_no_function_of_the_users_is_refused_in_words(marks: Marks, reference: str, wanted: str):
+def test_a_reference_that_is_not_a_function_of_the_users_is_refused_with_the_reason(marks: Marks, reference: str, expected: str):
     marks.write("gpt.py", REWARD)
     marks.write("broken.py", "1 / 0")
     marks.write("aside/elsewhere.py", "def score(response):\n    return 0\n")
     (fault,) = marks.faults(f"stages.marked.reward='{reference}'")
     assert fault.startswith("stages.marked.reward: ")
-    assert wanted in fault
+    assert expected in fault
 
 
-def test_each_of_several_is_named_by_its_place_and_a_number_is_no_function(marks: Marks):
+def test_a_fault_in_a_list_names_the_index_and_a_number_is_refused(marks: Marks):
     (fault,) = marks.faults("stages.marked.others=['./reward.py:best', './reward.py:worst']")
     assert fault.startswith("stages.marked.others.1: './reward.py:worst': ./reward.py has no function 'worst'")
     assert marks.faults("stages.marked.reward=3") == ["stages.marked.reward: is 3, wanted a string"]
 
 
-def test_a_neighbour_that_has_the_name_of_another_folders_is_refused_for_functions_too(marks: Marks):
+def test_two_files_of_one_name_in_two_folders_are_refused_for_functions_too(marks: Marks):
     marks.write("aside/letters.py", LETTERS)
     head = "import letters\nfrom pipelines.artifacts import Report\nfrom pipelines.stage import StageContext\n\n\n"
     marks.write("aside/counting.py", head + "def mark(stage: StageContext) -> Report: ...\n")
@@ -259,7 +259,7 @@ def test_a_neighbour_that_has_the_name_of_another_folders_is_refused_for_functio
     assert fault.endswith("/letters.py have the same name; rename one")
 
 
-def test_a_function_that_no_setting_names_is_not_given(marks: Marks):
+def test_a_stage_can_not_get_a_function_that_no_setting_names(marks: Marks):
     marks.edit("kinds.py", "stage.function(each)", "stage.function('./reward.py:score')")
     assert marks.run() == 1
     (last,) = _ended(marks, "plain")
@@ -268,7 +268,6 @@ def test_a_function_that_no_setting_names_is_not_given(marks: Marks):
 
 
 def _ended(marks: Marks, stage: str) -> list[StageEnded]:
-
     events = read_journal(marks.store, marks.store.runs()[-1])
     return [each for each in events if isinstance(each, StageEnded) and each.stage == stage]
 
@@ -286,7 +285,7 @@ resources.ranks = 2
 
 
 @pytest.mark.slow
-def test_what_runs_in_every_process_is_what_was_frozen_though_the_file_was_edited_meanwhile(marks: Marks):
+def test_every_process_runs_the_frozen_code_although_the_file_was_edited_meanwhile(marks: Marks):
     marks.write("marks.toml", 'pipeline = "marks"\n' + GANG + f'reward = "./reward.py:score"\nwhere = "{marks.folder}"\n')
     assert marks.run(inline=False) == 0, _ended(marks, "gang")
     assert marks.figures("gang") == {"eval/here": 4, "eval/spawned": 4, "eval/started": 4, "eval/rank": 4}
@@ -294,7 +293,7 @@ def test_what_runs_in_every_process_is_what_was_frozen_though_the_file_was_edite
 
 
 @pytest.mark.slow
-def test_what_ran_while_its_file_was_edited_in_one_process_is_not_recorded(marks: Marks):
+def test_an_inline_stage_whose_file_was_edited_meanwhile_is_not_recorded(marks: Marks):
     marks.write("marks.toml", 'pipeline = "marks"\n' + GANG + f'reward = "./reward.py:score"\nwhere = "{marks.folder}"\n')
     assert marks.run(inline=True) == 1
     assert _ended(marks, "gang")[-1].error.startswith("its code was edited after this run was planned")
@@ -302,7 +301,7 @@ def test_what_ran_while_its_file_was_edited_in_one_process_is_not_recorded(marks
 
 
 @pytest.mark.slow
-def test_a_function_in_another_folder_than_the_pipelines_is_found_in_the_snapshot(marks: Marks):
+def test_a_function_outside_the_pipelines_folder_is_found_in_the_snapshot(marks: Marks):
     above = marks.folder / "line"
     above.mkdir()
     text = TOML.replace("./kinds.py", "../kinds.py").replace("./reward.py", "../reward.py")
@@ -325,17 +324,17 @@ def test_a_function_in_another_folder_than_the_pipelines_is_found_in_the_snapsho
         ("from pipelines.store import Store", "pipelines.store", "pipelines.store.store"),
     ],
 )
-def test_a_file_that_imports_a_module_by_its_earlier_name_is_told_the_new_one(
+def test_importing_a_module_by_its_earlier_name_fails_with_the_new_name(
     marks: Marks, monkeypatch: pytest.MonkeyPatch, line: str, module: str, place: str
 ):
     if module != "pipelines.store":  # that is a package now, without a Store
-        monkeypatch.setitem(sys.modules, module, None)  # not there, as Python sees it
+        monkeypatch.setitem(sys.modules, module, None)  # as if it did not exist
     marks.edit("reward.py", "from letters import count", f"from letters import count\n{line}")
     (fault,) = [each for each in marks.faults() if each.startswith("stages.marked.reward: ")]
     assert f"reward.py can't be imported: {module} has moved; import from {place} (" in fault
 
 
-def test_the_modules_that_users_import_are_where_they_were(marks: Marks):
+def test_the_public_modules_are_still_importable(marks: Marks):
     marks.edit(
         "reward.py",
         "from letters import count",
@@ -343,3 +342,23 @@ def test_the_modules_that_users_import_are_where_they_were(marks: Marks):
         "from pipelines.stage import Source, StageConfig, StageContext, StageFailure",
     )
     assert marks.run() == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ("    hidden: int = Field(default=1, exclude=True)\n", "hidden"),
+        ("    inner: Inner = Inner()\n", "inner.hidden"),
+        ("    inner: list[Inner] | None = None\n", "inner.hidden"),
+    ],
+)
+def test_a_field_that_pydantic_excludes_is_refused(marks: Marks, config: str, field: str):
+    head = "from pydantic import Field\nfrom gpt.settings import PretrainSettings, Settings, UserFunction\n"
+    inner = "class Inner(Settings):\n    hidden: int = Field(default=1, exclude=True)\n\n\nclass MarkConfig"
+    marks.edit("kinds.py", "from gpt.settings import PretrainSettings, UserFunction\n", head)
+    marks.edit("kinds.py", "class MarkConfig", inner)
+    marks.edit("kinds.py", "    reward: UserFunction | None = None\n", "    reward: UserFunction | None = None\n" + config)
+    assert marks.faults()[0] == (
+        f"stages.marked.{field}: has Field(exclude=True), so it would reach neither the key nor the worker; "
+        "remove that (a field that can't change the result may be Operational)"
+    )
