@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from pipelines.observe.lineage import as_html, as_mermaid, as_text, code_digest, trace, trace_all
-from pipelines.store.store import Action, Store
+from pipelines.store.action import Action
+from pipelines.store.store import Store
 
 
 def made(store: Store, stage: str, kind: str, inputs: dict[str, list[str]], run: str = "r1", started_ms: int = 0, **more: Any) -> Action:

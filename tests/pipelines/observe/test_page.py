@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from cluster.commit import canonical_json
+from cluster.events import Point
 from pipelines.observe.page import _stretches, _ticks, render
+from pipelines.store.action import Action
+from pipelines.store.events import Note, RunEnded, RunStarted, StageEnded
 from pipelines.store.journal import JournalWriter
-from pipelines.store.store import Action, Store
+from pipelines.store.store import Store
 
 
 def finish(store: Store, writer: JournalWriter, stage: str, kind: str, files: dict[str, str], **more: Any) -> Action:
@@ -28,18 +31,18 @@ def finish(store: Store, writer: JournalWriter, stage: str, kind: str, files: di
         )
     )  # fmt: skip
     writer.write(
-        "stage_ended", stage=stage, status="done", decision="run", reason="new", key=action.key, number=action.number, output=output,
-        seconds=61.0, error=None,
-    )  # fmt: skip
+        StageEnded(
+            stage=stage, status="done", decision="run", reason="new", key=action.key, number=action.number, output=output, seconds=61.0
+        )
+    )
     return action
 
 
 def begin(store: Store, run: str = "r1", **fields: Any) -> JournalWriter:
     store.backend.put(f"runs/{run}/run.json", canonical_json({"run": run, "pipeline": "line", "config": {"seed": 1}, "snapshot": "c" * 64}))
     writer = JournalWriter(store, run)
-    writer.write(
-        "run_started", **({"pipeline": "line", "run": run, "command": "gptline run line.toml", "user": "ada", "host": "h"} | fields)
-    )
+    given = {"pipeline": "line", "run": run, "command": "gptline run line.toml", "user": "ada", "host": "h"}
+    writer.write(RunStarted(**(given | fields)))
     return writer
 
 
@@ -82,7 +85,7 @@ def test_a_page_stands_alone_and_every_element_is_closed(store: Store) -> None:
     report = {"samples": [{"prompt": "Once", "text": "Once upon a time"}]}
     figures = {"eval/bits_per_byte": 1.75, "eval/xz_bits_per_byte": 2.58, "eval/ppmd_bits_per_byte": 1.5}
     finish(store, writer, "evaluate", "report", {"report.json": json.dumps(report)}, inputs={"model": [model.output]}, figures=figures)
-    writer.write("run_ended", status="FINISHED", exit_code=0, text="")
+    writer.write(RunEnded(status="FINISHED", exit_code=0))
     page = render(store, "r1")
     tags = Tags(page)
     assert tags.open == []
@@ -112,13 +115,11 @@ def test_a_page_stands_alone_and_every_element_is_closed(store: Store) -> None:
 def test_markup_in_data_is_shown_and_not_obeyed(store: Store) -> None:
     evil = "<script>alert(1)</script>"
     writer = begin(store, command=evil, user=evil)
-    writer.write("note", stage="evaluate", text=evil)
+    writer.write(Note(stage="evaluate", text=evil))
     report = {"samples": [{"prompt": evil, "text": f"{evil}</blockquote>"}]}
     finish(store, writer, "evaluate", "report", {"report.json": json.dumps(report)}, figures={"eval/bits_per_byte": 1.0})
-    writer.write(
-        "stage_ended", stage=f"odd{evil}", status="failed", decision="run", reason=evil, error=evil, key="", number=None, output=None
-    )
-    writer.write("run_ended", status="FAILED", exit_code=1, text=evil)
+    writer.write(StageEnded(stage=f"odd{evil}", status="failed", decision="run", reason=evil, error=evil))
+    writer.write(RunEnded(status="FAILED", exit_code=1, text=evil))
     page = render(store, "r1")
     assert "<script" not in page
     assert "&lt;script&gt;" in page
@@ -238,8 +239,10 @@ def test_a_reused_stage_shows_the_curve_of_the_action_it_reuses(store: Store) ->
     made = finish(store, first, "pretrain", "model", {"model": "x"}, curves={"train/loss": [(0, 5.0, 0), (10, 4.0, 1)]})
     second = begin(store, "r2")
     second.write(
-        "stage_ended", stage="pretrain", status="reused", decision="reuse", reason="nothing changed", key=made.key, number=1,
-        output=made.output, seconds=0.0, error=None,
+        StageEnded(
+            stage="pretrain", status="reused", decision="reuse", reason="nothing changed", key=made.key, number=1, output=made.output,
+            seconds=0.0,
+        )
     )  # fmt: skip
     page = render(store, "r2")
     assert "pretrain: loss over steps" in page
@@ -253,12 +256,12 @@ def test_a_run_that_died_before_its_first_stage_has_a_page_too(store: Store) -> 
 
 
 def test_a_value_that_is_no_number_leaves_a_gap() -> None:
-    points = [(0, 1.0, 0), (1, 2.0, 0), (2, math.nan, 0), (3, math.inf, 0), (4, 3.0, 0)]
+    points = [Point(step, value, 0) for step, value in enumerate((1.0, 2.0, math.nan, math.inf, 3.0))]
     assert _stretches(points) == [[(0, 1.0), (1, 2.0)], [(4, 3.0)]]
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_lowest_and_highest_point() -> None:
-    points = [(step, float(step % 97), 0) for step in range(100_000)] + [(100_000, 500.0, 0), (100_001, -7.0, 0)]
+    points = [Point(step, float(step % 97), 0) for step in range(100_000)] + [Point(100_000, 500.0, 0), Point(100_001, -7.0, 0)]
     [thin] = _stretches(points)
     assert len(thin) <= 600
     assert {500.0, -7.0} <= {value for _, value in thin}

@@ -7,32 +7,24 @@ import subprocess
 import sys
 from typing import Any
 
+from cluster.events import Point
 from pipelines.observe.progress import Progress, StageView, plan_lines, seconds_left
 from pipelines.plan.planner import Decision
+from pipelines.store.events import Announcement, Note, RunEnded, RunStarted, StageEnded, StagePlanned, StagePoints, StageStarted
 
 
-def event(type: str, time_ms: int = 0, **fields: Any) -> dict[str, Any]:
-    return {"type": type, "time_ms": time_ms, **fields}
+def started(stage: str, **fields: Any) -> StageStarted:
+    return StageStarted(**({"time_ms": 0, "stage": stage, "key": "k", "decision": "run", "reason": "lr: 0.1 -> 0.2"} | fields))
 
 
-def started(stage: str, time_ms: int = 0, **fields: Any) -> dict[str, Any]:
-    return event(
-        "stage_started", time_ms, **({"stage": stage, "key": "k", "decision": "run", "reason": "lr: 0.1 -> 0.2", "steps": None} | fields)
-    )
+def ended(stage: str, **fields: Any) -> StageEnded:
+    given = {"time_ms": 5000, "status": "done", "decision": "run", "key": "k", "number": 1, "output": "ab" * 32, "seconds": 2.5}
+    return StageEnded(**({"stage": stage} | given | fields))
 
 
-def ended(stage: str, **fields: Any) -> dict[str, Any]:
-    given = {
-        "stage": stage,
-        "status": "done",
-        "decision": "run",
-        "reason": "",
-        "key": "k",
-        "number": 1,
-        "output": "ab" * 32,
-        "seconds": 2.5,
-    }
-    return event("stage_ended", 5000, **(given | fields))
+def points(stage: str, step: int, time_ms: int, **values: float) -> StagePoints:
+    """One point of each curve; `train_loss` stands for train/loss."""
+    return StagePoints(stage=stage, curves={name.replace("_", "/", 1): [Point(step, value, time_ms)] for name, value in values.items()})
 
 
 class Clock:
@@ -45,7 +37,7 @@ class Clock:
 def test_a_pipe_gets_a_line_at_the_start_and_one_at_the_end_of_a_stage() -> None:
     out = io.StringIO()
     progress = Progress(out, clock=Clock())
-    progress.show(event("stage_planned", stage="documents", decision="run", reason="new"))
+    progress.show(StagePlanned(stage="documents", decision="run", reason="new"))
     progress.show(started("documents"))
     progress.show(ended("documents"))
     progress.show(ended("tokenizer", status="reused", decision="reuse", reason="nothing changed", seconds=0))
@@ -61,7 +53,7 @@ def test_a_stage_that_was_stopped_says_where_it_goes_on() -> None:
     out = io.StringIO()
     progress = Progress(out, clock=Clock())
     progress.show(started("pretrain", steps=100))
-    progress.show(ended("pretrain", status="stopped", reason="saved at step 70", output=None))
+    progress.show(ended("pretrain", status="stopped", reason="saved at step 70", output=""))
     assert out.getvalue().splitlines()[-1] == "pretrain    stopped: saved at step 70"
 
 
@@ -71,8 +63,7 @@ def test_training_speaks_at_most_every_ten_seconds() -> None:
     progress.show(started("pretrain", steps=800))
     for step in range(1, 801):  # ten steps a second: 80 s, a tenth of it every 8 s
         clock.now_s = step / 10
-        row = [["train/loss", step, 8.0 - step / 200, step * 100], ["train/tokens_per_s", step, 41_200.0, step * 100]]
-        progress.show(event("points", stage="pretrain", points=row))
+        progress.show(points("pretrain", step, step * 100, train_loss=8.0 - step / 200, train_tokens_per_s=41_200.0))
     lines = out.getvalue().splitlines()
     assert len(lines) == 1 + 8
     assert lines[2] == "pretrain    step 200/800  loss 7.000  tokens/s 41,200  left 1:00"
@@ -83,8 +74,8 @@ def test_reinforcement_learning_tells_its_score_and_not_its_loss() -> None:
     progress = Progress(out, clock=clock)
     progress.show(started("rl", steps=24))
     clock.now_s = 60
-    values = {"train/loss": -0.0, "reward/score_mean": 0.54, "rollout/kl_k1_nats_per_response": 0.031, "rollout/tokens_per_s": 2190.0}
-    progress.show(event("points", stage="rl", points=[[name, 12, value, 60_000] for name, value in values.items()]))
+    values = {"train_loss": -0.0, "reward_score_mean": 0.54, "rollout_kl_k1_nats_per_response": 0.031, "rollout_tokens_per_s": 2190.0}
+    progress.show(points("rl", 12, 60_000, **values))
     assert out.getvalue().splitlines()[-1] == "rl          step 12/24  score 0.540  KL 0.03  tokens/s 2,190"
 
 
@@ -94,23 +85,23 @@ def test_a_slow_stage_speaks_once_a_minute_even_before_a_tenth_is_done() -> None
     progress.show(started("pretrain", steps=100_000))
     for step in range(1, 121):
         clock.now_s = float(step)
-        progress.show(event("points", stage="pretrain", points=[["train/loss", step, 1.0, step * 1000]]))
+        progress.show(points("pretrain", step, step * 1000, train_loss=1.0))
     assert len(out.getvalue().splitlines()) == 1 + 2
 
 
 def test_time_left_is_read_off_the_steps_and_not_off_the_gangs_start() -> None:
-    stage = StageView("pretrain", steps=100, started_ms=0, curves={"train/loss": [(10, 1.0, 50_000), (20, 1.0, 60_000)]})
+    stage = StageView("pretrain", steps=100, started_ms=0, curves={"train/loss": [Point(10, 1.0, 50_000), Point(20, 1.0, 60_000)]})
     assert seconds_left(stage, now_ms=60_000) == 80.0  # one second a step, 80 to go
 
 
 def test_after_a_resume_the_points_of_the_earlier_attempt_say_nothing_about_the_time_left() -> None:
     day_ms = 86_400_000
-    restored = [(10, 1.0, 1_000), (20, 1.0, 11_000)]
+    restored = [Point(10, 1.0, 1_000), Point(20, 1.0, 11_000)]
     stage = StageView("pretrain", steps=100, started_ms=day_ms, curves={"train/loss": [*restored]})
     assert seconds_left(stage, now_ms=day_ms + 5_000) is None
-    stage.curves["train/loss"] += [(30, 1.0, day_ms + 10_000)]
+    stage.curves["train/loss"] += [Point(30, 1.0, day_ms + 10_000)]
     assert seconds_left(stage, now_ms=day_ms + 10_000) is None  # one point has no pace
-    stage.curves["train/loss"] += [(40, 1.0, day_ms + 20_000)]
+    stage.curves["train/loss"] += [Point(40, 1.0, day_ms + 20_000)]
     assert seconds_left(stage, now_ms=day_ms + 20_000) == 60.0  # one second a step, 60 to go
 
 
@@ -118,7 +109,7 @@ def test_no_control_character_of_a_message_reaches_a_pipe_or_a_terminal() -> Non
     for live in (False, True):
         out = io.StringIO()
         progress = Progress(out, live=live)
-        progress.show(event("note", stage="pretrain", text="rank 1 \x1b[2J died\r\n"))
+        progress.show(Note(stage="pretrain", text="rank 1 \x1b[2J died\r\n"))
         progress.close()
         assert "rank 1  [2J died" in out.getvalue()
         assert "\x1b[2J" not in out.getvalue()
@@ -127,14 +118,14 @@ def test_no_control_character_of_a_message_reaches_a_pipe_or_a_terminal() -> Non
 def test_a_sentence_for_people_is_a_line_of_its_own() -> None:
     out = io.StringIO()
     with Progress(out) as progress:
-        progress.show({"type": "said", "text": "MLflow not reachable"})
+        progress.show(Announcement("MLflow not reachable"))
     assert out.getvalue() == "MLflow not reachable\n"
 
 
 def test_a_terminal_has_a_row_for_each_stage() -> None:
     out = io.StringIO()
     progress = Progress(out, live=True, clock=Clock())
-    progress.show(event("stage_planned", stage="pretrain", decision="run", reason="new"))
+    progress.show(StagePlanned(stage="pretrain", decision="run", reason="new"))
     progress.show(started("evaluate"))
     progress.close()
     assert "pretrain  run  new" in out.getvalue()
@@ -165,9 +156,9 @@ def test_a_plan_is_a_line_for_each_stage_and_what_it_comes_to() -> None:
 def test_the_last_words_of_a_run_are_said_when_the_progress_closes() -> None:
     out = io.StringIO()
     with Progress(out) as progress:
-        progress.show(event("run_started", 0, pipeline="line"))
+        progress.show(RunStarted(time_ms=0, pipeline="line"))
         progress.show(ended("documents"))
-        progress.show(event("run_ended", 2000, status="FAILED", text="pretrain failed"))
+        progress.show(RunEnded(time_ms=2000, status="FAILED", text="pretrain failed"))
     assert out.getvalue().splitlines()[-2:] == ["1 made in 0:02", "pretrain failed"]
 
 

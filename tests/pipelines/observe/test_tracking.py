@@ -18,10 +18,13 @@ from typing import Any
 import pytest
 
 from cluster.commit import canonical_json
+from cluster.events import Point
 from pipelines.observe.delivery import Delivery, Sender, follow, serve_ui, start_tracking, sync, ui_command
 from pipelines.observe.tracking import Door, resolve_uri, unreachable
+from pipelines.store.action import Action
+from pipelines.store.events import RunEnded, RunStarted, StageEnded, StagePoints, StageStarted
 from pipelines.store.journal import JournalWriter
-from pipelines.store.store import Action, Store
+from pipelines.store.store import Store
 
 START_MS = 1_790_000_000_000
 
@@ -56,7 +59,7 @@ def begin(store: Store, run: str, stages: dict[str, Any] | None = None, uri: str
         info["tracking"] = {"uri": uri}
     store.backend.put(f"runs/{run}/run.json", canonical_json(info))
     writer = JournalWriter(store, run)
-    writer.write("run_started", pipeline="line", run=run, config={}, command="gptline run line.toml", user="u", host="h", versions={})
+    writer.write(RunStarted(pipeline="line", run=run, command="gptline run line.toml", user="u", host="h"))
     return writer
 
 
@@ -64,41 +67,39 @@ def a_pretraining(store: Store, run: str, points: int = 100) -> Action:
     """documents -> pretrain, with a curve of `points` points and one figure."""
     documents = artifact(store, "documents", "text", documents=3)
     writer = begin(store, run, {"pretrain": {"lr": 0.1, "files": ["a", "b"], "inputs": {"documents": ["documents"]}}})
-    writer.write("stage_started", stage="documents", key="key-documents", decision="run", reason="new", steps=None)
+    writer.write(StageStarted(stage="documents", key="key-documents", decision="run", reason="new"))
     made = action(store, "documents", run, documents, "documents")
     ended(writer, "documents", made, "done", "run")
-    writer.write("stage_started", stage="pretrain", key="key-pretrain", decision="run", reason="new", steps=points)
-    curve = [(step, 5.0 - step / 100, START_MS + step) for step in range(points)]
+    writer.write(StageStarted(stage="pretrain", key="key-pretrain", decision="run", reason="new", steps=points))
+    curve = [Point(step, 5.0 - step / 100, START_MS + step) for step in range(points)]
     for at in range(0, points, 10):
-        writer.write("points", stage="pretrain", points=[["train/loss", *point] for point in curve[at : at + 10]])
+        writer.write(StagePoints(stage="pretrain", curves={"train/loss": curve[at : at + 10]}))
         writer.flush()
     model = artifact(store, "model", "weights", role="policy")
     made = action(
         store, "pretrain", run, model, "model", inputs={"documents": [documents]}, curves={"train/loss": curve}, figures={"val/loss": 4.5}
     )  # fmt: skip
     ended(writer, "pretrain", made, "done", "run")
-    writer.write("run_ended", status="FINISHED", exit_code=0, text="done")
+    writer.write(RunEnded(status="FINISHED", exit_code=0, text="done"))
     return made
 
 
-def ended(writer: JournalWriter, stage: str, made: Action | None, status: str, decision: str) -> None:
-    writer.write(
-        "stage_ended", stage=stage, status=status, decision=decision, reason="nothing changed", seconds=2.0, error=None,
-        key=made.key if made else "", number=made.number if made else None, output=made.output if made else None,
-    )  # fmt: skip
+def ended(writer: JournalWriter, stage: str, made: Action | None, status: Any, decision: Any) -> None:
+    given = {} if made is None else {"key": made.key, "number": made.number, "output": made.output}
+    writer.write(StageEnded(stage=stage, status=status, decision=decision, reason="nothing changed", seconds=2.0, **given))
 
 
 def a_reusing(store: Store, run: str, made: list[Action]) -> None:
     writer = begin(store, run)
     for each in made:
         ended(writer, each.stage, each, "reused", "reuse")
-    writer.write("run_ended", status="FINISHED", exit_code=0, text="done")
+    writer.write(RunEnded(status="FINISHED", exit_code=0, text="done"))
 
 
 def client(store: Store, uri: str = "sqlite") -> Any:
     from mlflow import MlflowClient
 
-    return MlflowClient(resolve_uri(uri, store.root))
+    return MlflowClient(resolve_uri(uri, store))
 
 
 def children(mlflow: Any, run: str, pipeline: str = "line") -> dict[str, Any]:
@@ -114,7 +115,7 @@ def children(mlflow: Any, run: str, pipeline: str = "line") -> dict[str, Any]:
 
 def forget(store: Store) -> None:
     """Every cursor: all is sent anew, as by a sender that died before it moved one."""
-    for cursor in (store.root / "runs").glob("*/tracking-*.json"):
+    for cursor in store.machine_file("runs").glob("*/tracking-*.json"):
         cursor.unlink()
 
 
@@ -122,9 +123,9 @@ def points(mlflow: Any, run_id: str, metric: str = "train/loss") -> list[tuple[i
     return sorted((each.step, each.value, each.timestamp) for each in mlflow.get_metric_history(run_id, metric))
 
 
-def test_sqlite_is_a_file_inside_the_store(tmp_path: Path) -> None:
-    assert resolve_uri("sqlite", tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
-    assert resolve_uri("http://mlflow.example:5000", tmp_path) == "http://mlflow.example:5000"
+def test_sqlite_is_a_file_inside_the_store(store: Store) -> None:
+    assert resolve_uri("sqlite", store) == f"sqlite:///{store}/mlflow.db"
+    assert resolve_uri("http://mlflow.example:5000", store) == "http://mlflow.example:5000"
 
 
 @pytest.mark.slow  # it needs this machine's sockets
@@ -152,7 +153,7 @@ def test_a_cursor_written_by_another_version_is_read_for_what_this_one_knows(sto
     begin(store, "r1").flush()
     monkeypatch.setattr("pipelines.observe.delivery.unreachable", lambda uri: "gone")
     assert Sender(store, "r1", "http://there").deliver().error is not None
-    [cursor] = (store.root / "runs" / "r1").glob("tracking-*.json")
+    [cursor] = store.machine_file("runs/r1").glob("tracking-*.json")
     cursor.write_text('{"segments": 1, "parent": "what older versions wrote"}')
     assert Sender(store, "r1", "http://there").deliver() == Delivery(0)  # the one segment was delivered
 
@@ -183,7 +184,7 @@ def test_ui_names_the_servers_of_runs_that_are_seen_elsewhere(store: Store, monk
 def test_runs_of_one_store_arrive_each_at_its_own_mlflow(store: Store, tmp_path: Path, command: str) -> None:
     other = f"sqlite:///{tmp_path}/other.db"
     for run, uri in (("r1", other), ("r2", "sqlite")):
-        begin(store, run, uri=uri).write("run_ended", status="FINISHED", exit_code=0, text="done")
+        begin(store, run, uri=uri).write(RunEnded(status="FINISHED", exit_code=0, text="done"))
     if command == "sync":
         expected = [
             "r1  2 events delivered",
@@ -278,7 +279,7 @@ def test_a_model_that_is_read_is_an_input_and_takes_the_figures_of_who_measured_
     report = artifact(store, "report", "{}")
     evaluated = action(store, "evaluate", "r2", report, "report", inputs={"model": [model]}, figures={"eval/bits_per_byte": 1.75})
     ended(writer, "evaluate", evaluated, "done", "run")
-    writer.write("run_ended", status="FINISHED", exit_code=0, text="")
+    writer.write(RunEnded(status="FINISHED", exit_code=0, text=""))
     sync(store, "sqlite")
     mlflow = client(store)
     runs = children(mlflow, "r2")
@@ -298,7 +299,7 @@ def an_assistant(store: Store, run: str, weights: str = "rl", status: str = "FIN
     made: dict[str, Action] = {}
 
     def make(stage: str, kind: str, metadata: dict[str, Any], text: str = "", **more: Any) -> str:
-        writer.write("stage_started", stage=stage, key=f"key-{stage}", decision="run", reason="new", steps=None)
+        writer.write(StageStarted(stage=stage, key=f"key-{stage}", decision="run", reason="new"))
         made[stage] = action(store, stage, run, artifact(store, kind, text or stage, **metadata), kind, **more)
         ended(writer, stage, made[stage], "done", "run")
         return made[stage].output
@@ -313,8 +314,8 @@ def an_assistant(store: Store, run: str, weights: str = "rl", status: str = "FIN
     policy = make("rl", "model", POLICY, weights, inputs=asked)
     judged = {"model": [policy], "baseline": [sft], "reward_model": [reward_model]}
     make("evaluate", "report", {}, weights, inputs=judged, figures={"eval/exactly_right": 0.5})
-    store.point("line", "newest", policy)
-    writer.write("run_ended", status=status, exit_code=0, text="")
+    store.set_alias("line", "newest", policy)
+    writer.write(RunEnded(status=status, exit_code=0, text=""))
     return made
 
 
@@ -388,7 +389,7 @@ def test_conversations_preferences_ratings_and_prompts_are_datasets_with_digest_
     assert set(datasets("prompts")) == {("source", "source:prompts.jsonl"), ("output", "prompts:prompts")}
     pairs = datasets("reward_model")["input", "preferences:preferences"]
     assert pairs.digest == made["preferences"].output[:36]
-    assert json.loads(pairs.source) == {"uri": str(store.root / "artifacts" / made["preferences"].output)}
+    assert json.loads(pairs.source) == {"uri": str(store.artifact_folder(made["preferences"].output))}
     assert json.loads(pairs.profile) == {"train": {"pairs": 12}, "held_out": {"pairs": 3}}
     source = datasets("prompts")["source", "source:prompts.jsonl"]
     assert (source.digest, json.loads(source.source)) == ("d" * 36, {"uri": "prompts.jsonl"})
@@ -399,7 +400,7 @@ def test_the_assistant_of_a_run_is_a_version_once_per_digest_and_newest_follows_
     first = an_assistant(store, "r1")
     second = an_assistant(store, "r2", weights="rl of another seed")
     a_reusing(store, "r3", [first["sft"], first["rl"]])
-    store.point("line", "newest", first["rl"].output)
+    store.set_alias("line", "newest", first["rl"].output)
     assert [line for line in sync(store, "sqlite") if "refused" in line] == []
     mlflow = client(store)
     assert versions(mlflow) == [("1", first["rl"].output), ("2", second["rl"].output)]
@@ -409,7 +410,7 @@ def test_the_assistant_of_a_run_is_a_version_once_per_digest_and_newest_follows_
         assert Sender(store, run, "sqlite").deliver().error is None
     assert len(versions(mlflow)) == 2
     assert newest(mlflow) == first["rl"].output
-    store.point("line", "newest", second["rl"].output)
+    store.set_alias("line", "newest", second["rl"].output)
     forget(store)
     Sender(store, "r1", "sqlite").deliver()
     assert newest(mlflow) == second["rl"].output
@@ -425,7 +426,7 @@ def test_registering_speaks_to_the_named_database_alone(store: Store, tmp_path: 
     an_assistant(store, "r1")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    command = [sys.executable, "-m", "pipelines.observe.delivery", str(store.root), "r1", "sqlite", "--driver", str(os.getpid())]
+    command = [sys.executable, "-m", "pipelines.observe.delivery", str(store), "r1", "sqlite", "--driver", str(os.getpid())]
     root = str(Path(__file__).resolve().parents[3])
     subprocess.run(command, check=True, cwd=elsewhere, env={**os.environ, "PYTHONPATH": root})
     assert list(elsewhere.iterdir()) == []  # no mlflow.db of the ambient tracking URI
@@ -434,7 +435,7 @@ def test_registering_speaks_to_the_named_database_alone(store: Store, tmp_path: 
 
 @pytest.mark.slow
 def test_a_base_model_a_reward_model_and_what_a_killed_run_ended_with_are_not_registered(store: Store) -> None:
-    store.point("line", "newest", a_pretraining(store, "a base model", points=10).output)
+    store.set_alias("line", "newest", a_pretraining(store, "a base model", points=10).output)
     a_reusing(store, "a reward model", [an_assistant(store, "killed", status="KILLED")["reward_model"]])
     for run in ("a base model", "killed", "a reward model"):
         assert Sender(store, run, "sqlite").deliver().error is None
@@ -489,10 +490,8 @@ def test_the_parents_note_has_a_row_with_a_link_for_each_of_twelve_stages(store:
     for number in range(12):
         made = action(store, f"stage{number}", "r1", artifact(store, "documents", str(number)), "documents")
         ended(writer, f"stage{number}", made, "done" if number % 2 else "reused", "run" if number % 2 else "reuse")
-    writer.write(
-        "stage_ended", stage="last", status="blocked", decision="blocked", reason="a | b\nc", seconds=None, key="", number=None, output=None
-    )
-    writer.write("run_ended", status="FAILED", exit_code=1, text="")
+    writer.write(StageEnded(stage="last", status="blocked", decision="blocked", reason="a | b\nc"))
+    writer.write(RunEnded(status="FAILED", exit_code=1, text=""))
     Sender(store, "r1", "sqlite").deliver()
     runs = children(client(store), "r1")
     rows = runs[""].data.tags["mlflow.note.content"].splitlines()[2:]
@@ -509,9 +508,9 @@ def test_the_parents_note_has_a_row_with_a_link_for_each_of_twelve_stages(store:
 @pytest.mark.slow
 def test_values_that_are_no_numbers_arrive_once_and_hold_nothing_back(store: Store) -> None:
     writer = begin(store, "r1")
-    writer.write("stage_started", stage="pretrain", key="k", decision="run", reason="", steps=3)
-    row = [["train/loss", 0, math.nan, 1], ["train/loss", 1, math.inf, 2], ["train/loss", 2, 1.0, 3], ["odd (name)%", 0, 7.0, 4]]
-    writer.write("points", stage="pretrain", points=row)
+    writer.write(StageStarted(stage="pretrain", key="k", decision="run", reason="", steps=3))
+    losses = [Point(0, math.nan, 1), Point(1, math.inf, 2), Point(2, 1.0, 3)]
+    writer.write(StagePoints(stage="pretrain", curves={"train/loss": losses, "odd (name)%": [Point(0, 7.0, 4)]}))
     writer.flush()
     for _ in range(2):
         forget(store)
@@ -528,10 +527,10 @@ def test_values_that_are_no_numbers_arrive_once_and_hold_nothing_back(store: Sto
 @pytest.mark.slow
 def test_points_that_a_resumed_gang_repeats_are_in_mlflow_once_even_from_a_cursor(store: Store) -> None:
     writer = begin(store, "r1")
-    writer.write("points", stage="pretrain", points=[["train/loss", step, 1.0, step] for step in range(20)])
+    writer.write(StagePoints(stage="pretrain", curves={"train/loss": [Point(step, 1.0, step) for step in range(20)]}))
     writer.flush()
     Sender(store, "r1", "sqlite").deliver()
-    writer.write("points", stage="pretrain", points=[["train/loss", step, 1.5, 100 + step] for step in range(10, 30)])
+    writer.write(StagePoints(stage="pretrain", curves={"train/loss": [Point(step, 1.5, 100 + step) for step in range(10, 30)]}))
     writer.flush()
     Sender(store, "r1", "sqlite").deliver()
     mlflow = client(store)
@@ -541,7 +540,7 @@ def test_points_that_a_resumed_gang_repeats_are_in_mlflow_once_even_from_a_curso
 @pytest.mark.slow
 def test_a_run_whose_driver_died_is_killed_by_sync_and_so_are_its_open_stages(store: Store) -> None:
     writer = begin(store, "r1")
-    writer.write("stage_started", stage="pretrain", key="k", decision="run", reason="", steps=3)
+    writer.write(StageStarted(stage="pretrain", key="k", decision="run", reason="", steps=3))
     Sender(store, "r1", "sqlite").deliver()
     assert {run.info.status for run in children(client(store), "r1").values()} == {"RUNNING"}
     assert sync(store, "sqlite", dead=["r1"])[:2] == ["r1  ended as KILLED: its driver is gone", "r1  1 events delivered"]
@@ -552,22 +551,20 @@ def test_a_run_whose_driver_died_is_killed_by_sync_and_so_are_its_open_stages(st
 def test_a_fresh_database_under_the_same_name_gets_everything_again(store: Store) -> None:
     a_pretraining(store, "r1", points=10)
     sync(store, "sqlite")
-    (store.root / "mlflow.db").unlink()
+    store.machine_file("mlflow.db").unlink()
     # this process keeps the old file open; a person's next command is a process of its own
-    subprocess.run([sys.executable, "-c", f"from pipelines.store.store import *; from pipelines.observe.delivery import *; sync(Store(Path({str(store.root)!r})), 'sqlite')"], check=True)  # fmt: skip  # noqa: E501
+    subprocess.run([sys.executable, "-c", f"from pipelines.store.store import *; from pipelines.observe.delivery import *; sync(Store(Path({str(store)!r})), 'sqlite')"], check=True)  # fmt: skip  # noqa: E501
     counted = (
         "from mlflow import MlflowClient as M; m = M({!r}); print(len(m.search_runs([m.get_experiment_by_name('line').experiment_id])))"
     )
-    told = subprocess.run(
-        [sys.executable, "-c", counted.format(resolve_uri("sqlite", store.root))], capture_output=True, check=True, text=True
-    )
+    told = subprocess.run([sys.executable, "-c", counted.format(resolve_uri("sqlite", store))], capture_output=True, check=True, text=True)
     assert told.stdout.split()[-1] == "3"
 
 
 @pytest.mark.slow
 def test_two_senders_at_once_on_one_fresh_database_show_one_run(store: Store) -> None:
     a_pretraining(store, "r1", points=50)
-    command = [sys.executable, "-m", "pipelines.observe.delivery", str(store.root), "r1", "sqlite", "--driver", str(os.getpid())]
+    command = [sys.executable, "-m", "pipelines.observe.delivery", str(store), "r1", "sqlite", "--driver", str(os.getpid())]
     both = [subprocess.Popen(command) for _ in range(2)]
     assert [each.wait(250) for each in both] == [0, 0]
     mlflow = client(store)
@@ -581,7 +578,7 @@ def test_a_stage_that_another_sender_showed_first_is_shown_once(store: Store, mo
     writer = begin(store, "r1")
     follower, passer_by = Sender(store, "r1", "sqlite"), Sender(store, "r1", "sqlite")
     assert follower.deliver() == Delivery(1)
-    writer.write("stage_started", stage="pretrain", key="k", decision="run", reason="new", steps=3)
+    writer.write(StageStarted(stage="pretrain", key="k", decision="run", reason="new", steps=3))
     if dies:
 
         def killed(*_: Any) -> None:
@@ -593,7 +590,7 @@ def test_a_stage_that_another_sender_showed_first_is_shown_once(store: Store, mo
                 passer_by.deliver()
     else:
         assert passer_by.deliver() == Delivery(1)
-    writer.write("points", stage="pretrain", points=[["train/loss", 1, 5.0, START_MS]])
+    writer.write(StagePoints(stage="pretrain", curves={"train/loss": [Point(1, 5.0, START_MS)]}))
     writer.flush()
     assert follower.deliver() == Delivery(2 if dies else 1)
     ended(writer, "pretrain", None, "failed", "run")
@@ -619,14 +616,15 @@ def test_the_senders_process_ends_by_itself_with_the_run(store: Store) -> None:
 def test_the_sender_outlives_a_killed_driver_and_delivers_what_it_wrote(store: Store) -> None:
     driver = (
         "import os, signal, sys; from pathlib import Path; from pipelines.store.store import Store\n"
+        "from cluster.events import Point; from pipelines.store.events import RunStarted, StagePoints, StageStarted\n"
         "from pipelines.store.journal import JournalWriter\n"
         "from pipelines.observe.delivery import start_tracking\n"
         "store = Store(Path(sys.argv[1])); tracker = start_tracking(store, 'r1', 'sqlite'); writer = JournalWriter(store, 'r1')\n"
-        "writer.write('run_started', pipeline='line'); writer.write('stage_started', stage='pretrain', decision='run')\n"
-        "writer.write('points', stage='pretrain', points=[['train/loss', s, 1.0, s] for s in range(100)]); writer.flush()\n"
+        "writer.write(RunStarted(pipeline='line')); writer.write(StageStarted(stage='pretrain', decision='run'))\n"
+        "writer.write(StagePoints(stage='pretrain', curves={'train/loss': [Point(s, 1.0, s) for s in range(100)]})); writer.flush()\n"
         "print(tracker._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    ended = subprocess.run([sys.executable, "-c", driver, str(store.root)], capture_output=True, text=True, check=False)
+    ended = subprocess.run([sys.executable, "-c", driver, str(store)], capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL
     wait_for(lambda: not Path(f"/proc/{int(ended.stdout)}").exists() or is_zombie(int(ended.stdout)))
     mlflow = client(store)
@@ -640,7 +638,7 @@ def test_a_server_dead_at_the_start_and_killed_in_mid_run_has_each_point_once_in
     uri = f"http://127.0.0.1:{port}"
     tracker = start_tracking(store, "r1", uri)
     writer = begin(store, "r1")
-    writer.write("stage_started", stage="pretrain", key="k", decision="run", reason="", steps=100)
+    writer.write(StageStarted(stage="pretrain", key="k", decision="run", reason="", steps=100))
     said: list[str | None] = []
     wait_for(lambda: said.append(tracker.news()) or said[-1])
     assert "not reachable (connection refused)" in str(said[-1])
@@ -648,7 +646,7 @@ def test_a_server_dead_at_the_start_and_killed_in_mid_run_has_each_point_once_in
 
     def train(steps: range) -> None:
         for step in steps:
-            writer.write("points", stage="pretrain", points=[["train/loss", step, float(step), START_MS + step]])
+            writer.write(StagePoints(stage="pretrain", curves={"train/loss": [Point(step, float(step), START_MS + step)]}))
             writer.flush()
 
     train(range(20))
@@ -658,7 +656,7 @@ def test_a_server_dead_at_the_start_and_killed_in_mid_run_has_each_point_once_in
     with server(store, port):
         train(range(60, 100))
         ended(writer, "pretrain", None, "failed", "run")
-        writer.write("run_ended", status="FAILED", exit_code=1, text="")
+        writer.write(RunEnded(status="FAILED", exit_code=1, text=""))
         assert wait_for(lambda: tracker.finish(200) is None)
         assert seen(store, uri) == [(step, float(step), START_MS + step) for step in range(100)]
         assert children(client(store, uri), "r1")["pretrain"].info.status == "FAILED"
