@@ -74,7 +74,7 @@ def rerun(config: Config, stage: Annotated[str, typer.Argument(metavar="STAGE")]
 @app.command()
 def plan(config: Config, set_: Set = None, use: Use = None, until: Until = None, fresh: Fresh = None, inline: Inline = False) -> None:
     """What would run, why, and about how long. Changes nothing."""
-    from pipelines.observe.progress import plan_lines
+    from pipelines.observe.plan_rows import plan_lines
     from pipelines.plan.graph import ROOT
     from pipelines.plan.planner import Planner
 
@@ -169,7 +169,7 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
 ) -> None:
     """The MLflow UI on this store."""
-    from pipelines.observe.delivery import serve_ui
+    from pipelines.observe.mlflow_ui import serve_ui
     from pipelines.store.journal import dead_runs
 
     opened = _store(store)
@@ -184,7 +184,8 @@ def lineage(
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
 ) -> None:
     """Where an artifact came from, down to the documents, and what was made of it."""
-    from pipelines.observe.lineage import as_html, as_mermaid, as_text, trace
+    from pipelines.observe.lineage import trace
+    from pipelines.observe.lineage_text import as_html, as_mermaid, as_text
     from pipelines.plan.planner import resolve
 
     opened = _store(store)

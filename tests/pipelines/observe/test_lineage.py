@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.observe.lineage import as_html, as_mermaid, as_text, code_digest, trace, trace_all
+from pipelines.observe.lineage import code_digest, trace, trace_all
+from pipelines.observe.lineage_text import as_html, as_mermaid, as_text
 from pipelines.store.action import Action
 from pipelines.store.store import Store
 
@@ -89,7 +90,7 @@ def test_an_assistant_is_traced_down_to_its_documents_conversations_preferences_
     assert text.count("licence CC-BY-4.0") == 4
     for source in ("books/emma", "chats/chats", "pairs/pairs", "rated/rated", "asked/asked"):
         assert text.count(f"source {source}.jsonl  sha256 ") == 1
-    assert text.count("chat format gptline-1, 1,074,304 parameters\n") == 2  # sft's and rl's; that it is a policy, its name says
+    assert text.count("1,074,304 parameters, chat format gptline-1\n") == 2  # sft's and rl's; the title says that they are policies
 
 
 def test_what_was_made_of_a_conversation_is_told_with_each_models_role(store: Store, whole_line: dict[str, Action]) -> None:
@@ -124,7 +125,7 @@ def test_a_model_is_traced_down_to_its_documents_their_files_and_their_licence(s
     text = as_text(trace(store, line["pretrain"].output))
     assert text.startswith(f"policy model {line['pretrain'].output[:12]}  pretrain\n")
     assert f"tokens: tokens {line['tokenize'].output[:12]}  tokenize" in text
-    assert "20,000,000 bytes, 1,812 documents" in text
+    assert "1,812 documents, 20,000,000 bytes" in text
     assert "licence CC0-1.0" in text
     assert f"source books/emma.jsonl  sha256 {'e' * 12}" in text
     assert "config steps 800" in text
@@ -133,7 +134,7 @@ def test_a_model_is_traced_down_to_its_documents_their_files_and_their_licence(s
 
 def test_the_other_way_shows_what_was_made_of_it(store: Store, line: dict[str, Action]) -> None:
     text = as_text(trace(store, line["documents"].output))
-    below = text.split(f"made of documents {line['documents'].output[:12]}  documents:\n")[1]
+    below = text.split(f"made from documents {line['documents'].output[:12]}  documents:\n")[1]
     indents = {stage: row.index("─ ") for row in below.splitlines() for stage in ("pretrain", "evaluate") if f"  {stage}  " in row}
     assert indents["evaluate"] == indents["pretrain"] + 3
     assert below.count("  tokenizer  ") == 1
@@ -164,7 +165,7 @@ def test_two_makers_of_one_artifact_are_both_shown_the_newest_first(store: Store
     )
     text = as_text(trace(store, line["pretrain"].output))
     assert text.index("by run r2") < text.index("by run r1")
-    assert "there with steps 800, other code in 2 definitions" in text
+    assert "with steps 800, other code in 2 definitions" in text
 
 
 def test_a_mermaid_label_can_not_break_out_of_its_quotes(store: Store) -> None:
@@ -187,9 +188,9 @@ def test_what_no_record_speaks_of_is_said_so(store: Store) -> None:
     folder = store.new_folder()
     (folder / "file").write_text("x")
     digest = store.publish(folder, "documents", {}).digest
-    assert "made outside of what this store has records of" in as_text(trace(store, digest))
+    assert "this store has no record of how it was made" in as_text(trace(store, digest))
 
 
 def test_files_that_are_gone_leave_their_record(store: Store, line: dict[str, Action]) -> None:
     store.backend.delete(f"artifacts/{line['tokenize'].output}/manifest.json")
-    assert f"tokens {line['tokenize'].output[:12]}  tokenize  (files gone)" in as_text(trace(store, line["pretrain"].output))
+    assert f"tokens {line['tokenize'].output[:12]}  tokenize  (files deleted)" in as_text(trace(store, line["pretrain"].output))

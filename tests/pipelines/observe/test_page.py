@@ -12,7 +12,8 @@ import pytest
 
 from cluster.commit import canonical_json
 from cluster.events import Point
-from pipelines.observe.page import _stretches, _ticks, render
+from pipelines.observe.charts import stretches, ticks
+from pipelines.observe.page import render
 from pipelines.store.action import Action
 from pipelines.store.events import Note, RunEnded, RunStarted, StageEnded
 from pipelines.store.journal import JournalWriter
@@ -54,11 +55,13 @@ class Tags(HTMLParser):
         self.open: list[str] = []
         self.seen: set[str] = set()
         self.links: list[str] = []
+        self.ids: set[str] = set()
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.add(tag)
         self.links += [value or "" for name, value in attrs if name in ("href", "src")]
+        self.ids |= {value or "" for name, value in attrs if name == "id"}
         if tag not in ("meta", "br"):
             self.open.append(tag)
 
@@ -89,7 +92,8 @@ def test_a_page_stands_alone_and_every_element_is_closed(store: Store) -> None:
     page = render(store, "r1")
     tags = Tags(page)
     assert tags.open == []
-    assert tags.links == []
+    assert {"#stages", "#lineage", "#config", "#stage-pretrain"} <= set(tags.links)
+    assert {link.removeprefix("#") for link in tags.links} <= tags.ids  # every link stays on the page and leads somewhere
     assert not tags.seen & {"script", "link", "img", "iframe"}
     assert "url(" not in page
     assert "@import" not in page
@@ -131,7 +135,7 @@ def test_questions_stand_beside_what_each_model_answered(store: Store) -> None:
     answers = {"prompt": "What does len do?", "reference": "Counts.", "answer": "Counts.", "baseline": "Cou<nts"}
     finish(store, writer, "evaluate", "report", {"report.json": json.dumps({"samples": [answers]})}, figures={"eval/exactly_right": 1.0})
     page = render(store, "r1")
-    assert "<th>asked</th><th>right</th><th>this model, likeliest</th><th>baseline, likeliest</th>" in page
+    assert "<th>asked</th><th>right</th><th>this model, most likely</th><th>baseline, most likely</th>" in page
     assert "<td>What does len do?</td><td>Counts.</td><td>Counts.</td><td>Cou&lt;nts</td>" in page
     assert Tags(page).open == []
 
@@ -160,11 +164,11 @@ def test_a_figure_stands_beside_the_baselines_with_a_sentence_and_what_a_bar_sho
     page = render(store, "r1")
     head = re.findall(r"<th>Figure</th>(.*?)</tr>", page)
     assert [re.sub("<[^>]*>", " ", each).split("  ") for each in head] == [
-        [" this model", "baseline", "best of several draws", "What it says "]
+        [" this model", "baseline", "best of several samples", "What it means "]
     ]
     right = row(page, "eval/exactly_right")
     assert right[:3] == ["0.5", "0.25", "0.75"]
-    assert right[3].startswith("Share of questions answered right to the letter")
+    assert right[3].startswith("Share of held-out questions whose most likely answer equals the right one to the letter")
     assert row(page, "eval/kl_nats_per_response")[:3] == ["4.5", "", ""]
     assert row(page, "eval/my_own") == ["7", "", "", ""]
     names = re.findall(r'class="metric">(.*?)</th>', page)
@@ -178,7 +182,7 @@ def test_pairs_of_a_kind_stand_below_all_pairs(store: Store) -> None:
     finish(store, writer, "reward_model", "model", {"model": "x"}, figures=figures, metadata={"role": "reward"})
     page = render(store, "r1")
     assert re.findall(r'class="metric">(.*?)</th>', page) == ["eval/pair_accuracy", "eval/pair_accuracy_refusal", "eval/rating_auc"]
-    assert row(page, "eval/pair_accuracy_refusal") == ["0.9", "The same for pairs of the kind refusal alone."]
+    assert row(page, "eval/pair_accuracy_refusal") == ["0.9", "The same for pairs of kind refusal only."]
     assert "<span>reward model</span>" in page
 
 
@@ -257,24 +261,24 @@ def test_a_run_that_died_before_its_first_stage_has_a_page_too(store: Store) -> 
 
 def test_a_value_that_is_no_number_leaves_a_gap() -> None:
     points = [Point(step, value, 0) for step, value in enumerate((1.0, 2.0, math.nan, math.inf, 3.0))]
-    assert _stretches(points) == [[(0, 1.0), (1, 2.0)], [(4, 3.0)]]
+    assert stretches(points) == [[(0, 1.0), (1, 2.0)], [(4, 3.0)]]
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_lowest_and_highest_point() -> None:
     points = [Point(step, float(step % 97), 0) for step in range(100_000)] + [Point(100_000, 500.0, 0), Point(100_001, -7.0, 0)]
-    [thin] = _stretches(points)
+    [thin] = stretches(points)
     assert len(thin) <= 600
     assert {500.0, -7.0} <= {value for _, value in thin}
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "about", "ticks"),
+    ("low", "high", "about", "expected"),
     [(0, 800, 7, [0, 200, 400, 600, 800]), (2.56, 8.4, 5, [2, 4, 6, 8, 10]), (0.0, 0.003, 3, [0, 0.001, 0.002, 0.003])],
 )
-def test_ticks_are_round_and_enclose_the_values(low: float, high: float, about: int, ticks: list[float]) -> None:
-    assert _ticks(low, high, about) == pytest.approx(ticks)
+def test_ticks_are_round_and_enclose_the_values(low: float, high: float, about: int, expected: list[float]) -> None:
+    assert ticks(low, high, about) == pytest.approx(expected)
 
 
 def test_one_lone_value_still_has_an_axis() -> None:
-    ticks = _ticks(3.0, 3.0, 3)
-    assert ticks[0] < 3.0 < ticks[-1]
+    found = ticks(3.0, 3.0, 3)
+    assert found[0] < 3.0 < found[-1]

@@ -8,7 +8,9 @@ import sys
 from typing import Any
 
 from cluster.events import Point
-from pipelines.observe.progress import Progress, StageView, plan_lines, seconds_left
+from pipelines.observe.plan_rows import plan_lines
+from pipelines.observe.progress import Progress
+from pipelines.observe.view import StageView, seconds_left
 from pipelines.plan.planner import Decision
 from pipelines.store.events import Announcement, Note, RunEnded, RunStarted, StageEnded, StagePlanned, StagePoints, StageStarted
 
@@ -141,16 +143,18 @@ def test_a_plan_is_a_line_for_each_stage_and_what_it_comes_to() -> None:
         "                  made with 2 ranks, you ask for 8",
         "evaluate   run    its input pretrain runs",
         "",
-        "2 of 3 stages to do, about 1:35",
+        "2 of 3 stages to run, about 1:35",
     ]
-    assert plan_lines([reused], "small: a test")[-2:] == ["", "nothing to do: every stage is reused"]
+    assert plan_lines([reused], "small: a test")[-2:] == ["", "nothing to run: every stage is reused"]
     assert plan_lines([reused, Decision("pretrain", "run", "new")], "small: a test")[-2] == "small: a test"
     assert plan_lines([reused, Decision("pretrain", "run", "new", expected_s=60)], "small: a test")[-2] == ""
-    assert plan_lines([reused, Decision("pretrain", "run", "new")])[-1] == "1 of 2 stages to do, how long nobody knows yet"
+    assert plan_lines([reused, Decision("pretrain", "run", "new")])[-1] == "1 of 2 stages to run, duration unknown"
     blocked = Decision("rl", "blocked", "reward_model's gate is closed")
-    assert (
-        plan_lines([reused, Decision("pretrain", "run", "new", expected_s=60), blocked])[-1] == "1 of 3 stages to do, about 1:00; 1 blocked"
+    assert plan_lines([reused, Decision("pretrain", "run", "new", expected_s=60), blocked])[-1] == (
+        "1 of 3 stages to run, about 1:00; 1 blocked"
     )
+    unknown = [Decision("pretrain", "run", "new", expected_s=60), Decision("sft", "run", "new")]
+    assert plan_lines(unknown)[-1] == "2 of 2 stages to run, about 1:00 plus 1 of unknown duration"
 
 
 def test_the_last_words_of_a_run_are_said_when_the_progress_closes() -> None:

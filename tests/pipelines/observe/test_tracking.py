@@ -19,8 +19,11 @@ import pytest
 
 from cluster.commit import canonical_json
 from cluster.events import Point
-from pipelines.observe.delivery import Delivery, Sender, follow, serve_ui, start_tracking, sync, ui_command
-from pipelines.observe.tracking import Door, resolve_uri, unreachable
+from pipelines.observe.delivery import Delivery, Sender, sync
+from pipelines.observe.mlflow_address import resolve_uri, unreachable
+from pipelines.observe.mlflow_session import MlflowModels, MlflowSession
+from pipelines.observe.mlflow_ui import serve_ui, ui_command
+from pipelines.observe.tracker import follow, start_tracking
 from pipelines.store.action import Action
 from pipelines.store.events import RunEnded, RunStarted, StageEnded, StagePoints, StageStarted
 from pipelines.store.journal import JournalWriter
@@ -137,14 +140,14 @@ def test_a_dead_server_costs_one_sentence_and_no_time(store: Store) -> None:
     assert time.monotonic() - began_s < 5  # MLflow itself would try for longer
     assert delivery == Delivery(
         0,
-        f"MLflow {uri} not reachable (connection refused): what happens is kept in the run's journal "
+        f"MLflow {uri} can't be reached (connection refused): what happens is kept in the run's journal "
         f"and sent when it is back, at the next run or `gptline sync`",
     )
 
 
 @pytest.mark.slow  # it needs this machine's sockets
 def test_a_server_that_takes_connections_and_never_answers_is_given_up_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.observe.tracking.ANSWER_S", 0.2)
+    monkeypatch.setattr("pipelines.observe.mlflow_address.ANSWER_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         assert unreachable(f"http://127.0.0.1:{mute.getsockname()[1]}") == "no answer in time"
 
@@ -162,15 +165,15 @@ def test_sync_speaks_of_each_run_to_its_own_mlflow_unless_one_is_named_for_all(s
     for run, uri in (("r1", "http://there:5000"), ("r2", None), ("r3", "http://there:5000"), ("r4", "http://elsewhere")):
         begin(store, run, uri=uri).flush()
     monkeypatch.setattr("pipelines.observe.delivery.unreachable", lambda uri: "gone")
-    told = [line.split(" not reachable")[0] for line in sync(store, None)]
+    told = [line.split(" can't be reached")[0] for line in sync(store, None)]
     assert told == ["MLflow http://there:5000", "MLflow sqlite", "MLflow http://elsewhere"]
-    assert [line.split(" not reachable")[0] for line in sync(store, "http://other")] == ["MLflow http://other"]
+    assert [line.split(" can't be reached")[0] for line in sync(store, "http://other")] == ["MLflow http://other"]
 
 
 def test_ui_names_the_servers_of_runs_that_are_seen_elsewhere(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(store, "r1", uri="http://old:5000").flush()
     begin(store, "r2", uri="http://new:5000/").flush()
-    monkeypatch.setattr("pipelines.observe.delivery.sync", lambda store, uri, dead: [])
+    monkeypatch.setattr("pipelines.observe.mlflow_ui.sync", lambda store, uri, dead: [])
     said: list[str] = []
     assert serve_ui(store, None, 5001, said.append) == 0
     assert said == [f"http://{host}:5000/#/experiments?workflowType=machine_learning" for host in ("new", "old")]
@@ -247,7 +250,7 @@ def test_the_config_arrives_though_the_first_delivery_broke_off_before_it(store:
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Door, "log", broken)
+        patch.setattr(MlflowSession, "log", broken)
         assert "did not take this run (disk full)" in str(Sender(store, "r1", "sqlite").deliver().error)
     assert children(client(store), "r1")[""].data.params == {}  # the run was made, and no more
     assert Sender(store, "r1", "sqlite").deliver() == Delivery(1)
@@ -426,7 +429,7 @@ def test_registering_speaks_to_the_named_database_alone(store: Store, tmp_path: 
     an_assistant(store, "r1")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    command = [sys.executable, "-m", "pipelines.observe.delivery", str(store), "r1", "sqlite", "--driver", str(os.getpid())]
+    command = [sys.executable, "-m", "pipelines.observe.tracker", str(store), "r1", "sqlite", "--driver", str(os.getpid())]
     root = str(Path(__file__).resolve().parents[3])
     subprocess.run(command, check=True, cwd=elsewhere, env={**os.environ, "PYTHONPATH": root})
     assert list(elsewhere.iterdir()) == []  # no mlflow.db of the ambient tracking URI
@@ -453,7 +456,7 @@ def test_an_assistant_is_registered_once_though_the_delivery_broke_off_after_it(
         raise OSError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Door, "name_newest", gone)
+        patch.setattr(MlflowModels, "set_newest", gone)
         assert "did not take this run (gone)" in str(Sender(store, "r1", "sqlite").deliver().error)
     mlflow = client(store)
     assert children(mlflow, "r1")[""].info.status == "RUNNING"
@@ -564,7 +567,7 @@ def test_a_fresh_database_under_the_same_name_gets_everything_again(store: Store
 @pytest.mark.slow
 def test_two_senders_at_once_on_one_fresh_database_show_one_run(store: Store) -> None:
     a_pretraining(store, "r1", points=50)
-    command = [sys.executable, "-m", "pipelines.observe.delivery", str(store), "r1", "sqlite", "--driver", str(os.getpid())]
+    command = [sys.executable, "-m", "pipelines.observe.tracker", str(store), "r1", "sqlite", "--driver", str(os.getpid())]
     both = [subprocess.Popen(command) for _ in range(2)]
     assert [each.wait(250) for each in both] == [0, 0]
     mlflow = client(store)
@@ -618,7 +621,7 @@ def test_the_sender_outlives_a_killed_driver_and_delivers_what_it_wrote(store: S
         "import os, signal, sys; from pathlib import Path; from pipelines.store.store import Store\n"
         "from cluster.events import Point; from pipelines.store.events import RunStarted, StagePoints, StageStarted\n"
         "from pipelines.store.journal import JournalWriter\n"
-        "from pipelines.observe.delivery import start_tracking\n"
+        "from pipelines.observe.tracker import start_tracking\n"
         "store = Store(Path(sys.argv[1])); tracker = start_tracking(store, 'r1', 'sqlite'); writer = JournalWriter(store, 'r1')\n"
         "writer.write(RunStarted(pipeline='line')); writer.write(StageStarted(stage='pretrain', decision='run'))\n"
         "writer.write(StagePoints(stage='pretrain', curves={'train/loss': [Point(s, 1.0, s) for s in range(100)]})); writer.flush()\n"

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipelines.observe.page import render
-from pipelines.observe.progress import Progress, plan_lines
+from pipelines.observe.plan_rows import plan_lines
+from pipelines.observe.progress import Progress
 from pipelines.plan.config import ConfigError, load
 from pipelines.plan.graph import ROOT, build
 from pipelines.plan.planner import Planner
@@ -174,7 +175,7 @@ def test_what_a_closed_gates_stage_made_is_kept_and_a_plan_says_the_same(gated: 
     }
     lines = plan_lines(gated.decisions)
     assert lines[1].strip() == CLOSED  # under the row of `measure`
-    assert lines[-1] == "nothing to do: 2 blocked"
+    assert lines[-1] == "nothing to run: 2 blocked"
 
 
 def test_a_changed_gate_reruns_nothing_and_lets_through_what_it_now_admits(gated: Gated):
