@@ -100,7 +100,7 @@ class _Axes:
         self._width, self._height = width, height
         steps, values = [step for step, _ in points], [value for _, value in points]
         self._x_low, self._x_high = min(steps), max(steps)
-        self._x_ticks = ticks(self._x_low, self._x_high, max(3, width // 130))
+        self._x_ticks = [tick for tick in ticks(self._x_low, self._x_high, max(3, width // 130)) if tick == round(tick)]  # a step is whole
         self._y_ticks = ticks(min(values), max(values), max(3, height // 56))
 
     def x(self, step: float) -> float:
@@ -119,8 +119,7 @@ class _Axes:
             parts.append(f'<text x="{self.LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_tick(tick, self._y_ticks)}</text>')
         for tick in self._x_ticks:
             if self._x_low <= tick <= self._x_high:
-                label = _tick(tick, self._x_ticks)
-                parts.append(f'<text x="{self.x(tick):.1f}" y="{self._height - 10}" text-anchor="middle">{label}</text>')
+                parts.append(f'<text x="{self.x(tick):.1f}" y="{self._height - 10}" text-anchor="middle">{tick:,.0f}</text>')
         return parts
 
 

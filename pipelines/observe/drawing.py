@@ -13,11 +13,11 @@ from pipelines.observe.lineage import Lineage, Node
 from pipelines.observe.notation import escaped, shortened
 from pipelines.observe.summary import summary
 
-BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 166, 62, 22, 34
+BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 170, 62, 22, 34
 MOST_BOXES = 80
 """A lineage of more artifacts is not drawn."""
-MOST_CHARS = 24
-"""Longer texts don't fit into a box."""
+NAME_CHARS, TEXT_CHARS = 20, 24
+"""What fits into a box."""
 
 Slot = tuple[str, int]
 """A place in a layer: (digest, layer). In the artifact's own layer it holds the box, in a later one the lane of its edges."""
@@ -115,15 +115,14 @@ def _path(layout: _Layout, edge: list[Slot]) -> str:
 def _box(layout: _Layout, slot: Slot, node: Node) -> str:
     x, y = layout.middle(slot) - BOX_WIDTH / 2, layout.top(slot)
     counts = summary(node.kind, node.metadata)
+    artifact = f"{node.title} {node.digest[:8]}" if node.stage != node.title else node.digest[:12]
     texts = (
-        (20, "name", node.stage or node.kind),
-        (37, "", f"{node.title} {node.digest[:8]}" if node.stage != node.title else node.digest[:12]),
-        (53, "", counts.partition(" (")[0].partition(", ")[0]),
+        (20, "name", shortened(node.stage or node.kind, NAME_CHARS)),
+        (37, "", shortened(artifact, TEXT_CHARS)),
+        (53, "", shortened(counts.partition(" (")[0].partition(", ")[0], TEXT_CHARS)),
     )
     rows = "".join(
-        f'<text class="{style}" x="{x + 11:.0f}" y="{y + down:.0f}">{escaped(shortened(text, MOST_CHARS))}</text>'
-        for down, style, text in texts
-        if text
+        f'<text class="{style}" x="{x + 11:.0f}" y="{y + down:.0f}">{escaped(text)}</text>' for down, style, text in texts if text
     )
     title = f"{node.title} sha256:{node.digest}" + (f": {counts}" if counts else "")
     rectangle = f'<rect x="{x:.0f}" y="{y:.0f}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="7"/>'

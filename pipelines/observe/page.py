@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from typing import Any
 
@@ -162,14 +163,13 @@ def _output(stage: StageView, action: Action | None, lineage: Lineage) -> str:
     output = action.output if action is not None else stage.output
     node = lineage.nodes.get(output)
     counts = summary(node.kind, node.metadata) if node else ""
-    parts = [
-        f"<div>{f'<span>{escaped(node.title)}</span> ' if node else ''}<code title={_quoted(output)}>{escaped(output[:12])}</code></div>"
-        if output
-        else "",
-        f'<div class="counts">{escaped(counts)}</div>' if counts else "",
-        f"<div><span>key</span> <code title={_quoted(stage.key)}>{escaped(stage.key[:12])}</code></div>" if stage.key else "",
-    ]
-    return "".join(parts)
+    digests = [(node.title if node else "", output), ("key", stage.key)]
+    shown = " ".join(
+        f'<span>{escaped(title)}</span> <code title="{escaped(digest)}">{escaped(digest[:12])}</code>'
+        for title, digest in digests
+        if digest
+    )
+    return (f"<div>{shown}</div>" if shown else "") + (f'<div class="counts">{escaped(counts)}</div>' if counts else "")
 
 
 def _lineage(lineage: Lineage, targets: dict[str, str]) -> str:
@@ -224,7 +224,7 @@ def _figures(name: str, action: Action) -> str:
     body = "".join(
         f'<tr><th scope="row" class="metric">{escaped(figure)}</th>'
         + "".join(f'<td class="number">{number(values[column]) if column in values else ""}</td>' for column in columns)
-        + f'<td class="why">{escaped(meaning(figure))}</td></tr>'
+        + f'<td class="why">{_with_code(meaning(figure))}</td></tr>'
         for figure, values in sorted(rows.items(), key=lambda row: order(row[0]))
     )
     return (
@@ -276,5 +276,6 @@ def _settings(view: RunView, record: RunRecord, actions: dict[str, Action]) -> s
     )
 
 
-def _quoted(text: str) -> str:
-    return f'"{escaped(text)}"'
+def _with_code(text: str) -> str:
+    """Escaped text with what stands between backquotes as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escaped(text))

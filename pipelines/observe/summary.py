@@ -16,7 +16,7 @@ LEFT_OUT = {
     "left_by_weight": ("left out by weight", "left out by weight"),
     "too_long": ("too long", "too long"),
     "cut": ("cut", "cut"),
-    "alike": ("scored alike", "scored alike"),
+    "alike": ("with two equal responses", "with two equal responses"),
 }
 """What the manifest calls records that were left out or changed, and what we call one and several of them."""
 
@@ -33,7 +33,7 @@ def summary(kind: str, metadata: dict[str, Any]) -> str:
         case "model":
             return _model(metadata)
         case "tokenizer":
-            return ", ".join([*_text(metadata, "algorithm"), *_counted(metadata, "vocab_size", "token", "tokens")])
+            return ", ".join([*_counted(metadata, "vocab_size", "token", "tokens"), *_text(metadata, "algorithm")])
         case "tokens":
             return _split(metadata, "tokens")
         case "report" | "hf_checkpoint":
@@ -62,7 +62,7 @@ def _model(metadata: dict[str, Any]) -> str:
     """Its size, and what it was trained on if that is counted in records: those left out matter, since nobody chose them one by one."""
     parts = [*_counted(metadata, "parameters", "parameter", "parameters"), *_counted(metadata, "steps", "step", "steps")]
     for unit in ("conversations", "prompts"):
-        if _is_count((given := _parts(metadata, unit)).get("train")):
+        if "train" in (given := _parts(metadata, unit)):
             parts.append(_with_notes(_units(given["train"], unit), "", _left_out(given)))
     given = _parts(metadata, "train")
     items = [_units(given[unit], unit) for unit in ("pairs", "ratings") if given.get(unit)]
@@ -108,9 +108,10 @@ def _form(count: int, one: str, several: str) -> str:
     return one if count == 1 else several
 
 
-def _parts(metadata: dict[str, Any], name: str) -> dict[str, Any]:
+def _parts(metadata: dict[str, Any], name: str) -> dict[str, int]:
+    """The counts in a table of the metadata. A user's own artifact may hold anything there."""
     found = metadata.get(name)
-    return found if isinstance(found, dict) else {}
+    return {each: count for each, count in found.items() if _is_count(count)} if isinstance(found, dict) else {}
 
 
 def _is_count(value: Any) -> bool:

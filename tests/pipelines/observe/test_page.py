@@ -1,4 +1,4 @@
-"""A run's page is one file that a browser opens without a network, and nothing from data is markup in it."""
+"""page.py: a run's page is one file that a browser opens without a network, and nothing from data becomes markup in it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
-import pytest
-
 from cluster.commit import canonical_json
-from cluster.events import Point
-from pipelines.observe.charts import stretches, ticks
 from pipelines.observe.page import render
 from pipelines.store.action import Action
 from pipelines.store.events import Note, RunEnded, RunStarted, StageEnded
@@ -72,7 +68,7 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_a_page_stands_alone_and_every_element_is_closed(store: Store) -> None:
+def test_a_page_needs_no_other_file_its_links_lead_to_itself_and_every_element_is_closed(store: Store) -> None:
     writer = begin(store)
     tokens = finish(store, writer, "tokenize", "tokens", {"train.bin": "x"})
     curve = [(step, 5.0 - step / 100, step) for step in range(0, 101, 10)]
@@ -116,7 +112,7 @@ def test_a_page_stands_alone_and_every_element_is_closed(store: Store) -> None:
     assert len(re.findall("<polyline", page)) == 2
 
 
-def test_markup_in_data_is_shown_and_not_obeyed(store: Store) -> None:
+def test_markup_in_data_is_shown_as_text(store: Store) -> None:
     evil = "<script>alert(1)</script>"
     writer = begin(store, command=evil, user=evil)
     writer.write(Note(stage="evaluate", text=evil))
@@ -130,7 +126,7 @@ def test_markup_in_data_is_shown_and_not_obeyed(store: Store) -> None:
     assert Tags(page).open == []
 
 
-def test_questions_stand_beside_what_each_model_answered(store: Store) -> None:
+def test_questions_are_shown_beside_what_each_model_answered(store: Store) -> None:
     writer = begin(store)
     answers = {"prompt": "What does len do?", "reference": "Counts.", "answer": "Counts.", "baseline": "Cou<nts"}
     finish(store, writer, "evaluate", "report", {"report.json": json.dumps({"samples": [answers]})}, figures={"eval/exactly_right": 1.0})
@@ -140,7 +136,7 @@ def test_questions_stand_beside_what_each_model_answered(store: Store) -> None:
     assert Tags(page).open == []
 
 
-def test_the_forecast_stands_beside_what_the_run_took_where_there_was_one(store: Store) -> None:
+def test_the_forecast_is_shown_beside_the_duration_if_there_was_one(store: Store) -> None:
     begin(store, forecast_s=754.0).flush()
     begin(store, "r2", forecast_s=None).flush()
     assert "<dt>Forecast</dt><dd>12 min 34 s</dd>" in render(store, "r1")
@@ -153,7 +149,7 @@ def row(page: str, figure: str) -> list[str]:
     return re.findall(r"<td[^>]*>(.*?)</td>", found)
 
 
-def test_a_figure_stands_beside_the_baselines_with_a_sentence_and_what_a_bar_shows_is_not_told_twice(store: Store) -> None:
+def test_a_figure_is_shown_beside_the_baselines_with_its_meaning_and_not_again_if_it_has_a_bar(store: Store) -> None:
     writer = begin(store)
     figures = {
         "eval/bits_per_byte": 1.75, "eval/xz_bits_per_byte": 2.5, "eval/truncated_share": 0.02, "eval/my_own": 7.0,
@@ -176,7 +172,7 @@ def test_a_figure_stands_beside_the_baselines_with_a_sentence_and_what_a_bar_sho
     assert "1.750" in page  # at its bar
 
 
-def test_pairs_of_a_kind_stand_below_all_pairs(store: Store) -> None:
+def test_the_accuracy_of_a_pair_kind_is_shown_below_that_of_all_pairs(store: Store) -> None:
     writer = begin(store)
     figures = {"eval/rating_auc": 0.8, "eval/pair_accuracy_refusal": 0.9, "eval/pair_accuracy": 0.7}
     finish(store, writer, "reward_model", "model", {"model": "x"}, figures=figures, metadata={"role": "reward"})
@@ -186,7 +182,7 @@ def test_pairs_of_a_kind_stand_below_all_pairs(store: Store) -> None:
     assert "<span>reward model</span>" in page
 
 
-def test_bits_per_byte_that_are_no_number_stand_in_the_table_since_they_have_no_bar(store: Store) -> None:
+def test_infinite_bits_per_byte_are_in_the_table_since_they_can_have_no_bar(store: Store) -> None:
     writer = begin(store)
     figures = {"eval/bits_per_byte": math.inf, "eval/xz_bits_per_byte": 2.5}
     finish(store, writer, "evaluate", "report", {"report.json": "{}"}, figures=figures)
@@ -220,7 +216,7 @@ def test_a_stage_that_logs_neither_loss_nor_score_shows_its_curves_unfolded(stor
     assert "<details open><summary>data: 1 curve</summary>" in render(store, "r1")
 
 
-def test_what_comes_from_outside_is_drawn_right_above_the_first_that_reads_it(store: Store) -> None:
+def test_a_box_without_inputs_is_drawn_right_above_its_first_reader_and_links_to_its_stage(store: Store) -> None:
     writer = begin(store)
     documents = finish(store, writer, "documents", "documents", {"train.jsonl": "x"}, metadata={"bytes": 9, "documents": 4})
     pretrain = finish(
@@ -235,6 +231,7 @@ def test_what_comes_from_outside_is_drawn_right_above_the_first_that_reads_it(st
     assert at["pretrain"][0] != at["talks"][0]
     assert f">policy model {pretrain.output[:8]}<" in drawing
     assert ">4 documents<" in drawing
+    assert sorted(re.findall('<a href="(.*?)">', drawing)) == ["#stage-documents", "#stage-pretrain", "#stage-sft", "#stage-talks"]
     assert len(re.findall("<path", drawing)) == 3
 
 
@@ -259,26 +256,20 @@ def test_a_run_that_died_before_its_first_stage_has_a_page_too(store: Store) -> 
     assert Tags(render(store, "r1")).open == []
 
 
-def test_a_value_that_is_no_number_leaves_a_gap() -> None:
-    points = [Point(step, value, 0) for step, value in enumerate((1.0, 2.0, math.nan, math.inf, 3.0))]
-    assert stretches(points) == [[(0, 1.0), (1, 2.0)], [(4, 3.0)]]
+def test_counts_of_an_output_are_shown_with_its_digest(store: Store) -> None:
+    writer = begin(store)
+    metadata = {
+        "pairs": 760, "train": {"pairs": 687, "bytes": 9}, "held_out": {"pairs": 73, "bytes": 1},
+        "records": {"read": 999, "bad": 163, "duplicate": 76},
+    }  # fmt: skip
+    pairs = finish(store, writer, "pairs", "preferences", {"train.jsonl": "x"}, metadata=metadata)
+    page = render(store, "r1")
+    assert f"{pairs.output[:12]}</code>" in page
+    assert '<div class="counts">760 pairs (73 held out; 163 bad, 76 duplicates)</div>' in page
+    assert ">760 pairs<" in page  # in its box
 
 
-def test_a_long_curve_is_thinned_and_keeps_its_lowest_and_highest_point() -> None:
-    points = [Point(step, float(step % 97), 0) for step in range(100_000)] + [Point(100_000, 500.0, 0), Point(100_001, -7.0, 0)]
-    [thin] = stretches(points)
-    assert len(thin) <= 600
-    assert {500.0, -7.0} <= {value for _, value in thin}
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "about", "expected"),
-    [(0, 800, 7, [0, 200, 400, 600, 800]), (2.56, 8.4, 5, [2, 4, 6, 8, 10]), (0.0, 0.003, 3, [0, 0.001, 0.002, 0.003])],
-)
-def test_ticks_are_round_and_enclose_the_values(low: float, high: float, about: int, expected: list[float]) -> None:
-    assert ticks(low, high, about) == pytest.approx(expected)
-
-
-def test_one_lone_value_still_has_an_axis() -> None:
-    found = ticks(3.0, 3.0, 3)
-    assert found[0] < 3.0 < found[-1]
+def test_a_run_whose_clocks_disagree_has_no_duration(store: Store) -> None:
+    writer = begin(store, time_ms=7_200_000)
+    writer.write(RunEnded(time_ms=0, status="KILLED"))
+    assert "<dt>Took</dt>" not in render(store, "r1")
