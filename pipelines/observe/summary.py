@@ -43,7 +43,9 @@ def summary(kind: str, metadata: dict[str, Any]) -> str:
 
 
 def _records(metadata: dict[str, Any], unit: str) -> str:
-    left_out = _left_out({name: count for name, count in _parts(metadata, "records").items() if name != "read"})
+    reasons = _parts(metadata, "records")
+    left_out = _left_out(reasons)
+    left_out += [f"{count:,} {name.replace('_', ' ')}" for name, count in reasons.items() if count and name not in ("read", *LEFT_OUT)]
     for name, one, several in (
         ("empty_files", "empty file", "empty files"),
         ("replaced_characters", "character replaced", "characters replaced"),

@@ -24,6 +24,8 @@ PAIRS = {
         ("documents", {"documents": 1, "train": {"documents": 1}, "records": {"read": 1}}, "1 document"),
         ("documents", {"documents": 9, "train": {"documents": 9}, "records": {"short": 1, "duplicate": 1}, "empty_files": 2},
          "9 documents (1 too short, 1 duplicate, 2 empty files)"),
+        ("documents", {"documents": 9, "train": {"documents": 9}, "records": {"read": 11, "my_own_reason": 2}},
+         "9 documents (2 my own reason)"),
         ("documents", {"documents": 1812, "bytes": 20_000_000}, "1,812 documents"),
         ("tokens", {"train": {"tokens": 1465}, "held_out": {"tokens": 1335}, "vocab_size": 280}, "2,800 tokens (1,335 held out)"),
         ("tokenizer", {"algorithm": "bpe", "vocab_size": 280}, "280 tokens, bpe"),
