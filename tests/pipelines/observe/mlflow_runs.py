@@ -161,7 +161,7 @@ def seen(store: Store, uri: str) -> list[tuple[int, float, int]]:
 
 
 def forget(store: Store) -> None:
-    """Every cursor: all is sent anew, as by a sender that died before it moved one."""
+    """Delete every cursor: everything is sent again, as after a sender that died before it moved one."""
     for cursor in store.machine_file("runs").glob("*/tracking-*.json"):
         cursor.unlink()
 

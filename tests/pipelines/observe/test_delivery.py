@@ -15,6 +15,7 @@ from mlflow_runs import START_MS, a_pretraining, begin, children, client, ended,
 from cluster.events import Point
 from pipelines.observe.delivery import Delivery, Sender, sync
 from pipelines.observe.mlflow_address import resolve_uri
+from pipelines.observe.mlflow_session import MlflowSession
 from pipelines.observe.tracker import follow
 from pipelines.store.events import RunEnded, StagePoints, StageStarted
 from pipelines.store.store import Store
@@ -29,8 +30,8 @@ def test_a_dead_server_costs_one_sentence_and_no_time(store: Store) -> None:
     assert time.monotonic() - began_s < 5  # MLflow itself would try for longer
     assert delivery == Delivery(
         0,
-        f"MLflow {uri} can't be reached (connection refused): what happens is kept in the run's journal "
-        f"and sent when it is back, at the next run or `gptline sync`",
+        f"MLflow {uri} can't be reached (connection refused): what happens is kept in the run's journal, "
+        f"and the next run or `gptline sync` sends it when MLflow is back",
     )
 
 
@@ -47,8 +48,8 @@ def test_sync_sends_each_run_to_its_own_mlflow_unless_one_is_named_for_all(store
     for run, uri in (("r1", "http://there:5000"), ("r2", None), ("r3", "http://there:5000"), ("r4", "http://elsewhere")):
         begin(store, run, uri=uri).flush()
     monkeypatch.setattr("pipelines.observe.delivery.unreachable", lambda uri: "gone")
-    told = [line.split(" can't be reached")[0] for line in sync(store, None)]
-    assert told == ["MLflow http://there:5000", "MLflow sqlite", "MLflow http://elsewhere"]
+    lines = [line.split(" can't be reached")[0] for line in sync(store, None)]
+    assert lines == ["MLflow http://there:5000", "MLflow sqlite", "MLflow http://elsewhere"]
     assert [line.split(" can't be reached")[0] for line in sync(store, "http://other")] == ["MLflow http://other"]
 
 
@@ -92,8 +93,42 @@ def test_a_fresh_database_under_the_same_name_gets_everything_again(store: Store
     counted = (
         "from mlflow import MlflowClient as M; m = M({!r}); print(len(m.search_runs([m.get_experiment_by_name('line').experiment_id])))"
     )
-    told = subprocess.run([sys.executable, "-c", counted.format(resolve_uri("sqlite", store))], capture_output=True, check=True, text=True)
-    assert told.stdout.split()[-1] == "3"
+    printed = subprocess.run(
+        [sys.executable, "-c", counted.format(resolve_uri("sqlite", store))], capture_output=True, check=True, text=True
+    )
+    assert printed.stdout.split()[-1] == "3"
+
+
+@pytest.mark.slow
+def test_a_file_that_mlflow_refused_is_named_by_sync_and_sent_again_by_the_next_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(store, "r1").write(RunEnded(status="FINISHED", exit_code=0, text="done"))
+    log_file = MlflowSession.log_file
+
+    def full(session: MlflowSession, run_id: str, name: str, text: str) -> None:
+        if name == "page.html":
+            raise OSError("no space left")
+        log_file(session, run_id, name, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowSession, "log_file", full)
+        refused = "r1  MLflow refused: page.html: no space left"
+        last = "MLflow sqlite has all of 1 run except what it refused: 1 item, see above"
+        assert sync(store, None) == ["r1  2 events delivered", refused, last]
+        assert sync(store, None) == [refused, last]
+    assert sync(store, None) == ["MLflow sqlite has all of 1 run"]
+    mlflow = client(store)
+    files = {each.path for each in mlflow.list_artifacts(children(mlflow, "r1")[""].info.run_id)}
+    assert files == {"config.json", "lineage.html", "lineage.mmd", "page.html"}
+
+
+@pytest.mark.slow
+def test_ending_a_run_prints_nothing_of_mlflows_own(store: Store) -> None:
+    a_pretraining(store, "r1", points=3)
+    code = "import sys; from pathlib import Path; from pipelines.observe.delivery import sync; from pipelines.store.store import Store\n"
+    code += "sync(Store(Path(sys.argv[1])), 'sqlite')"
+    printed = subprocess.run([sys.executable, "-c", code, str(store)], capture_output=True, check=True, text=True)
+    assert printed.stdout == ""
+    assert "View run" not in printed.stderr
 
 
 @pytest.mark.slow
@@ -108,10 +143,10 @@ def test_two_senders_at_once_on_one_fresh_database_show_one_run(store: Store) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dies", [False, True], ids=["and goes on", "and dies before it moves the cursor"])
+@pytest.mark.parametrize("dies", [False, True], ids=["and continues", "and dies before it moves the cursor"])
 def test_a_stage_that_another_sender_showed_first_is_shown_once(store: Store, monkeypatch: pytest.MonkeyPatch, dies: bool) -> None:
     writer = begin(store, "r1")
-    follower, passer_by = Sender(store, "r1", "sqlite"), Sender(store, "r1", "sqlite")
+    follower, other_sender = Sender(store, "r1", "sqlite"), Sender(store, "r1", "sqlite")
     assert follower.deliver() == Delivery(1)
     writer.write(StageStarted(stage="pretrain", key="k", decision="run", reason="new", steps=3))
     if dies:
@@ -122,9 +157,9 @@ def test_a_stage_that_another_sender_showed_first_is_shown_once(store: Store, mo
         with monkeypatch.context() as patch:
             patch.setattr(Sender, "_save", killed)
             with pytest.raises(KeyboardInterrupt):
-                passer_by.deliver()
+                other_sender.deliver()
     else:
-        assert passer_by.deliver() == Delivery(1)
+        assert other_sender.deliver() == Delivery(1)
     writer.write(StagePoints(stage="pretrain", curves={"train/loss": [Point(1, 5.0, START_MS)]}))
     writer.flush()
     assert follower.deliver() == Delivery(2 if dies else 1)

@@ -20,7 +20,7 @@ from pipelines.store.store import Store
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, Action]]:
-    """An assistant's run that was delivered twice: what is not looked up before it is created would be there twice."""
+    """An assistant's run, delivered twice: whatever is created without being looked up first would be there twice."""
     store = Store(tmp_path_factory.mktemp("shown"))
     made = an_assistant(store, "r1")
     for _ in range(2):
@@ -138,11 +138,11 @@ def test_models_have_role_tokenizer_chat_format_and_scale_and_are_inputs_of_the_
     assert read("evaluate") == sorted([sft, reward_model, rl])
     experiment = mlflow.get_experiment_by_name("line").experiment_id
     models = {each.tags["gptline.digest"]: each for each in mlflow.search_logged_models([experiment])}
-    assert len(models) == 4  # the base model that nobody here made, and three
+    assert len(models) == 4  # the base model, which this store did not make, and three others
     found = models[reward_model]
     assert found.model_type == "reward"
-    told = {name: found.params[name] for name in ("role", "tokenizer", "score_mean", "score_std")}
-    assert told == {"role": "reward", "tokenizer": "7" * 64, "score_mean": "0.25", "score_std": "1.5"}
+    params = {name: found.params[name] for name in ("role", "tokenizer", "score_mean", "score_std")}
+    assert params == {"role": "reward", "tokenizer": "7" * 64, "score_mean": "0.25", "score_std": "1.5"}
     assert models[rl].model_type == models[rl].params["role"] == "policy"
     assert models[rl].params["chat_format"] == "gptline-1"
     assert [(each.key, each.value) for each in models[rl].metrics] == [("eval/exactly_right", 0.5)]  # it was the one measured

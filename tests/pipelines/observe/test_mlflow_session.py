@@ -90,7 +90,7 @@ def test_a_server_that_was_down_has_each_assistant_once_with_its_alias(store: St
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     first = an_assistant(store, "r1")
-    assert "not reachable" in str(Sender(store, "r1", uri).deliver().error)
+    assert "can't be reached" in str(Sender(store, "r1", uri).deliver().error)
     second = an_assistant(store, "r2", weights="rl of another seed")
     with server(store, port):
         lines = sync(store, uri)

@@ -53,10 +53,10 @@ def test_a_server_that_is_down_at_the_start_and_killed_in_mid_run_has_each_point
     tracker = start_tracking(store, "r1", uri)
     writer = begin(store, "r1")
     writer.write(StageStarted(stage="pretrain", key="k", decision="run", reason="", steps=100))
-    said: list[str | None] = []
-    wait_for(lambda: said.append(tracker.news()) or said[-1])
-    assert "not reachable (connection refused)" in str(said[-1])
-    assert tracker.news() is None  # said once
+    reported: list[str | None] = []
+    wait_for(lambda: reported.append(tracker.news()) or reported[-1])
+    assert "can't be reached (connection refused)" in str(reported[-1])
+    assert tracker.news() is None  # reported once
 
     def train(steps: range) -> None:
         for step in steps:
