@@ -11,6 +11,7 @@ import pytest
 from mlflow_runs import START_MS, a_pretraining, begin, children, client, ended, free_port, is_zombie, points, seen, server, wait_for
 
 from cluster.events import Point
+from pipelines.observe.delivery import DeliveryState
 from pipelines.observe.tracker import start_tracking
 from pipelines.store.events import RunEnded, StagePoints, StageStarted
 from pipelines.store.store import Store
@@ -71,6 +72,8 @@ def test_a_server_that_is_down_at_the_start_and_killed_in_mid_run_has_each_point
         train(range(60, 100))
         ended(writer, "pretrain", None, "failed", "run")
         writer.write(RunEnded(status="FAILED", exit_code=1, text=""))
-        assert wait_for(lambda: tracker.finish(200) is None)
+        # `finish` does not wait while the newest attempt failed, so wait until the sender has noticed that the server is back
+        wait_for(lambda: DeliveryState.read(store, "r1", uri).is_complete(store, "r1"))
+        assert tracker.finish(200) is None
         assert seen(store, uri) == [(step, float(step), START_MS + step) for step in range(100)]
         assert children(client(store, uri), "r1")["pretrain"].info.status == "FAILED"
