@@ -1,6 +1,7 @@
 """Write the pages that are made from the code: `python docs/generate.py`. A test fails when one of them is out of date.
 
 docs/map.md        every module with the first sentence of its docstring
+docs/metrics.md    the table of metrics, from pipelines/observe/meanings.py; the text around it is written by hand
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +43,16 @@ def map_page() -> str:
     return head + "".join(sections)
 
 
-PAGES = {"docs/map.md": map_page}
+def metrics_page() -> str:
+    """docs/metrics.md: the page as it is, with its table replaced."""
+    sys.path.insert(0, str(ROOT))
+    from pipelines.observe.meanings import markdown_table
+
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    return re.sub(r"^\| name \|.*\n(?:\|.*\n)+", lambda _: markdown_table(), page, count=1, flags=re.MULTILINE)
+
+
+PAGES = {"docs/map.md": map_page, "docs/metrics.md": metrics_page}
 
 
 def main() -> None:

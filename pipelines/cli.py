@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import shlex
 import sys
@@ -74,7 +75,7 @@ def rerun(config: Config, stage: Annotated[str, typer.Argument(metavar="STAGE")]
 @app.command()
 def plan(config: Config, set_: Set = None, use: Use = None, until: Until = None, fresh: Fresh = None, inline: Inline = False) -> None:
     """What would run, why, and about how long. Changes nothing."""
-    from pipelines.observe.progress import plan_lines
+    from pipelines.observe.plan_rows import plan_lines
     from pipelines.plan.environment import ROOT
     from pipelines.plan.planner import Planner
 
@@ -169,7 +170,7 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
 ) -> None:
     """The MLflow UI on this store."""
-    from pipelines.observe.delivery import serve_ui
+    from pipelines.observe.mlflow_ui import serve_ui
     from pipelines.store.journal import dead_runs
 
     opened = _store(store)
@@ -184,7 +185,8 @@ def lineage(
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
 ) -> None:
     """Where an artifact came from, down to the documents, and what was made of it."""
-    from pipelines.observe.lineage import as_html, as_mermaid, as_text, trace
+    from pipelines.observe.lineage import trace
+    from pipelines.observe.lineage_text import as_html, as_mermaid, as_text
     from pipelines.plan.resolve import resolve
 
     opened = _store(store)
@@ -273,13 +275,15 @@ def main() -> None:
 
 def _run(config: Path, set_: list[str] | None, use: list[str] | None, *, until: str | None, fresh: list[str], inline: bool) -> None:
     from pipelines.observe.progress import Progress
+    from pipelines.observe.summary import summary_of
     from pipelines.run.runner import Options, Run
 
     graph = _graph(config, set_, use)
     go_on = _again("run", config, set_, use, until, ["--inline"] if inline else [])
     options = Options(_typed(), go_on, fresh, graph.use, until, inline)
-    with Progress(sys.stdout) as progress:
-        code = Run(graph, _store_of(graph), options, progress.show).execute()
+    store = _store_of(graph)
+    with Progress(sys.stdout, summarize=functools.partial(summary_of, store)) as progress:
+        code = Run(graph, store, options, progress.show).execute()
     raise typer.Exit(code)
 
 

@@ -1,317 +1,168 @@
-"""Delivery to MLflow: which events of a run's journal it has, and who sends the rest.
+"""Delivers a run's journal to MLflow, and remembers how much of it MLflow has.
 
-    journal --> Sender (a process beside the driver, or `gptline sync`) --> tracking.py --> MLflow
+    journal --> Sender (in a process beside the driver, see tracker.py, or in `gptline sync`) --> mlflow_run.py --> MLflow
 
-The driver starts `python -m pipelines.observe.delivery STORE RUN URI` and forgets it: importing mlflow (2 s) and migrating a fresh
-database (4 s) overlap with the stages, and the process outlives the driver until all is delivered. The cursor, a number of
-journal segments, moves after MLflow has taken them: what a killed sender had under way is sent again, and shown once.
+The cursor, a number of journal segments, moves after MLflow has taken them. What a sender had under way when it was killed is sent again,
+and MLflow shows it once.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 from cluster.commit import canonical_json
-from pipelines.observe.tracking import ENVIRONMENT, Door, RunInMlflow, resolve_uri, unreachable
+from pipelines.observe.mlflow_address import resolve_uri, run_uri, short_uri, unreachable
+from pipelines.observe.mlflow_run import RunInMlflow
+from pipelines.observe.mlflow_session import MlflowSession
 from pipelines.observe.view import RunView
-from pipelines.plan.environment import ROOT
 from pipelines.store.events import JournalEvent, StagePoints
 from pipelines.store.journal import JournalReader, end_dead_run
 from pipelines.store.runs import RunFolder
 from pipelines.store.store import Store
 
-POINTS_A_BATCH = 5000
-"""After about so many points the cursor moves: what is sent again, at most, when a sender dies."""
-POLL_S = 0.5
-LONGEST_WAIT_S = 10.0
+POINTS_PER_BATCH = 5000
+"""After about this many points the cursor moves: a sender that dies leaves no more than this to be sent again."""
+ERROR_CHARS = 300
 
 
-class Tracker:
-    """The driver's hold on the process that sends: it never waits for it but in `finish`."""
+@dataclass
+class DeliveryState:
+    """How much of one run one MLflow has. Kept beside the run's journal."""
 
-    def __init__(self, store: Store, run: str, uri: str, process: subprocess.Popen[bytes]) -> None:
-        self._store = store
-        self._run = run
-        self._uri = uri
-        self._process = process
-        self._said: str | None = None
+    segments: int = 0
+    """The cursor: journal segments delivered."""
+    pipeline: str = ""
+    view: str = ""
+    """The experiment they went to. Another one under the same name means a fresh database, which needs everything again."""
+    error: str | None = None
+    """Why the newest attempt failed, for people."""
+    refused: list[str] = field(default_factory=list)
+    """What MLflow will never take, in its own words."""
+    refused_files: dict[str, str] = field(default_factory=dict)
+    """Name of a file that MLflow's artifact store refused to why: `gptline sync` sends it again."""
 
-    def news(self) -> str | None:
-        """A sentence for people when MLflow can't be reached, once; None else."""
-        error = _read_state(self._store, self._run, self._uri).error
-        if error is None or error == self._said:
-            return None
-        self._said = error
-        return error
+    def is_complete(self, store: Store, run: str) -> bool:
+        """Whether the whole journal was delivered."""
+        reader = JournalReader(store, run)
+        reader.cursor = self.segments
+        return next(reader.read(), None) is None
 
-    def finish(self, deadline_s: float) -> str | None:
-        """Wait, at most so long, until all is delivered; else a sentence that says what becomes of the rest. Call it after `run_ended`."""
-        until_s = time.monotonic() + deadline_s
-        while True:
-            state = _read_state(self._store, self._run, self._uri)
-            if _caught_up(self._store, self._run, state):
-                return None
-            ended = self._process.poll() is not None
-            if state.error is not None:
-                return state.error if state.error != self._said else None
-            if ended:
-                log = f"{_place(self._store, self._run, self._uri)}.log"
-                return f"MLflow {self._uri} does not have all of this run (see {log} in the store); `gptline sync` sends the rest"
-            if time.monotonic() >= until_s:
-                return f"MLflow {self._uri}: process {self._process.pid} goes on sending this run; `gptline sync` sends what it may leave"
-            time.sleep(0.05)
+    def shortfall(self) -> list[str]:
+        """Sentences about what MLflow does not have although the journal was delivered."""
+        return [*self.refused, *(f"{name}: {why}" for name, why in self.refused_files.items())]
 
+    @classmethod
+    def read(cls, store: Store, run: str, uri: str) -> DeliveryState:
+        """Read the state; other versions of gptline may have written other fields."""
+        values = json.loads(store.backend.get(f"{RunFolder(store, run).tracking(uri)}.json") or b"{}")
+        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
-def start_tracking(store: Store, run: str, uri: str) -> Tracker:
-    """Start the process that sends a run while it happens. It ends by itself: with the run, or with this process."""
-    uri = _known_as(uri, store)
-    home = str(ROOT)
-    path = os.pathsep.join(each for each in (home, os.environ.get("PYTHONPATH")) if each)
-    log = store.machine_file(f"{_place(store, run, uri)}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.observe.delivery", str(store), run, uri, "--driver", str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C at the terminal is the driver's business; the last words must still be sent
-        )
-    return Tracker(store, run, uri, process)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipelines.observe.delivery", description="Send one run to MLflow while it happens.")
-    parser.add_argument("store", type=Path)
-    parser.add_argument("run")
-    parser.add_argument("uri")
-    parser.add_argument("--driver", type=int, required=True, help="process id of the run's driver, the parent of this process")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(5)  # training comes first
-    store = Store(arguments.store)
-    follow(store, arguments.run, arguments.uri, alive=lambda: os.getppid() == arguments.driver)
-    log = store.machine_file(f"{_place(store, arguments.run, arguments.uri)}.log")
-    if log.exists() and not log.stat().st_size:
-        log.unlink()
-
-
-def follow(store: Store, run: str, uri: str, alive: Callable[[], bool]) -> None:
-    """Send a run until it has ended and all of it is delivered, or until its driver is gone and no more can be done.
-
-    Then what other runs' own MLflows lack.
-    """
-    sender = Sender(store, run, uri)
-    wait_s = POLL_S
-    while True:
-        driver_lives = alive()  # before reading: what it wrote as its last word is then read below
-        delivery = sender.deliver()
-        if delivery.error is None:
-            wait_s = POLL_S
-            if sender.view.status != "RUNNING" or not driver_lives:
-                break
-        elif not driver_lives:
-            return
-        else:
-            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-        until_s = time.monotonic() + wait_s
-        while time.monotonic() < until_s and alive():
-            time.sleep(min(0.1, wait_s))
-    theirs = {other: _own_uri(store, other) for other in store.runs() if other != run}
-    behind = {other: own for other, own in theirs.items() if not _caught_up(store, other, _read_state(store, other, own))}
-    silent = {own for own in set(behind.values()) if unreachable(resolve_uri(own, store)) is not None}
-    for other, own in behind.items():
-        if own not in silent:
-            Sender(store, other, own).deliver()
-
-
-def sync(store: Store, uri: str | None, dead: Iterable[str] = ()) -> list[str]:
-    """Deliver what MLflow lacks of every run, oldest first; report lines for people.
-
-    Each run goes to the MLflow that it was started with; a `uri` takes the place of them all. `dead` names runs whose driver is gone
-    without a last word: they are ended as KILLED first.
-    """
-    lines = []
-    for run in dead:
-        if end_dead_run(store, run):
-            lines.append(f"{run}  ended as KILLED: its driver is gone")
-    runs: dict[str, list[str]] = {}
-    for run in store.runs():
-        if not _caught_up(store, run, _State()):
-            runs.setdefault(_own_uri(store, run) if uri is None else _known_as(uri, store), []).append(run)
-    if not runs:
-        lines.append(f"the store {store} has no runs yet")
-    for each, theirs in runs.items():
-        lines += _sync_with(store, each, theirs)
-    return lines
-
-
-def _sync_with(store: Store, uri: str, runs: list[str]) -> list[str]:
-    why = unreachable(resolve_uri(uri, store))
-    if why is not None:
-        return [_kept(uri, why)]
-    lines = []
-    try:
-        door = Door(store, uri)
-        for run in runs:
-            sender = Sender(store, run, uri, door)
-            sender.verify()
-            delivery = sender.deliver()
-            if delivery.sent:
-                lines.append(f"{run}  {delivery.sent:,} events delivered")
-            if delivery.error is not None:
-                return [*lines, delivery.error]
-            lines += [f"{run}  MLflow refused: {words}" for words in _read_state(store, run, uri).refused]
-    except Exception as error:
-        return [*lines, f"MLflow {uri} can't be opened ({error}); mend that and run `gptline sync` again"]
-    return [*lines, f"MLflow {uri} has all of {len(runs)} run{'s' if len(runs) != 1 else ''}"]
-
-
-def serve_ui(store: Store, uri: str | None, port: int, say: Callable[[str], None], dead: Iterable[str] = ()) -> int:
-    """Serve the MLflow UI of this store on this machine alone until Ctrl-C; a server elsewhere is only named. The exit code.
-
-    Without a `uri` it is where the runs are, the newest first.
-    """
-    for line in sync(store, uri, dead):
-        say(line)
-    uris = [uri] if uri is not None else [*dict.fromkeys(_own_uri(store, run) for run in reversed(store.runs()))] or ["sqlite"]
-    servers = [each for each in uris if each.startswith(("http://", "https://"))]
-    databases = [each for each in uris if each not in servers]
-    for each in servers:
-        say(f"{each.rstrip('/')}/#/experiments?workflowType=machine_learning")
-    if not databases:
-        return 0
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            say(f"port {port} of 127.0.0.1 can't be used ({error.strerror}); give another one with --port")
-            return 2
-    server = subprocess.Popen(
-        ui_command(store, databases[0], port), env={**ENVIRONMENT, **os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    )
-    try:
-        while server.poll() is None and unreachable(f"http://127.0.0.1:{port}") is not None:
-            time.sleep(0.3)
-        if server.poll() is None:
-            say(f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning   (Ctrl-C ends it)")
-        return server.wait()
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        server.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(10)
-        server.kill()
-
-
-def ui_command(store: Store, uri: str, port: int) -> list[str]:
-    """One worker and no job runners: 2 processes instead of 15."""
-    return [
-        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", resolve_uri(uri, store)),
-        *("--artifacts-destination", str(store.machine_file("mlflow-artifacts").resolve())),
-    ]
+    def write(self, store: Store, run: str, uri: str) -> None:
+        store.backend.put(f"{RunFolder(store, run).tracking(uri)}.json", canonical_json(vars(self)))
 
 
 @dataclass(frozen=True)
 class Delivery:
+    """What one call of `Sender.deliver` did."""
+
     sent: int
-    """Events delivered by this call."""
+    """Events delivered."""
     error: str | None = None
-    """A sentence for people; None when all went well."""
+    """A sentence for people; None if all went well."""
 
 
 class Sender:
-    """Brings one run's journal to one MLflow. Several may do so at once, and again: nothing is doubled."""
+    """Brings one run's journal to one MLflow. Several senders may do so at once: nothing is doubled."""
 
-    def __init__(self, store: Store, run: str, uri: str, door: Door | None = None) -> None:
+    def __init__(self, store: Store, run: str, uri: str, session: MlflowSession | None = None) -> None:
         self._store = store
         self.run = run
-        self.uri = uri = _known_as(uri, store)
-        self._door = door
-        self._state = _read_state(store, run, uri)
+        self.uri = uri = short_uri(uri, store)
+        self._session = session
+        self._state = DeliveryState.read(store, run, uri)
         self._begin()
 
     def _begin(self) -> None:
         self.view = RunView(self.run)
         self._reader = JournalReader(self._store, self.run)
         self._waiting: list[tuple[int, JournalEvent]] = []
-        self._shown: RunInMlflow | None = None
+        """(segment, event) not delivered yet."""
+        self._run_in_mlflow: RunInMlflow | None = None
 
-    def deliver(self) -> Delivery:
-        """Send what MLflow doesn't have yet. Never raises."""
-        self._take_in()
-        if not self._waiting:
+    def deliver(self, *, retry_files: bool = False) -> Delivery:
+        """Send what MLflow doesn't have yet, and with `retry_files` also the files that it refused. Never raises."""
+        self._read_journal()
+        files = list(self._state.refused_files) if retry_files else []
+        if not self._waiting and not files:
             return Delivery(0)
         why = unreachable(resolve_uri(self.uri, self._store))
         if why is not None:
-            return self._failed(0, _kept(self.uri, why))
+            return self._failed(0, unreachable_sentence(self.uri, why))
         sent = 0
         try:
-            door = self._opened()
-            with door.lock(_place(self._store, self.run, self.uri)):
-                shown = self._look(door)
+            session = self._open_session()
+            with session.lock(RunFolder(self._store, self.run).tracking(self.uri)):
+                run = self._prepare(session)
+                if files:
+                    self._state.refused_files = run.send_files(files)
+                    self._save()
                 for batch in self._batches():
-                    self._state.refused += shown.show([event for _, event in batch])
+                    refused = run.show([event for _, event in batch])
+                    self._state.refused += refused.requests
+                    self._state.refused_files |= refused.files
                     sent += len(batch)
                     self._state.segments = max(self._state.segments, batch[-1][0])
                     self._state.error = None
                     self._save()
                     del self._waiting[: len(batch)]
-        except Exception as error:  # a view that fails must not fail what it shows
+        except Exception as error:  # MLflow is a view: a failure here must not fail the run
             return self._failed(sent, self._sentence(error))
         return Delivery(sent)
 
-    def verify(self) -> None:
-        """Forget the cursor if the experiment it speaks of is not there any more. For runs that look delivered; may raise."""
-        if self._state.segments and self._state.pipeline and self._opened().experiment(self._state.pipeline)[1] != self._state.view:
-            self._state = _State()
-            self._save()
+    def verify(self) -> DeliveryState:
+        """Forget the cursor if the experiment it belongs to is gone. For runs that look delivered; may raise. The state now."""
+        if self._state.segments and self._state.pipeline:
+            identity = self._open_session().experiment(self._state.pipeline)[1]
+            if identity != self._state.view:
+                self._state = DeliveryState()
+                self._save()
+        return self._state
 
-    def _opened(self) -> Door:
-        self._door = self._door or Door(self._store, self.uri)
-        return self._door
+    def shortfall(self) -> list[str]:
+        return self._state.shortfall()
 
-    def _take_in(self) -> None:
+    def _open_session(self) -> MlflowSession:
+        self._session = self._session or MlflowSession(self._store, self.uri)
+        return self._session
+
+    def _read_journal(self) -> None:
         for event in self._reader.read():
             self.view.add(event)
             self._waiting.append((self._reader.cursor, event))
         self._waiting = [(segment, event) for segment, event in self._waiting if segment > self._state.segments]
 
-    def _look(self, door: Door) -> RunInMlflow:
-        """Under the lock: look at what another sender did meanwhile, and whether MLflow is still the one we knew."""
-        self._state = _read_state(self._store, self.run, self.uri)
+    def _prepare(self, session: MlflowSession) -> RunInMlflow:
+        """Under the lock: see what another sender has done meanwhile, and whether MLflow is still the one that we know."""
+        self._state = DeliveryState.read(self._store, self.run, self.uri)
         record = RunFolder(self._store, self.run).record()
         pipeline = self.view.pipeline or record.pipeline or "unnamed"
-        identity = door.experiment(pipeline)[1]
+        identity = session.experiment(pipeline)[1]
         if self._state.view and self._state.view != identity:
-            self._state = _State()
+            self._state = DeliveryState()
             self._begin()
         self._state.pipeline, self._state.view = pipeline, identity
-        self._take_in()
-        self._shown = self._shown or RunInMlflow(door, self._store, self.view, pipeline, record)
-        return self._shown
+        self._read_journal()
+        self._run_in_mlflow = self._run_in_mlflow or RunInMlflow(session, self._store, self.view, pipeline, record)
+        return self._run_in_mlflow
 
     def _batches(self) -> Iterator[list[tuple[int, JournalEvent]]]:
-        """Whole segments, some thousand points at a time; the cursor moves after each."""
+        """Whole segments, some thousand points at a time; the cursor moves after each batch."""
         batch: list[tuple[int, JournalEvent]] = []
         points = 0
         for segment, event in list(self._waiting):
-            if points >= POINTS_A_BATCH and segment != batch[-1][0]:
+            if points >= POINTS_PER_BATCH and segment != batch[-1][0]:
                 yield batch
                 batch, points = [], 0
             batch.append((segment, event))
@@ -322,10 +173,11 @@ class Sender:
     def _sentence(self, error: Exception) -> str:
         why = unreachable(resolve_uri(self.uri, self._store))
         if why is not None:
-            return _kept(self.uri, why)
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            return unreachable_sentence(self.uri, why)
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:ERROR_CHARS]
         return (
-            f"MLflow {self.uri} did not take this run ({first}): it is kept in the run's journal and sent at the next run or `gptline sync`"
+            f"MLflow {self.uri} did not take this run ({first_line}): the run is kept in its journal, and the next run or `gptline sync` "
+            f"sends it"
         )
 
     def _failed(self, sent: int, sentence: str) -> Delivery:
@@ -335,54 +187,53 @@ class Sender:
         return Delivery(sent, sentence)
 
     def _save(self) -> None:
-        self._store.backend.put(f"{_place(self._store, self.run, self.uri)}.json", canonical_json(vars(self._state)))
+        self._state.write(self._store, self.run, self.uri)
 
 
-def _kept(uri: str, why: str) -> str:
+def unreachable_sentence(uri: str, why: str) -> str:
     return (
-        f"MLflow {uri} not reachable ({why}): what happens is kept in the run's journal "
-        f"and sent when it is back, at the next run or `gptline sync`"
+        f"MLflow {uri} can't be reached ({why}): what happens is kept in the run's journal, and the next run or `gptline sync` sends it "
+        f"when MLflow is back"
     )
 
 
-@dataclass
-class _State:
-    """What is known of one run's delivery to one MLflow; lies beside the run's journal."""
+def sync(store: Store, uri: str | None, dead: Iterable[str] = ()) -> list[str]:
+    """Deliver what MLflow lacks of every run, oldest first; the lines to print.
 
-    segments: int = 0
-    """Journal segments delivered: the cursor."""
-    pipeline: str = ""
-    view: str = ""
-    """Which experiment they went to; another one under the same name means a fresh database, which wants everything again."""
-    error: str | None = None
-    refused: list[str] = field(default_factory=list)
-    """What MLflow will never take, in its own words."""
-
-
-def _place(store: Store, run: str, uri: str) -> str:
-    return RunFolder(store, run).tracking(uri)
-
-
-def _read_state(store: Store, run: str, uri: str) -> _State:
-    given = json.loads(store.backend.get(f"{_place(store, run, uri)}.json") or b"{}")
-    return _State(**{each.name: given[each.name] for each in fields(_State) if each.name in given})  # other versions wrote other fields
+    Each run goes to the MLflow that it was started with, or all of them to `uri`. `dead` names runs whose driver is gone without having
+    ended them: they are ended as KILLED first.
+    """
+    lines = [f"{run}  ended as KILLED: its driver is gone" for run in dead if end_dead_run(store, run)]
+    runs: dict[str, list[str]] = {}
+    for run in store.runs():
+        if not DeliveryState().is_complete(store, run):  # it has a journal
+            runs.setdefault(run_uri(store, run) if uri is None else short_uri(uri, store), []).append(run)
+    if not runs:
+        lines.append(f"the store {store} has no runs yet")
+    for each, its_runs in runs.items():
+        lines += _sync_with(store, each, its_runs)
+    return lines
 
 
-def _caught_up(store: Store, run: str, state: _State) -> bool:
-    reader = JournalReader(store, run)
-    reader.cursor = state.segments
-    return next(reader.read(), None) is None
-
-
-def _own_uri(store: Store, run: str) -> str:
-    """The MLflow that a run was meant for when it started."""
-    return _known_as(RunFolder(store, run).record().tracking.get("uri", "sqlite"), store)
-
-
-def _known_as(uri: str, store: Store) -> str:
-    """The store's own database has one name, so that a cursor stays valid when the store is moved."""
-    return "sqlite" if uri == resolve_uri("sqlite", store) else uri
-
-
-if __name__ == "__main__":
-    main()
+def _sync_with(store: Store, uri: str, runs: list[str]) -> list[str]:
+    why = unreachable(resolve_uri(uri, store))
+    if why is not None:
+        return [unreachable_sentence(uri, why)]
+    lines, lacking = [], 0
+    try:
+        session = MlflowSession(store, uri)
+        for run in runs:
+            sender = Sender(store, run, uri, session)
+            sender.verify()
+            delivery = sender.deliver(retry_files=True)
+            if delivery.sent:
+                lines.append(f"{run}  {delivery.sent:,} events delivered")
+            if delivery.error is not None:
+                return [*lines, delivery.error]
+            refusals = sender.shortfall()
+            lines += [f"{run}  MLflow refused: {refusal}" for refusal in refusals]
+            lacking += len(refusals)
+    except Exception as error:
+        return [*lines, f"MLflow {uri} can't be opened ({error}); fix that and run `gptline sync` again"]
+    has_all = f"MLflow {uri} has all of {len(runs)} run{'s' if len(runs) != 1 else ''}"
+    return [*lines, has_all + (f" except what it refused: {lacking} item{'s' if lacking != 1 else ''}, see above" if lacking else "")]

@@ -47,11 +47,11 @@ class StageView:
     unit: str = ""
     notes: list[str] = field(default_factory=list)
     curves: Curves = field(default_factory=dict)
-    """What the journal has; a reused stage's curves stand in its action record."""
+    """The points in the journal. A reused stage has none there: its curves are in its action record."""
 
     @property
     def step(self) -> int | None:
-        """Steps done, as far as points or progress tell."""
+        """The newest step that has a point."""
         steps = [points[-1].step for points in self.curves.values() if points]
         return max(steps, default=None)
 
@@ -62,6 +62,8 @@ class StageView:
 
 @dataclass
 class RunView:
+    """One run, as far as it is known."""
+
     run: str
     pipeline: str = ""
     command: str = ""
@@ -76,6 +78,12 @@ class RunView:
     ended_ms: int | None = None
     stages: dict[str, StageView] = field(default_factory=dict)
     """In the order in which the journal first names them."""
+
+    def seconds(self) -> float | None:
+        """How long the run took; None while that is unknown, or if the clocks of two machines disagree about it."""
+        if self.started_ms is None or self.ended_ms is None or self.ended_ms < self.started_ms:
+            return None
+        return (self.ended_ms - self.started_ms) / 1000
 
     def stage(self, name: str) -> StageView:
         return self.stages.setdefault(name, StageView(name))
@@ -117,6 +125,7 @@ class RunView:
 
 
 def run_view(store: Store, run: str) -> RunView:
+    """Read a run's whole journal."""
     view = RunView(run)
     for event in read_journal(store, run):
         view.add(event)
@@ -124,6 +133,7 @@ def run_view(store: Store, run: str) -> RunView:
 
 
 def share_done(stage: StageView) -> float | None:
+    """The share of a stage's work that is done, from 0 to 1; None if the total is unknown."""
     if stage.total:
         return min(1.0, stage.done / stage.total)
     if stage.steps and stage.step is not None:
@@ -132,9 +142,9 @@ def share_done(stage: StageView) -> float | None:
 
 
 def seconds_left(stage: StageView, now_ms: int) -> float | None:
-    """From the pace between the first point and the newest: what came before (a gang's start) says nothing about steps.
+    """Estimate the remaining time from the pace between the first point and the newest, so that a gang's start doesn't count.
 
-    Points from before the stage's start were restored by a resume: of an attempt that may be days old.
+    Points from before the stage's start are ignored: a resume restored them from an earlier attempt, perhaps days old.
     """
     if not stage.steps or stage.step is None:
         share = share_done(stage)
@@ -145,10 +155,10 @@ def seconds_left(stage: StageView, now_ms: int) -> float | None:
     times = [(points[0], points[-1]) for points in curves if len(points) > 1]
     if not times:
         return None
-    first = min((one for one, _ in times), key=lambda point: point.step)
-    last = max((other for _, other in times), key=lambda point: point.step)
+    first = min((start for start, _ in times), key=lambda point: point.step)
+    last = max((end for _, end in times), key=lambda point: point.step)
     if last.step <= first.step:
         return None
-    since_s = (now_ms - last.time_ms) / 1000
+    since_s = max(0.0, (now_ms - last.time_ms) / 1000)  # points may come from a machine whose clock is ahead
     seconds_per_step = (last.time_ms - first.time_ms) / 1000 / (last.step - first.step)
     return max(0.0, seconds_per_step * (stage.steps - last.step) - since_s)

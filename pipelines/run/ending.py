@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from pipelines.artifacts import Model
-from pipelines.observe.delivery import Tracker
 from pipelines.observe.page import render
+from pipelines.observe.tracker import Tracker
 from pipelines.plan.graph import Graph
 from pipelines.plan.references import IMPORTS
 from pipelines.run.recorder import Recorder, RunState

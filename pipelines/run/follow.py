@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TextIO
 
 from cluster.jobs import Jobs, JobState
 from pipelines.observe.progress import Progress, tally
+from pipelines.observe.summary import summary_of
 from pipelines.observe.view import RunView, StageView, run_view, share_done
 from pipelines.store.events import RunEnded
 from pipelines.store.journal import JournalReader, dead_runs, driver_lease, end_dead_run, last_event
@@ -72,7 +74,7 @@ def show_log(store: Store, run: str, out: TextIO, connect: Connect, *, follow: b
     now_s = 0.0
     reader, watch = JournalReader(store, run), Watch(store, driver_lease(run))
     reported = ""
-    with Progress(out, live=False, clock=lambda: now_s) as progress:
+    with Progress(out, live=False, clock=lambda: now_s, summarize=partial(summary_of, store)) as progress:
         while True:
             had_begun = reader.cursor > 0
             driver_lives = watch.holder() is not None  # before reading, so that its last event is read below

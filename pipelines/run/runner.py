@@ -23,8 +23,8 @@ from types import MappingProxyType
 from typing import Any
 
 from gpt.settings import TrainSettings
-from pipelines.observe.delivery import Tracker, start_tracking
-from pipelines.observe.progress import forecast
+from pipelines.observe.plan_rows import forecast
+from pipelines.observe.tracker import Tracker, start_tracking
 from pipelines.plan.config import ConfigError
 from pipelines.plan.environment import ROOT, git_state, versions
 from pipelines.plan.graph import Graph, Stage

@@ -17,10 +17,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from cluster.jobs import Jobs
 from pipelines.observe.progress import Progress
+from pipelines.observe.summary import summary_of
 from pipelines.plan.config import ConfigError, load
 from pipelines.plan.environment import ROOT
 from pipelines.plan.graph import Graph, build
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         graph = build(load(folder.path(job.config)), job.use)
         options = Options(**job.options | {"use": graph.use})
-        with Progress(sys.stdout) as progress:
+        with Progress(sys.stdout, summarize=partial(summary_of, store)) as progress:
             return Run(graph, store, options, progress.show).execute()
     except (ConfigError, StageFailure, ValueError, OSError) as error:
         sys.stderr.write(f"{error}\n")

@@ -139,7 +139,7 @@ def test_the_model_its_figures_and_its_curves_are_the_undisturbed_ones_bit_by_bi
 
 
 def test_an_mlflow_that_was_away_gets_each_point_once_however_often_its_step_was_made(story):
-    assert story.said.count("not reachable (connection refused): what happens is kept in the run's journal") == 1
+    assert story.said.count("can't be reached (connection refused): what happens is kept in the run's journal") == 1
     story.program.run("sync", "--tracking", "sqlite")  # instead of the one that is not there
 
     from mlflow import MlflowClient

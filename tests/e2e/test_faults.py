@@ -223,7 +223,7 @@ def test_an_mlflow_that_is_not_there_costs_a_sentence_and_sync_delivers_each_poi
         uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
         said = program.run("run", "small.toml", "--inline", "--set", f"tracking.uri={uri}")
     assert program.status()["pretrain"] == "done"
-    assert said.count(f"MLflow {uri} not reachable (connection refused): what happens is kept in the run's journal") == 1
+    assert said.count(f"MLflow {uri} can't be reached (connection refused): what happens is kept in the run's journal") == 1
 
     from mlflow import MlflowClient
 

@@ -1,4 +1,4 @@
-"""Lineage goes from an artifact to the files it comes from and back, and tells who made what, with which code and licence."""
+"""lineage.py and lineage_text.py: from an artifact to the files it comes from and back, with makers, code and licences."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipelines.observe.lineage import as_html, as_mermaid, as_text, code_digest, trace, trace_all
-from pipelines.store.store import Action, Store
+from pipelines.observe.lineage import code_digest, trace, trace_all
+from pipelines.observe.lineage_text import as_html, as_mermaid, as_text
+from pipelines.store.action import Action
+from pipelines.store.store import Store
 
 
 def made(store: Store, stage: str, kind: str, inputs: dict[str, list[str]], run: str = "r1", started_ms: int = 0, **more: Any) -> Action:
@@ -88,10 +90,10 @@ def test_an_assistant_is_traced_down_to_its_documents_conversations_preferences_
     assert text.count("licence CC-BY-4.0") == 4
     for source in ("books/emma", "chats/chats", "pairs/pairs", "rated/rated", "asked/asked"):
         assert text.count(f"source {source}.jsonl  sha256 ") == 1
-    assert text.count("chat format gptline-1, 1,074,304 parameters\n") == 2  # sft's and rl's; that it is a policy, its name says
+    assert text.count("1,074,304 parameters, chat format gptline-1\n") == 2  # sft's and rl's; the title says that they are policies
 
 
-def test_what_was_made_of_a_conversation_is_told_with_each_models_role(store: Store, whole_line: dict[str, Action]) -> None:
+def test_what_was_made_from_a_conversation_is_listed_with_each_models_role(store: Store, whole_line: dict[str, Action]) -> None:
     below = as_text(trace(store, whole_line["conversations"].output)).split("  conversations:\n")[1].splitlines()
     short = {stage: whole_line[stage].output[:12] for stage in ("sft", "reward_model", "rl")}
     assert [re.sub(r"  \d{4}-.* s", "", row) for row in below if row] == [
@@ -123,28 +125,28 @@ def test_a_model_is_traced_down_to_its_documents_their_files_and_their_licence(s
     text = as_text(trace(store, line["pretrain"].output))
     assert text.startswith(f"policy model {line['pretrain'].output[:12]}  pretrain\n")
     assert f"tokens: tokens {line['tokenize'].output[:12]}  tokenize" in text
-    assert "20,000,000 bytes, 1,812 documents" in text
+    assert "1,812 documents, 20,000,000 bytes" in text
     assert "licence CC0-1.0" in text
     assert f"source books/emma.jsonl  sha256 {'e' * 12}" in text
     assert "config steps 800" in text
     assert f"code {code_digest(line['pretrain'])[:12]} (2 definitions), torch 2.13.0" in text
 
 
-def test_the_other_way_shows_what_was_made_of_it(store: Store, line: dict[str, Action]) -> None:
+def test_the_other_direction_shows_what_was_made_from_it(store: Store, line: dict[str, Action]) -> None:
     text = as_text(trace(store, line["documents"].output))
-    below = text.split(f"made of documents {line['documents'].output[:12]}  documents:\n")[1]
+    below = text.split(f"made from documents {line['documents'].output[:12]}  documents:\n")[1]
     indents = {stage: row.index("─ ") for row in below.splitlines() for stage in ("pretrain", "evaluate") if f"  {stage}  " in row}
     assert indents["evaluate"] == indents["pretrain"] + 3
     assert below.count("  tokenizer  ") == 1
 
 
-def test_an_artifact_reached_twice_is_told_once(store: Store, line: dict[str, Action]) -> None:
+def test_an_artifact_that_is_reached_twice_is_described_once(store: Store, line: dict[str, Action]) -> None:
     text = as_text(trace(store, line["pretrain"].output))
     assert text.count("1,812 documents") == 1
     assert text.count("(shown above)") == 1
 
 
-def test_without_downstream_only_what_went_in_is_there(store: Store, line: dict[str, Action]) -> None:
+def test_without_downstream_the_lineage_has_only_what_went_in(store: Store, line: dict[str, Action]) -> None:
     lineage = trace_all(store, [line["pretrain"].output], downstream=False)
     assert {node.stage for node in lineage.nodes.values()} == {"documents", "tokenizer", "tokenize", "pretrain"}
 
@@ -163,7 +165,7 @@ def test_two_makers_of_one_artifact_are_both_shown_the_newest_first(store: Store
     )
     text = as_text(trace(store, line["pretrain"].output))
     assert text.index("by run r2") < text.index("by run r1")
-    assert "there with steps 800, other code in 2 definitions" in text
+    assert "with steps 800, other code in 2 definitions" in text
 
 
 def test_a_mermaid_label_can_not_break_out_of_its_quotes(store: Store) -> None:
@@ -175,20 +177,36 @@ def test_a_mermaid_label_can_not_break_out_of_its_quotes(store: Store) -> None:
     assert "<b>" not in as_html(trace(store, odd.output))
 
 
-def test_an_arrow_goes_from_what_was_read_to_what_was_made_of_it(store: Store, line: dict[str, Action]) -> None:
+def test_an_arrow_goes_from_what_was_read_to_what_was_made_from_it(store: Store, line: dict[str, Action]) -> None:
     chart = as_mermaid(trace_all(store, [line["tokenizer"].output], downstream=False))
     named = {row.split("<br/>")[0].split('"')[1]: row.split()[0][:2] for row in chart.splitlines() if "<br/>" in row}
     assert f'    {named["documents"]} -->|"documents"| {named["tokenizer"]}' in chart.splitlines()
     assert chart.count("-->") == 2  # that, and the source into the documents
 
 
-def test_what_no_record_speaks_of_is_said_so(store: Store) -> None:
+def test_an_artifact_without_a_record_says_so(store: Store) -> None:
     folder = store.new_folder()
     (folder / "file").write_text("x")
     digest = store.publish(folder, "documents", {}).digest
-    assert "made outside of what this store has records of" in as_text(trace(store, digest))
+    assert "this store has no record of how it was made" in as_text(trace(store, digest))
 
 
-def test_files_that_are_gone_leave_their_record(store: Store, line: dict[str, Action]) -> None:
+def test_deleted_files_leave_their_record(store: Store, line: dict[str, Action]) -> None:
     store.backend.delete(f"artifacts/{line['tokenize'].output}/manifest.json")
-    assert f"tokens {line['tokenize'].output[:12]}  tokenize  (files gone)" in as_text(trace(store, line["pretrain"].output))
+    assert f"tokens {line['tokenize'].output[:12]}  tokenize  (files deleted)" in as_text(trace(store, line["pretrain"].output))
+
+
+def test_counts_of_records_are_in_the_tree(store: Store) -> None:
+    metadata = {
+        "pairs": 760, "bytes": 81_000, "train": {"pairs": 687}, "held_out": {"pairs": 73}, "records": {"read": 999, "bad": 163},
+    }  # fmt: skip
+    pairs = made(store, "pairs", "preferences", {}, metadata=metadata)
+    assert "760 pairs (73 held out; 163 bad), 81,000 bytes\n" in as_text(trace(store, pairs.output))
+
+
+def test_the_page_has_the_picture_and_the_tree(store: Store, line: dict[str, Action]) -> None:
+    page = as_html(trace(store, line["pretrain"].output))
+    assert page.count("<rect") == 5
+    assert "source books/emma.jsonl" in page
+    both = as_html(trace_all(store, [line["pretrain"].output, line["tokenizer"].output]))
+    assert "<h1>Lineage of 2 artifacts</h1>" in both

@@ -1,4 +1,4 @@
-"""A run's page is one file that a browser opens without a network, and nothing from data is markup in it."""
+"""page.py: a run's page is one file that a browser opens without a network, and nothing from data becomes markup in it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
-import pytest
-
 from cluster.commit import canonical_json
-from pipelines.observe.page import _stretches, _ticks, render
+from pipelines.observe.page import render
+from pipelines.store.action import Action
+from pipelines.store.events import Note, RunEnded, RunStarted, StageEnded
 from pipelines.store.journal import JournalWriter
-from pipelines.store.store import Action, Store
+from pipelines.store.store import Store
 
 
 def finish(store: Store, writer: JournalWriter, stage: str, kind: str, files: dict[str, str], **more: Any) -> Action:
@@ -28,18 +28,18 @@ def finish(store: Store, writer: JournalWriter, stage: str, kind: str, files: di
         )
     )  # fmt: skip
     writer.write(
-        "stage_ended", stage=stage, status="done", decision="run", reason="new", key=action.key, number=action.number, output=output,
-        seconds=61.0, error=None,
-    )  # fmt: skip
+        StageEnded(
+            stage=stage, status="done", decision="run", reason="new", key=action.key, number=action.number, output=output, seconds=61.0
+        )
+    )
     return action
 
 
 def begin(store: Store, run: str = "r1", **fields: Any) -> JournalWriter:
     store.backend.put(f"runs/{run}/run.json", canonical_json({"run": run, "pipeline": "line", "config": {"seed": 1}, "snapshot": "c" * 64}))
     writer = JournalWriter(store, run)
-    writer.write(
-        "run_started", **({"pipeline": "line", "run": run, "command": "gptline run line.toml", "user": "ada", "host": "h"} | fields)
-    )
+    given = {"pipeline": "line", "run": run, "command": "gptline run line.toml", "user": "ada", "host": "h"}
+    writer.write(RunStarted(**(given | fields)))
     return writer
 
 
@@ -51,11 +51,13 @@ class Tags(HTMLParser):
         self.open: list[str] = []
         self.seen: set[str] = set()
         self.links: list[str] = []
+        self.ids: set[str] = set()
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.add(tag)
         self.links += [value or "" for name, value in attrs if name in ("href", "src")]
+        self.ids |= {value or "" for name, value in attrs if name == "id"}
         if tag not in ("meta", "br"):
             self.open.append(tag)
 
@@ -66,7 +68,7 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_a_page_stands_alone_and_every_element_is_closed(store: Store) -> None:
+def test_a_page_needs_no_other_file_its_links_lead_to_itself_and_every_element_is_closed(store: Store) -> None:
     writer = begin(store)
     tokens = finish(store, writer, "tokenize", "tokens", {"train.bin": "x"})
     curve = [(step, 5.0 - step / 100, step) for step in range(0, 101, 10)]
@@ -82,11 +84,12 @@ def test_a_page_stands_alone_and_every_element_is_closed(store: Store) -> None:
     report = {"samples": [{"prompt": "Once", "text": "Once upon a time"}]}
     figures = {"eval/bits_per_byte": 1.75, "eval/xz_bits_per_byte": 2.58, "eval/ppmd_bits_per_byte": 1.5}
     finish(store, writer, "evaluate", "report", {"report.json": json.dumps(report)}, inputs={"model": [model.output]}, figures=figures)
-    writer.write("run_ended", status="FINISHED", exit_code=0, text="")
+    writer.write(RunEnded(status="FINISHED", exit_code=0))
     page = render(store, "r1")
     tags = Tags(page)
     assert tags.open == []
-    assert tags.links == []
+    assert {"#stages", "#lineage", "#config", "#stage-pretrain"} <= set(tags.links)
+    assert {link.removeprefix("#") for link in tags.links} <= tags.ids  # every link stays on the page and leads somewhere
     assert not tags.seen & {"script", "link", "img", "iframe"}
     assert "url(" not in page
     assert "@import" not in page
@@ -109,33 +112,31 @@ def test_a_page_stands_alone_and_every_element_is_closed(store: Store) -> None:
     assert len(re.findall("<polyline", page)) == 2
 
 
-def test_markup_in_data_is_shown_and_not_obeyed(store: Store) -> None:
+def test_markup_in_data_is_shown_as_text(store: Store) -> None:
     evil = "<script>alert(1)</script>"
     writer = begin(store, command=evil, user=evil)
-    writer.write("note", stage="evaluate", text=evil)
+    writer.write(Note(stage="evaluate", text=evil))
     report = {"samples": [{"prompt": evil, "text": f"{evil}</blockquote>"}]}
     finish(store, writer, "evaluate", "report", {"report.json": json.dumps(report)}, figures={"eval/bits_per_byte": 1.0})
-    writer.write(
-        "stage_ended", stage=f"odd{evil}", status="failed", decision="run", reason=evil, error=evil, key="", number=None, output=None
-    )
-    writer.write("run_ended", status="FAILED", exit_code=1, text=evil)
+    writer.write(StageEnded(stage=f"odd{evil}", status="failed", decision="run", reason=evil, error=evil))
+    writer.write(RunEnded(status="FAILED", exit_code=1, text=evil))
     page = render(store, "r1")
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert Tags(page).open == []
 
 
-def test_questions_stand_beside_what_each_model_answered(store: Store) -> None:
+def test_questions_are_shown_beside_what_each_model_answered(store: Store) -> None:
     writer = begin(store)
     answers = {"prompt": "What does len do?", "reference": "Counts.", "answer": "Counts.", "baseline": "Cou<nts"}
     finish(store, writer, "evaluate", "report", {"report.json": json.dumps({"samples": [answers]})}, figures={"eval/exactly_right": 1.0})
     page = render(store, "r1")
-    assert "<th>asked</th><th>right</th><th>this model, likeliest</th><th>baseline, likeliest</th>" in page
+    assert "<th>asked</th><th>right</th><th>this model, most likely</th><th>baseline, most likely</th>" in page
     assert "<td>What does len do?</td><td>Counts.</td><td>Counts.</td><td>Cou&lt;nts</td>" in page
     assert Tags(page).open == []
 
 
-def test_the_forecast_stands_beside_what_the_run_took_where_there_was_one(store: Store) -> None:
+def test_the_forecast_is_shown_beside_the_duration_if_there_was_one(store: Store) -> None:
     begin(store, forecast_s=754.0).flush()
     begin(store, "r2", forecast_s=None).flush()
     assert "<dt>Forecast</dt><dd>12 min 34 s</dd>" in render(store, "r1")
@@ -148,7 +149,7 @@ def row(page: str, figure: str) -> list[str]:
     return re.findall(r"<td[^>]*>(.*?)</td>", found)
 
 
-def test_a_figure_stands_beside_the_baselines_with_a_sentence_and_what_a_bar_shows_is_not_told_twice(store: Store) -> None:
+def test_a_figure_is_shown_beside_the_baselines_with_its_meaning_and_not_again_if_it_has_a_bar(store: Store) -> None:
     writer = begin(store)
     figures = {
         "eval/bits_per_byte": 1.75, "eval/xz_bits_per_byte": 2.5, "eval/truncated_share": 0.02, "eval/my_own": 7.0,
@@ -159,11 +160,11 @@ def test_a_figure_stands_beside_the_baselines_with_a_sentence_and_what_a_bar_sho
     page = render(store, "r1")
     head = re.findall(r"<th>Figure</th>(.*?)</tr>", page)
     assert [re.sub("<[^>]*>", " ", each).split("  ") for each in head] == [
-        [" this model", "baseline", "best of several draws", "What it says "]
+        [" this model", "baseline", "best of several samples", "What it means "]
     ]
     right = row(page, "eval/exactly_right")
     assert right[:3] == ["0.5", "0.25", "0.75"]
-    assert right[3].startswith("Share of questions answered right to the letter")
+    assert right[3].startswith("Share of held-out questions whose most likely answer equals the right one to the letter")
     assert row(page, "eval/kl_nats_per_response")[:3] == ["4.5", "", ""]
     assert row(page, "eval/my_own") == ["7", "", "", ""]
     names = re.findall(r'class="metric">(.*?)</th>', page)
@@ -171,17 +172,17 @@ def test_a_figure_stands_beside_the_baselines_with_a_sentence_and_what_a_bar_sho
     assert "1.750" in page  # at its bar
 
 
-def test_pairs_of_a_kind_stand_below_all_pairs(store: Store) -> None:
+def test_the_accuracy_of_a_pair_kind_is_shown_below_that_of_all_pairs(store: Store) -> None:
     writer = begin(store)
     figures = {"eval/rating_auc": 0.8, "eval/pair_accuracy_refusal": 0.9, "eval/pair_accuracy": 0.7}
     finish(store, writer, "reward_model", "model", {"model": "x"}, figures=figures, metadata={"role": "reward"})
     page = render(store, "r1")
     assert re.findall(r'class="metric">(.*?)</th>', page) == ["eval/pair_accuracy", "eval/pair_accuracy_refusal", "eval/rating_auc"]
-    assert row(page, "eval/pair_accuracy_refusal") == ["0.9", "The same for pairs of the kind refusal alone."]
+    assert row(page, "eval/pair_accuracy_refusal") == ["0.9", "The same for pairs of kind refusal only."]
     assert "<span>reward model</span>" in page
 
 
-def test_bits_per_byte_that_are_no_number_stand_in_the_table_since_they_have_no_bar(store: Store) -> None:
+def test_infinite_bits_per_byte_are_in_the_table_since_they_can_have_no_bar(store: Store) -> None:
     writer = begin(store)
     figures = {"eval/bits_per_byte": math.inf, "eval/xz_bits_per_byte": 2.5}
     finish(store, writer, "evaluate", "report", {"report.json": "{}"}, figures=figures)
@@ -215,7 +216,7 @@ def test_a_stage_that_logs_neither_loss_nor_score_shows_its_curves_unfolded(stor
     assert "<details open><summary>data: 1 curve</summary>" in render(store, "r1")
 
 
-def test_what_comes_from_outside_is_drawn_right_above_the_first_that_reads_it(store: Store) -> None:
+def test_a_box_without_inputs_is_drawn_right_above_its_first_reader_and_links_to_its_stage(store: Store) -> None:
     writer = begin(store)
     documents = finish(store, writer, "documents", "documents", {"train.jsonl": "x"}, metadata={"bytes": 9, "documents": 4})
     pretrain = finish(
@@ -230,6 +231,7 @@ def test_what_comes_from_outside_is_drawn_right_above_the_first_that_reads_it(st
     assert at["pretrain"][0] != at["talks"][0]
     assert f">policy model {pretrain.output[:8]}<" in drawing
     assert ">4 documents<" in drawing
+    assert sorted(re.findall('<a href="(.*?)">', drawing)) == ["#stage-documents", "#stage-pretrain", "#stage-sft", "#stage-talks"]
     assert len(re.findall("<path", drawing)) == 3
 
 
@@ -238,8 +240,10 @@ def test_a_reused_stage_shows_the_curve_of_the_action_it_reuses(store: Store) ->
     made = finish(store, first, "pretrain", "model", {"model": "x"}, curves={"train/loss": [(0, 5.0, 0), (10, 4.0, 1)]})
     second = begin(store, "r2")
     second.write(
-        "stage_ended", stage="pretrain", status="reused", decision="reuse", reason="nothing changed", key=made.key, number=1,
-        output=made.output, seconds=0.0, error=None,
+        StageEnded(
+            stage="pretrain", status="reused", decision="reuse", reason="nothing changed", key=made.key, number=1, output=made.output,
+            seconds=0.0,
+        )
     )  # fmt: skip
     page = render(store, "r2")
     assert "pretrain: loss over steps" in page
@@ -252,26 +256,20 @@ def test_a_run_that_died_before_its_first_stage_has_a_page_too(store: Store) -> 
     assert Tags(render(store, "r1")).open == []
 
 
-def test_a_value_that_is_no_number_leaves_a_gap() -> None:
-    points = [(0, 1.0, 0), (1, 2.0, 0), (2, math.nan, 0), (3, math.inf, 0), (4, 3.0, 0)]
-    assert _stretches(points) == [[(0, 1.0), (1, 2.0)], [(4, 3.0)]]
+def test_counts_of_an_output_are_shown_with_its_digest(store: Store) -> None:
+    writer = begin(store)
+    metadata = {
+        "pairs": 760, "train": {"pairs": 687, "bytes": 9}, "held_out": {"pairs": 73, "bytes": 1},
+        "records": {"read": 999, "bad": 163, "duplicate": 76},
+    }  # fmt: skip
+    pairs = finish(store, writer, "pairs", "preferences", {"train.jsonl": "x"}, metadata=metadata)
+    page = render(store, "r1")
+    assert f"{pairs.output[:12]}</code>" in page
+    assert '<div class="counts">760 pairs (73 held out; 163 bad, 76 duplicates)</div>' in page
+    assert ">760 pairs<" in page  # in its box
 
 
-def test_a_long_curve_is_thinned_and_keeps_its_lowest_and_highest_point() -> None:
-    points = [(step, float(step % 97), 0) for step in range(100_000)] + [(100_000, 500.0, 0), (100_001, -7.0, 0)]
-    [thin] = _stretches(points)
-    assert len(thin) <= 600
-    assert {500.0, -7.0} <= {value for _, value in thin}
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "about", "ticks"),
-    [(0, 800, 7, [0, 200, 400, 600, 800]), (2.56, 8.4, 5, [2, 4, 6, 8, 10]), (0.0, 0.003, 3, [0, 0.001, 0.002, 0.003])],
-)
-def test_ticks_are_round_and_enclose_the_values(low: float, high: float, about: int, ticks: list[float]) -> None:
-    assert _ticks(low, high, about) == pytest.approx(ticks)
-
-
-def test_one_lone_value_still_has_an_axis() -> None:
-    ticks = _ticks(3.0, 3.0, 3)
-    assert ticks[0] < 3.0 < ticks[-1]
+def test_a_run_whose_clocks_disagree_has_no_duration(store: Store) -> None:
+    writer = begin(store, time_ms=7_200_000)
+    writer.write(RunEnded(time_ms=0, status="KILLED"))
+    assert "<dt>Took</dt>" not in render(store, "r1")

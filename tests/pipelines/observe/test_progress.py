@@ -1,38 +1,32 @@
-"""Progress adds up the journal's events: plain lines in a pipe, rows on a terminal, a table in the end."""
+"""progress.py: plain lines in a pipe, rows on a terminal, and no error if either is lost."""
 
 from __future__ import annotations
 
 import io
+import shlex
 import subprocess
 import sys
 from typing import Any
 
-from pipelines.observe.progress import Progress, StageView, plan_lines, seconds_left
-from pipelines.plan.planner import Decision
+import pytest
+
+from cluster.events import Point
+from pipelines.observe.progress import Progress
+from pipelines.store.events import Announcement, Note, RunEnded, RunStarted, StageEnded, StagePlanned, StagePoints, StageStarted
 
 
-def event(type: str, time_ms: int = 0, **fields: Any) -> dict[str, Any]:
-    return {"type": type, "time_ms": time_ms, **fields}
+def started(stage: str, **fields: Any) -> StageStarted:
+    return StageStarted(**({"time_ms": 0, "stage": stage, "key": "k", "decision": "run", "reason": "lr: 0.1 -> 0.2"} | fields))
 
 
-def started(stage: str, time_ms: int = 0, **fields: Any) -> dict[str, Any]:
-    return event(
-        "stage_started", time_ms, **({"stage": stage, "key": "k", "decision": "run", "reason": "lr: 0.1 -> 0.2", "steps": None} | fields)
-    )
+def ended(stage: str, **fields: Any) -> StageEnded:
+    given = {"time_ms": 5000, "status": "done", "decision": "run", "key": "k", "number": 1, "output": "ab" * 32, "seconds": 2.5}
+    return StageEnded(**({"stage": stage} | given | fields))
 
 
-def ended(stage: str, **fields: Any) -> dict[str, Any]:
-    given = {
-        "stage": stage,
-        "status": "done",
-        "decision": "run",
-        "reason": "",
-        "key": "k",
-        "number": 1,
-        "output": "ab" * 32,
-        "seconds": 2.5,
-    }
-    return event("stage_ended", 5000, **(given | fields))
+def points(stage: str, step: int, time_ms: int, **values: float) -> StagePoints:
+    """One point of each curve; `train_loss` stands for train/loss."""
+    return StagePoints(stage=stage, curves={name.replace("_", "/", 1): [Point(step, value, time_ms)] for name, value in values.items()})
 
 
 class Clock:
@@ -42,10 +36,10 @@ class Clock:
         return self.now_s
 
 
-def test_a_pipe_gets_a_line_at_the_start_and_one_at_the_end_of_a_stage() -> None:
+def test_a_pipe_gets_a_line_when_a_stage_starts_and_one_when_it_ends() -> None:
     out = io.StringIO()
     progress = Progress(out, clock=Clock())
-    progress.show(event("stage_planned", stage="documents", decision="run", reason="new"))
+    progress.show(StagePlanned(stage="documents", decision="run", reason="new"))
     progress.show(started("documents"))
     progress.show(ended("documents"))
     progress.show(ended("tokenizer", status="reused", decision="reuse", reason="nothing changed", seconds=0))
@@ -57,120 +51,183 @@ def test_a_pipe_gets_a_line_at_the_start_and_one_at_the_end_of_a_stage() -> None
     ]
 
 
-def test_a_stage_that_was_stopped_says_where_it_goes_on() -> None:
+def test_the_line_of_a_stopped_stage_says_where_it_will_continue() -> None:
     out = io.StringIO()
     progress = Progress(out, clock=Clock())
     progress.show(started("pretrain", steps=100))
-    progress.show(ended("pretrain", status="stopped", reason="saved at step 70", output=None))
+    progress.show(ended("pretrain", status="stopped", reason="saved at step 70", output=""))
     assert out.getvalue().splitlines()[-1] == "pretrain    stopped: saved at step 70"
 
 
-def test_training_speaks_at_most_every_ten_seconds() -> None:
+def test_training_reports_at_most_every_ten_seconds() -> None:
     out, clock = io.StringIO(), Clock()
     progress = Progress(out, clock=clock)
     progress.show(started("pretrain", steps=800))
     for step in range(1, 801):  # ten steps a second: 80 s, a tenth of it every 8 s
         clock.now_s = step / 10
-        row = [["train/loss", step, 8.0 - step / 200, step * 100], ["train/tokens_per_s", step, 41_200.0, step * 100]]
-        progress.show(event("points", stage="pretrain", points=row))
+        progress.show(points("pretrain", step, step * 100, train_loss=8.0 - step / 200, train_tokens_per_s=41_200.0))
     lines = out.getvalue().splitlines()
     assert len(lines) == 1 + 8
     assert lines[2] == "pretrain    step 200/800  loss 7.000  tokens/s 41,200  left 1:00"
 
 
-def test_reinforcement_learning_tells_its_score_and_not_its_loss() -> None:
+def test_reinforcement_learning_reports_its_score_and_not_its_loss() -> None:
     out, clock = io.StringIO(), Clock()
     progress = Progress(out, clock=clock)
     progress.show(started("rl", steps=24))
     clock.now_s = 60
-    values = {"train/loss": -0.0, "reward/score_mean": 0.54, "rollout/kl_k1_nats_per_response": 0.031, "rollout/tokens_per_s": 2190.0}
-    progress.show(event("points", stage="rl", points=[[name, 12, value, 60_000] for name, value in values.items()]))
+    values = {"train_loss": -0.0, "reward_score_mean": 0.54, "rollout_kl_k1_nats_per_response": 0.031, "rollout_tokens_per_s": 2190.0}
+    progress.show(points("rl", 12, 60_000, **values))
     assert out.getvalue().splitlines()[-1] == "rl          step 12/24  score 0.540  KL 0.03  tokens/s 2,190"
 
 
-def test_a_slow_stage_speaks_once_a_minute_even_before_a_tenth_is_done() -> None:
+def test_a_slow_stage_reports_once_a_minute_even_before_a_tenth_is_done() -> None:
     out, clock = io.StringIO(), Clock()
     progress = Progress(out, clock=clock)
     progress.show(started("pretrain", steps=100_000))
     for step in range(1, 121):
         clock.now_s = float(step)
-        progress.show(event("points", stage="pretrain", points=[["train/loss", step, 1.0, step * 1000]]))
+        progress.show(points("pretrain", step, step * 1000, train_loss=1.0))
     assert len(out.getvalue().splitlines()) == 1 + 2
-
-
-def test_time_left_is_read_off_the_steps_and_not_off_the_gangs_start() -> None:
-    stage = StageView("pretrain", steps=100, started_ms=0, curves={"train/loss": [(10, 1.0, 50_000), (20, 1.0, 60_000)]})
-    assert seconds_left(stage, now_ms=60_000) == 80.0  # one second a step, 80 to go
-
-
-def test_after_a_resume_the_points_of_the_earlier_attempt_say_nothing_about_the_time_left() -> None:
-    day_ms = 86_400_000
-    restored = [(10, 1.0, 1_000), (20, 1.0, 11_000)]
-    stage = StageView("pretrain", steps=100, started_ms=day_ms, curves={"train/loss": [*restored]})
-    assert seconds_left(stage, now_ms=day_ms + 5_000) is None
-    stage.curves["train/loss"] += [(30, 1.0, day_ms + 10_000)]
-    assert seconds_left(stage, now_ms=day_ms + 10_000) is None  # one point has no pace
-    stage.curves["train/loss"] += [(40, 1.0, day_ms + 20_000)]
-    assert seconds_left(stage, now_ms=day_ms + 20_000) == 60.0  # one second a step, 60 to go
 
 
 def test_no_control_character_of_a_message_reaches_a_pipe_or_a_terminal() -> None:
     for live in (False, True):
         out = io.StringIO()
         progress = Progress(out, live=live)
-        progress.show(event("note", stage="pretrain", text="rank 1 \x1b[2J died\r\n"))
+        progress.show(Note(stage="pretrain", text="rank 1 \x1b[2J died\r\n"))
         progress.close()
         assert "rank 1  [2J died" in out.getvalue()
         assert "\x1b[2J" not in out.getvalue()
 
 
-def test_a_sentence_for_people_is_a_line_of_its_own() -> None:
+def test_an_announcement_is_a_line_of_its_own() -> None:
     out = io.StringIO()
     with Progress(out) as progress:
-        progress.show({"type": "said", "text": "MLflow not reachable"})
-    assert out.getvalue() == "MLflow not reachable\n"
+        progress.show(Announcement("MLflow can't be reached"))
+    assert out.getvalue() == "MLflow can't be reached\n"
 
 
 def test_a_terminal_has_a_row_for_each_stage() -> None:
     out = io.StringIO()
     progress = Progress(out, live=True, clock=Clock())
-    progress.show(event("stage_planned", stage="pretrain", decision="run", reason="new"))
+    progress.show(StagePlanned(stage="pretrain", decision="run", reason="new"))
     progress.show(started("evaluate"))
     progress.close()
     assert "pretrain  run  new" in out.getvalue()
     assert "evaluate  run  0:00" in out.getvalue()
 
 
-def test_a_plan_is_a_line_for_each_stage_and_what_it_comes_to() -> None:
-    reused = Decision("documents", "reuse", "nothing changed", expected_s=0.0)
-    changed = Decision("pretrain", "run", "lr: 0.1 -> 0.2", expected_s=90.0, notes=("made with ranks = 2, now 8",))
-    assert plan_lines([reused, changed, Decision("evaluate", "run", "its input pretrain runs", expected_s=5.0)]) == [
-        "documents  reuse  nothing changed",
-        "pretrain   run    lr: 0.1 -> 0.2",
-        "                  made with ranks = 2, now 8",
-        "evaluate   run    its input pretrain runs",
-        "",
-        "2 of 3 stages to do, about 1:35",
-    ]
-    assert plan_lines([reused], "small: a test")[-2:] == ["", "nothing to do: every stage is reused"]
-    assert plan_lines([reused, Decision("pretrain", "run", "new")], "small: a test")[-2] == "small: a test"
-    assert plan_lines([reused, Decision("pretrain", "run", "new", expected_s=60)], "small: a test")[-2] == ""
-    assert plan_lines([reused, Decision("pretrain", "run", "new")])[-1] == "1 of 2 stages to do, how long nobody knows yet"
-    blocked = Decision("rl", "blocked", "reward_model's gate is closed")
-    assert (
-        plan_lines([reused, Decision("pretrain", "run", "new", expected_s=60), blocked])[-1] == "1 of 3 stages to do, about 1:00; 1 blocked"
-    )
-
-
-def test_the_last_words_of_a_run_are_said_when_the_progress_closes() -> None:
+def test_the_outcome_of_a_run_is_printed_when_the_progress_closes() -> None:
     out = io.StringIO()
     with Progress(out) as progress:
-        progress.show(event("run_started", 0, pipeline="line"))
+        progress.show(RunStarted(time_ms=0, pipeline="line"))
         progress.show(ended("documents"))
-        progress.show(event("run_ended", 2000, status="FAILED", text="pretrain failed"))
+        progress.show(RunEnded(time_ms=2000, status="FAILED", text="pretrain failed"))
     assert out.getvalue().splitlines()[-2:] == ["1 made in 0:02", "pretrain failed"]
 
 
 def test_rich_is_imported_only_for_a_terminal() -> None:
     code = "import io, sys; from pipelines.observe.progress import Progress; Progress(io.StringIO()); assert 'rich' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_finished_stage_shows_what_its_output_holds() -> None:
+    out = io.StringIO()
+    progress = Progress(out, clock=Clock(), summarize={"ab" * 32: "760 pairs (73 held out; 163 bad, 76 duplicates)"}.__getitem__)
+    progress.show(ended("pairs", seconds=4.5))
+    progress.show(ended("pairs", status="failed", error="no space left", output=""))
+    assert out.getvalue().splitlines() == [
+        "pairs       made: 4.5 s  760 pairs (73 held out; 163 bad, 76 duplicates)  abababababab",
+        "pairs       failed: no space left",
+    ]
+
+
+def test_rows_show_what_an_output_holds_too() -> None:
+    out = io.StringIO()
+    progress = Progress(out, live=True, clock=Clock(), summarize=lambda digest: "760 pairs")
+    progress.show(ended("pairs"))
+    progress.close()
+    assert "pairs  run  2.5 s  760 pairs  abababababab" in out.getvalue()
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("term", ["dumb", "unknown", None])
+def test_a_terminal_that_can_not_redraw_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, term: str | None) -> None:
+    monkeypatch.delenv("TERM", raising=False) if term is None else monkeypatch.setenv("TERM", term)
+    out = Terminal()
+    with Progress(out, clock=Clock()) as progress:
+        progress.show(started("pretrain"))
+        progress.show(ended("pretrain"))
+    assert out.getvalue() == "pretrain    run: lr: 0.1 -> 0.2\npretrain    made: 2.5 s  abababababab\n"
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_an_ascii_terminal_gets_escapes_for_what_it_lacks(live: bool) -> None:
+    data = io.BytesIO()
+    out = io.TextIOWrapper(data, encoding="ascii")
+    with Progress(out, live=live, clock=Clock()) as progress:
+        progress.show(ended("pairs", status="failed", error="no file \u8bd7.csv", output=""))
+        progress.show(Note(stage="pairs", text="\u2192"))
+    out.flush()
+    assert b"no file \\u8bd7.csv" in data.getvalue()
+    assert b"\\u2192" in data.getvalue()
+
+
+class Lost(io.StringIO):
+    """An output whose reader has gone away."""
+
+    attempts = 0
+
+    def write(self, text: str) -> int:
+        self.attempts += 1
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_lost_output_is_given_up_after_one_attempt(live: bool) -> None:
+    out = Lost()
+    with Progress(out, live=live, clock=Clock()) as progress:
+        progress.show(started("pretrain"))
+        progress.show(Announcement("stopping"))
+        progress.show(ended("pretrain"))
+    assert out.attempts == 1
+    assert progress.view.stages["pretrain"].status == "done"
+
+
+@pytest.mark.parametrize("output", ["a closed pipe", "a full device", "nothing"])
+def test_a_process_that_loses_its_standard_output_ends_well(output: str) -> None:
+    code = (
+        "from pipelines.observe.progress import Progress; from pipelines.store.events import Announcement\n"
+        "with Progress() as progress:\n"
+        "    for _ in range(3000): progress.show(Announcement('a line of some length, so that the buffer fills up'))\n"
+        "open('/dev/stderr', 'w').write('done')"
+    )
+    shell = {"a closed pipe": "| true; exit ${PIPESTATUS[0]}", "a full device": "> /dev/full", "nothing": ">&-"}[output]
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {shell}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "done")
+
+
+def test_the_cursor_is_visible_while_rows_change_so_that_a_killed_run_can_not_leave_it_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    progress = Progress(out, clock=Clock())
+    shown, hidden = out.getvalue().rfind("\x1b[?25h"), out.getvalue().rfind("\x1b[?25l")
+    progress.close()
+    assert shown > hidden
+
+
+def test_a_duration_that_another_machines_clock_makes_negative_is_not_shown() -> None:
+    out = io.StringIO()
+    with Progress(out, clock=Clock()) as progress:
+        progress.show(RunStarted(time_ms=4_382_000, pipeline="line"))
+        progress.show(started("pretrain", time_ms=4_382_000))
+        progress.show(RunEnded(time_ms=0, status="KILLED", text="its driver is gone"))
+    assert out.getvalue().splitlines()[-2:] == ["1 killed", "its driver is gone"]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipelines.observe.page import render
-from pipelines.observe.progress import Progress, plan_lines
+from pipelines.observe.plan_rows import plan_lines
+from pipelines.observe.progress import Progress
 from pipelines.plan.config import ConfigError, load
 from pipelines.plan.environment import ROOT
 from pipelines.plan.graph import build
@@ -181,7 +182,7 @@ def test_the_output_behind_a_closed_gate_is_kept_and_the_plan_agrees_with_the_ru
     }
     lines = plan_lines(gated.decisions)
     assert lines[1].strip() == CLOSED  # under the row of `measure`
-    assert lines[-1] == "nothing to do: 2 blocked"
+    assert lines[-1] == "nothing to run: 2 blocked"
 
 
 def test_changing_a_gate_reruns_nothing_and_only_decides_what_may_be_read(gated: Gated):

@@ -15,11 +15,11 @@ def test_a_run_says_first_how_much_there_is_to_do_and_a_first_one_what_its_file_
     small.write("small.toml", TOML.replace("seed = 1", 'about = "three letters of each word; a second"\nseed = 1'))
     small.run()
     begun = small.announced()[:2]
-    assert begun == ["small: three letters of each word; a second", "3 of 3 stages to do, how long nobody knows yet"]
+    assert begun == ["small: three letters of each word; a second", "3 of 3 stages to run, duration unknown"]
     small.run("stages.cut.letters=2")
-    assert small.announced()[0].startswith("2 of 3 stages to do, about ")
+    assert small.announced()[0].startswith("2 of 3 stages to run, about ")
     small.run("stages.cut.letters=2")
-    assert not any("to do" in text for text in small.announced())
+    assert not any("to run" in text for text in small.announced())
 
 
 def test_a_second_run_reuses_all_and_a_plan_says_by_whom(small: Small):
