@@ -1,6 +1,6 @@
 """Ingest: outside text becomes documents, checked, deduplicated, weighted and split, with nothing lost in silence.
 
-`pipelines.reading` finds the records, `pipelines.documents` their text, and `pipelines.records` decides about each.
+`pipelines.ingest` finds the records, their text, and decides about each.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from pydantic import Field
 
 from pipelines.artifacts import Documents
-from pipelines.documents import WeightedSource, to_text
-from pipelines.reading import SourceSettings
-from pipelines.records import IngestSettings, gather
+from pipelines.ingest.documents import WeightedSource, to_text
+from pipelines.ingest.gather import gather
+from pipelines.ingest.settings import IngestSettings, SourceSettings
 from pipelines.stage import StageConfig, StageContext
 
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipelines.documents import WeightedSource
-from pipelines.reading import SourceSettings
-from pipelines.records import HoldOut, Record, Splits
+from pipelines.ingest.documents import WeightedSource
+from pipelines.ingest.records import Record
+from pipelines.ingest.settings import HoldOut, SourceSettings
+from pipelines.ingest.splits import Splits
 from pipelines.stage import StageFailure
 from pipelines.stages.ingest import IngestConfig
 

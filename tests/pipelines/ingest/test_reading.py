@@ -9,8 +9,9 @@ import tracemalloc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pipelines.ingest.files import template_columns
+from pipelines.ingest.spans import array_elements, lines, paragraphs, whole
 
-from pipelines.reading import array_elements, lines, paragraphs, template_columns, whole
 from pipelines.stage import StageFailure
 
 MIB = 2**20

@@ -5,8 +5,9 @@ from __future__ import annotations
 import string
 from typing import Any
 
-from pipelines.reading import SourceSettings, kind_of
-from pipelines.records import Weighted, column_of
+from pipelines.ingest.gather import column_of
+from pipelines.ingest.rows import kind_of
+from pipelines.ingest.settings import SourceSettings, Weighted
 
 
 class WeightedSource(SourceSettings, Weighted):
