@@ -17,7 +17,8 @@ DOORS = {
     "mlflow": ["pipelines/tracking.py"],
     "deepspeed": ["cluster/deepspeed_engine.py"],
     "ray": ["cluster/gang.py", "cluster/jobs.py", "cluster/ray_session.py"],
-    "datasets": ["pipelines/ingest/tables.py"],
+    "datasets": [],
+    "pyarrow": ["pipelines/ingest/parquet.py", "pipelines/ingest/streams.py"],
     "typer": ["pipelines/cli.py"],
     "rich": ["pipelines/progress.py"],
     "tokenizers": ["gpt/tokenizer.py"],
@@ -81,7 +82,7 @@ def test_packages_are_empty_but_for_their_modules():
     ],
 )
 def test_what_a_plan_imports_is_light(module: str):
-    heavy = ("torch", "ray", "deepspeed", "mlflow", "datasets", "transformers", "numpy")
+    heavy = ("torch", "ray", "deepspeed", "mlflow", "datasets", "pyarrow", "transformers", "numpy")
     script = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

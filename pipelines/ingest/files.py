@@ -6,36 +6,47 @@ import difflib
 import glob
 import os
 import re
-import string
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".tzst", ".7z", ".rar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def expand(patterns: Iterable[str], data: Path) -> list[str]:
-    """The files' names in reading order; ValueError names what is missing, what can't be read, and the nearest names."""
+def expand(patterns: Iterable[str], data: Path, *, follow_links: bool = False) -> list[str]:
+    """The files' names in reading order; ValueError names what is missing, what can't be read, and the nearest names.
+
+    Unless `follow_links`, a link that leads out of the data folder is refused: a data set that somebody else packed could otherwise
+    read any file of this machine. A pattern that is absolute, or that climbs by "..", names its own folder instead.
+    """
     names: dict[str, str] = {}  # by the file itself: one that has several names is read once, by its first
     faults = []
     for pattern in patterns:
+        pattern = os.path.expanduser(pattern)
         found = {name for name in _matches(pattern, data) if (data / name).is_file()}
         if not found:
             faults.append(_nothing_found(data, pattern))
-        for name in sorted(found, key=_natural_order):
-            if names.setdefault(os.path.realpath(data / name), name) == name and (fault := _unreadable(data / name)):
+        inside = _boundary(pattern, data)
+        for name in sorted(found, key=natural_order):
+            real = os.path.realpath(data / name)
+            if names.setdefault(real, name) != name:
+                continue
+            if not follow_links and not Path(real).is_relative_to(inside):
+                faults.append(
+                    f"{name}: a link that leads out of {inside}, to {real}; set follow_links = true if it may be read, or name that file"
+                )
+            elif fault := _unreadable(data / name):
                 faults.append(f"{name}: {fault}")
     if faults:
         raise ValueError("; ".join(faults))
     return list(names.values())
 
 
-def template_columns(template: str) -> list[str]:
-    """The columns that a template such as "{title}: {text}" names; ValueError where its braces don't match."""
-    return [
-        name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-        for _, name, spec, conversion in string.Formatter().parse(template)
-        if name is not None
-    ]
+def _boundary(pattern: str, data: Path) -> str:
+    """The folder that a pattern's files must be in: the data folder, or the one that an absolute or climbing pattern names."""
+    literal = glob.escape(pattern) == pattern
+    named = os.path.normpath(data / (pattern if literal else re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]))
+    root = os.path.normpath(data)
+    return os.path.realpath(root if Path(named).is_relative_to(root) else named)
 
 
 def _matches(pattern: str, root: Path) -> Iterator[str]:
@@ -52,10 +63,10 @@ def _matches(pattern: str, root: Path) -> Iterator[str]:
 
 
 def _folders(root: Path) -> Iterator[str]:
-    """`root` and each folder below that isn't hidden, relative to it: by its own name, or by a link's where it has no other there."""
+    """`root` and each folder below it that isn't hidden, relative to `root`, each once; under a link's name only if it has no other."""
     entered = set()
     tops = [""]
-    for top in tops:  # grows by the links, which so come after all that can be reached without them
+    for top in tops:  # grows by the links, which therefore come after everything that can be reached without them
         for path, below, _ in os.walk(root / top):
             if (itself := os.path.realpath(path)) in entered:
                 below.clear()
@@ -67,7 +78,8 @@ def _folders(root: Path) -> Iterator[str]:
             tops += [os.path.join(folder, name) for name in below if os.path.islink(os.path.join(path, name))]
 
 
-def _natural_order(name: str) -> list[tuple[int, str]]:
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A sort key by which 2 comes before 10."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name)]
 
 
@@ -76,7 +88,7 @@ def _nothing_found(data: Path, pattern: str) -> str:
         return f"files: the data folder {data} doesn't exist; set `data` to the folder that has {pattern!r}"
     folder = data / pattern
     if folder.is_dir():
-        return f"files: {pattern!r} is a folder; want files, for instance {pattern.rstrip('/') + '/*'!r}"
+        return f"files: {pattern!r} is a folder, expected files, for instance {pattern.rstrip('/') + '/*'!r}"
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     there = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
@@ -89,11 +101,8 @@ def _unreadable(path: Path) -> str | None:
         str(path).encode()
     except UnicodeEncodeError:
         return "its name is not UTF-8, and no record could hold it; rename it"
-    name = path.name.lower()
-    if name.endswith(ARCHIVES):
-        return "an archive of files; unpack it first"
-    if name.endswith(".zst"):
-        return "zstd isn't read; recompress it, for instance with `zstd -dc FILE.zst | xz > FILE.xz`"
+    if path.name.lower().endswith(ARCHIVES):
+        return "an archive of files, which isn't read; unpack it first (zip archives are read)"
     if not os.access(path, os.R_OK):
         return "no permission to read it; check its mode and owner"
     return None

@@ -1,8 +1,7 @@
-"""A record as it is read: its columns and its place, or the reason why it can't be used."""
+"""One record as it was read, its columns and its place; or the reason why it was rejected."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,10 @@ BEGINS_CHARS = 120
 
 @dataclass(frozen=True)
 class Place:
-    """Where something stands in a file, once decompressed: record, line and column (in characters) from 1, byte from 0.
+    """Where a record stands in a file: record, line and column (in characters) from 1, byte from 0.
 
-    `Place(source="books/a.jsonl", record=4, line=4, column=12, byte=310)`; a table's rows have no line.
+    Lines, columns and bytes are those of the file once decompressed, and converted to UTF-8 where `encoding` is given.
+    `Place(source="books/a.jsonl", record=4, line=4, column=12, byte=310)`; rows of Parquet have no line.
     """
 
     source: str
@@ -30,7 +30,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Row:
-    """One record that could be read."""
+    """A record that could be read."""
 
     place: Place
     columns: dict[str, Any]
@@ -40,19 +40,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Reject:
-    """One record that couldn't be used, and why."""
+    """A record that can't be used."""
 
     place: Place
     reason: str
     begins: str = ""
     """The record's first characters."""
-
-
-def kind_of(value: object) -> str:
-    """What a value is called in JSON's words, with the value where it is short."""
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    if isinstance(value, (int, float)):
-        return f"the number {value}"
-    names: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
-    return names.get(type(value), f"a {type(value).__name__}")
+    lines: int = 1
+    """How many records are lost with it: each line that a faulty quote of a CSV file spans counts as one."""

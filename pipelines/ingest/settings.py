@@ -1,7 +1,8 @@
-"""What an ingest stage can be told: which files, in which format, and what becomes of their records."""
+"""The settings of ingest: which files are read, in which format, and what happens to their records."""
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import typing
@@ -11,94 +12,153 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from gpt.settings import Settings
-from pipelines.ingest.files import expand, template_columns
+from pipelines.ingest.columns import is_template, template_columns
+from pipelines.ingest.files import expand
 from pipelines.stage import Source
+
+Format = Literal["text", "json", "csv", "parquet"]
+
+WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    "text": ("text", "fields", "records", "delimiter", "quotes", "columns"),
+    "json": ("unit", "delimiter", "quotes", "columns"),
+    "csv": ("unit", "records"),
+    "parquet": ("unit", "encoding", "records", "delimiter", "quotes", "columns"),
+}
+"""The settings of a source that its format has no use for."""
+
+
+NOT_FOR_FILES = ("idna", "punycode", "unicode_escape", "raw_unicode_escape", "utf-7")
+"""Text encodings of Python's that no file of text is in."""
 
 
 class ReadSettings(Settings):
-    """What holds for every source."""
+    """Settings that apply to every source of a stage."""
 
     max_record_bytes: int = Field(default=16 * 2**20, ge=1)
     """A longer record, or text file read as one document, is a bad record."""
     encoding_errors: Literal["strict", "replace"] = "strict"
-    """What invalid UTF-8 becomes: a bad record, or U+FFFD, counted."""
+    """What happens to bytes that the encoding doesn't have: "strict" makes a bad record, "replace" puts U+FFFD and counts them."""
+    max_growth: int = Field(default=100, ge=1)
+    """How many times its size a compressed file may grow to; up to 16 MiB it always may. A file that grows further stops the stage."""
 
 
 class SourceSettings(Settings):
-    """Files of one format and how their columns become documents.
+    """Files of one format, and how their columns become documents.
 
     `SourceSettings(source="json", files=("books/*.jsonl",), license="CC0-1.0", text="text", fields=("book",))`
     """
 
-    source: Literal["text", "json", "csv", "parquet"] | None = None
-    """Format. "json" is JSON lines or one JSON array, told apart by the first byte. .gz, .bz2 and .xz are decompressed."""
+    source: Format | None = None
+    """The format. "json" is one JSON object after another (JSON lines, or over several lines) or one array, told apart by the first
+    byte. Files whose names end with .gz, .bz2, .xz or .zst are decompressed; of a .zip, every member is read."""
     files: tuple[str, ...] = ()
-    """Names or globs, relative to the pipeline's `data`; `**` goes through folders. Read in this order,
-    the files of a glob by name, 2 before 10."""
+    """Names or globs, relative to the pipeline's `data`; `**` goes through folders. Read in this order; the files of a glob by name, 2
+    before 10."""
+    follow_links: bool = False
+    """Whether links that lead out of the data folder are followed."""
     license: str | None = None
     """SPDX identifier, carried into every record and the artifact's metadata."""
+    encoding: str = "utf-8"
+    """How text, JSON and CSV are encoded: "gbk", "latin-1", "utf-16" or any other encoding that Python knows."""
     unit: Literal["file", "paragraph", "line"] = "file"
-    """source = "text": what one document is; a paragraph ends at a blank line."""
+    """source = "text": what one document is. A paragraph ends at a blank line."""
     text: str | tuple[str, ...] = "text"
     """Where a document's text is: a column, several columns (joined by newlines), or a template such as "{title}\\n{paragraphs}".
-    A list of texts is joined by newlines; null counts as empty."""
+    `meta.title` and `turns.0.text` are paths into a column, unless a column has that very name. A list of texts is joined by newlines,
+    null is empty. Among several columns and in templates, numbers and booleans are written as in JSON: 7, 0.5, true."""
     fields: tuple[str, ...] = ()
-    """Further columns, kept in the record."""
+    """Further columns, or paths into them, that are kept in the record under the same name."""
+    records: str | None = None
+    """source = "json": where in each document the list of records is, for example "data.examples"."""
     delimiter: str = ","
-    """source = "csv": the one character that stands between two columns."""
+    """source = "csv": the character between two columns."""
+    quotes: Literal["standard", "none"] | None = None
+    """source = "csv": "standard" is RFC 4180: a field in double quotes may contain delimiters and newlines, and a quote inside it is
+    doubled. "none" takes quotes as ordinary characters. Unset: "none" where the delimiter is a tab, since TSV is published without
+    quoting far more often than not, otherwise "standard"."""
     columns: tuple[str, ...] = ()
-    """source = "csv": the columns' names, where the file has no header."""
+    """source = "csv": the columns' names, for a file without a header."""
 
     @field_validator("delimiter")
     @classmethod
-    def _delimiter_can_part_columns(cls, value: str) -> str:
+    def _delimiter_is_one_character(cls, value: str) -> str:
         if len(value) != 1 or value in '"\r\n\0':
-            raise ValueError(f'is {value!r}, wanted one character that is no quote and no end of a line, such as ";" or "\\t"')
+            raise ValueError(f'is {value!r}, expected one character that is neither a quote nor a line end, such as ";" or "\\t"')
         return value
 
+    @field_validator("columns", "fields")
+    @classmethod
+    def _names_are_distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"has {twice[0]!r} twice, expected distinct names")
+        return names
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_exists(cls, name: str) -> str:
+        try:
+            "".encode(name)
+            "a".encode(name).decode(name)
+            if codecs.lookup(name).name in NOT_FOR_FILES:
+                raise LookupError
+        except (LookupError, UnicodeError, ValueError):
+            raise ValueError(f'is {name!r}, which Python has no text encoding for; expected for example "gbk" or "latin-1"') from None
+        return name
+
+    @field_validator("records")
+    @classmethod
+    def _records_is_a_path(cls, path: str | None) -> str | None:
+        if path is not None and not all(path.split(".")):
+            raise ValueError(f'is {path!r}, expected keys with dots between them, such as "data.examples"')
+        return path
+
     @model_validator(mode="after")
-    def _keys_have_an_effect(self) -> SourceSettings:
-        without_effect = {
-            "text": ("text", "fields", "delimiter", "columns"),
-            "json": ("unit", "delimiter", "columns"),
-            "csv": ("unit",),
-            "parquet": ("unit", "delimiter", "columns"),
-        }
-        for key in without_effect.get(self.source or "", ()):
+    def _settings_have_an_effect(self) -> SourceSettings:
+        for key in WITHOUT_EFFECT.get(self.source or "", ()):
             if getattr(self, key) != SourceSettings.model_fields[key].default:
                 raise ValueError(f'{key} = {getattr(self, key)!r} has no effect with source = "{self.source}"; remove it')
         return self
 
     @model_validator(mode="after")
     def _columns_are_named(self) -> SourceSettings:
-        if isinstance(self.text, str) and "{" in self.text:
+        if isinstance(self.text, str) and is_template(self.text):
             for name in template_columns(self.text):
-                if not name or re.search(r"[.\[\]!:]", name):
-                    raise ValueError(f"text = {self.text!r}: {{{name}}} isn't a column's name alone; want, for instance, '{{title}}'")
+                if not name or re.search(r"[\[\]!:]", name):
+                    raise ValueError(f"text = {self.text!r}: expected a column's name or path, such as '{{title}}', found {{{name}}}")
         if taken := sorted({"text", "source", "license"} & set(self.fields)):
             raise ValueError(f"fields = {list(self.fields)}: {taken[0]!r} is a key of every record already; remove it")
         return self
 
+    def dialect(self) -> Literal["standard", "none"]:
+        """What quotes mean in this source."""
+        return self.quotes or ("none" if self.delimiter == "\t" else "standard")
+
     def expand(self, data: Path) -> list[str]:
         """The files' names in reading order; ValueError names what is missing, what can't be read, and the nearest names."""
-        return expand(self.files, data)
+        return expand(self.files, data, follow_links=self.follow_links)
 
 
 class HoldOut(Settings):
-    """Which records are kept from training: `HoldOut(share=0.02, by="book")` or `HoldOut(last=0.1)`."""
+    """Which records are kept from training: `HoldOut(share=0.02, by="book")` or `HoldOut(last=0.1)`.
+
+    There is one rule for all stages: records with equal values of `by` are on the same side, and the side depends on the value, the
+    pipeline's seed and `share` only. A value that is a text counts as its characters, anything else as its JSON. So a question is held
+    out alike wherever it comes from: as the column "question" of documents, or as what the first user's message says in dialogues.
+    """
 
     share: float | None = Field(default=None, gt=0, lt=1)
-    """Expected share of records (or of field values), drawn by a hash of the content and the pipeline's seed."""
+    """Expected share of records (or of the values of `by`), drawn by a hash of the content and the pipeline's seed."""
     by: str = "record"
-    """What stays together: "record" (equal content), "source" (a file), "prompt" (what the first user's message says), or a column, all
-    records of one value."""
+    """What stays together: "record" (equal content), "source" (a file), or the records that have one value in this column or path.
+    "prompt" is what the first user's message says in conversations, preferences, ratings and prompts; in ingest it is the column of that
+    name, and the same words are on the same side in both."""
     last: float | None = Field(default=None, gt=0, lt=1)
     """The last share of each source's bytes, in reading order. A text file read as one document is split at that place."""
 
     @model_validator(mode="after")
     def _one_way(self) -> HoldOut:
         if (self.share is None) == (self.last is None):
-            raise ValueError(f"hold_out wants either share or last, found share = {self.share} and last = {self.last}")
+            raise ValueError(f"hold_out expects either share or last, found share = {self.share} and last = {self.last}")
         if self.last is not None and self.by != "record":
             raise ValueError(f"hold_out.by = {self.by!r} has no effect with last; remove it, or give share instead of last")
         return self
@@ -108,24 +168,24 @@ class Weighted(Settings):
     """One source of a mixture."""
 
     weight: float = Field(default=1.0, gt=0, le=100)
-    """How often each training record stands in the output. 2.0: twice, the source as a whole again after itself.
-    0.5: half of them, drawn by a hash of the content. 2.5: all twice, and half of them a third time. Held-out records stand once,
-    whatever the weight, so that a change of weights leaves them as they are."""
+    """How many times each training record is written. 2.0: twice, the whole source again after itself. 0.5: half of the records, drawn by
+    a hash of the content. 2.5: all twice, and half of them a third time. Held-out records are written once whatever the weight, so that
+    changing weights doesn't change them."""
 
 
 class IngestSettings(ReadSettings):
-    """What all ingest kinds share. A kind's config adds the keys of one source, inline, and `mixture`, several of them."""
+    """Settings that all ingest stages share. A stage's config adds those of one source, inline, and `mixture`, several sources."""
 
     mixture: tuple[Any, ...] = ()
     hold_out: HoldOut | None = None
-    """Which records are kept from training. None: no held-out ones."""
+    """Which records are kept from training. None: all records are for training."""
     deduplicate: bool = True
-    """Keep one of the records whose content is equal (by sha256), the first; over all sources."""
+    """Keep the first of the records whose content is equal (by sha256), over all sources. Takes about 100 bytes of memory a record."""
     on_bad_record: Literal["fail", "skip"] = "fail"
-    """Stop at the first record that can't be used, or go on without it. Either way it is listed in `rejects.jsonl`.
-    A CSV or Parquet file that can't be read at all always stops the stage."""
+    """Stop at the first record that can't be used, or continue without it. Either way it is listed in `rejects.jsonl`.
+    A Parquet file that can't be read, and a CSV file whose header can't be, always stops the stage."""
     max_bad_share: float = Field(default=0.001, ge=0, le=1)
-    """With on_bad_record = "skip": the highest share of bad records that is let pass."""
+    """on_bad_record = "skip": the highest share of bad records that is accepted."""
 
     @model_validator(mode="after")
     def _one_source_or_a_mixture(self) -> IngestSettings:
@@ -137,7 +197,19 @@ class IngestSettings(ReadSettings):
             raise ValueError(f"{inline[0]} stands beside mixture; move it into the sources of the mixture")
         for part in self.parts():
             if part.source is None or not part.files:
-                raise ValueError(f"want source (text, json, csv or parquet) and files, found source = {part.source}, files = {part.files}")
+                raise ValueError(
+                    f"expected source (text, json, csv or parquet) and files, found source = {part.source}, files = {part.files}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _stage_settings_have_an_effect(self) -> IngestSettings:
+        if self.on_bad_record == "fail" and self.max_bad_share != IngestSettings.model_fields["max_bad_share"].default:
+            raise ValueError(
+                f'max_bad_share = {self.max_bad_share} has no effect with on_bad_record = "fail"; remove it, or set on_bad_record = "skip"'
+            )
+        if self.encoding_errors != "strict" and all(part.source == "parquet" for part in self.parts()):
+            raise ValueError(f'encoding_errors = "{self.encoding_errors}" has no effect with source = "parquet"; remove it')
         return self
 
     def parts(self) -> tuple[Any, ...]:

@@ -1,13 +1,12 @@
-"""Which records train and which are held out, and how often each stands."""
+"""Which records are for training and which are held out, and how often each is written."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -17,17 +16,27 @@ from pipelines.artifacts import SPLITS
 from pipelines.ingest.records import Record, record_of
 from pipelines.ingest.settings import HoldOut
 
+PIECE_BYTES = 1 << 20
+FAR = 1.5
+"""A held-out share is reported if it's more than this many times what was asked for, or less than that part of it."""
+
 
 class Splits:
     """`train.jsonl` and `held_out.jsonl`, written in reading order, source after source."""
 
-    def __init__(self, folder: Path, hold_out: HoldOut | None, seed: int, unit: str) -> None:
+    def __init__(
+        self, folder: Path, hold_out: HoldOut | None, seed: int, unit: str, progress: Callable[[int, int, str], None] = lambda *_: None
+    ) -> None:
         self._folder = folder
         self._hold_out = hold_out
         self._seed = seed
         self._unit = unit
         """What the metadata calls a record: documents, pairs."""
+        self._progress = progress
         self.left_by_weight = 0
+        self._drawn = Counter[str]()
+        """Records on each side before weights, where sides are drawn."""
+        self._groups: set[bytes] = set()
         self._tallies: list[tuple[Any, dict[str, Counter[str]]]] = []
 
     def __enter__(self) -> Splits:
@@ -42,7 +51,7 @@ class Splits:
 
     @contextmanager
     def source(self, source: Any) -> Iterator[None]:
-        """What is added inside is this source's; what concerns it as a whole (its last share, its repetition) is done at the end."""
+        """Records added inside are of this source. What concerns it as a whole (its last share, its repetition) is done at the end."""
         self._source = source
         self._tallies.append((source, {split: Counter() for split in SPLITS}))
         with ExitStack() as spools:
@@ -52,11 +61,10 @@ class Splits:
             yield
             self._cut_last()
             for spool in self._again:
-                spool.seek(0)
-                shutil.copyfileobj(spool, self._files["train"])
+                self._repeat(spool)
 
     def summary(self) -> dict[str, Any]:
-        """Records and bytes of content: in all, per split, per license and per source."""
+        """Records and bytes of content: in total, per split, per license and per source."""
         by_license: dict[str, list[Counter[str]]] = {}
         for source, tally in self._tallies:
             by_license.setdefault(source.license or "unknown", []).extend(tally.values())
@@ -64,6 +72,7 @@ class Splits:
         return {
             **self._total([tally for tallies in by_split.values() for tally in tallies]),
             **{split: self._total(tallies) for split, tallies in by_split.items()},
+            **self._unexpected_share(),
             "licenses": {name: self._total(tallies) for name, tallies in sorted(by_license.items())},
             "sources": [
                 {"files": list(source.files), "license": source.license, "weight": source.weight}
@@ -73,13 +82,39 @@ class Splits:
         }
 
     def add(self, record: Record) -> None:
-        if self._hold_out and self._hold_out.last is not None:
+        """Write the record to its side."""
+        if self._hold_out is None:
+            self._train(record)
+        elif self._hold_out.share is None:
             self._whole.write(record.line)
             self._whole_bytes += len(record.raw)
-        elif self._hold_out and self._draw("hold_out", record.group) < (self._hold_out.share or 0.0):
-            self._write("held_out", self._files["held_out"], record)
         else:
-            self._train(record)
+            if self._hold_out.by != "record":
+                self._groups.add(hashlib.sha256(record.group).digest()[:8])
+            held_out = self._draw("hold_out", record.group) < self._hold_out.share
+            self._drawn["held_out" if held_out else "train"] += 1
+            if held_out:
+                self._write("held_out", self._files["held_out"], record)
+            else:
+                self._train(record)
+
+    def _unexpected_share(self) -> dict[str, Any]:
+        """What was asked for and what came out, where the two are far apart: few groups are drawn unevenly, one may be most records."""
+        records = self._drawn.total()
+        if self._hold_out is None or not self._hold_out.share or not records:
+            return {}
+        share = self._drawn["held_out"] / records
+        if self._hold_out.share / FAR <= share <= self._hold_out.share * FAR:
+            return {}
+        groups = len(self._groups) if self._hold_out.by != "record" else records
+        return {"hold_out": {"asked": self._hold_out.share, "by": self._hold_out.by, "share": round(share, 4), "groups": groups}}
+
+    def _repeat(self, spool: IO[bytes]) -> None:
+        total = spool.tell()
+        spool.seek(0)
+        while piece := spool.read(PIECE_BYTES):
+            self._files["train"].write(piece)
+            self._progress(spool.tell(), total, "bytes")
 
     def _cut_last(self) -> None:
         if not (self._hold_out and self._hold_out.last is not None):
@@ -87,7 +122,11 @@ class Splits:
         cut = int(self._whole_bytes * (1 - self._hold_out.last))
         self._whole.seek(0)
         begin = 0
+        lines_bytes = 0
         for line in self._whole:
+            lines_bytes += len(line)
+            if lines_bytes // PIECE_BYTES > (lines_bytes - len(line)) // PIECE_BYTES:
+                self._progress(begin, self._whole_bytes, "bytes")
             record = record_of(json.loads(line))
             end = begin + len(record.raw)
             if begin >= cut:
@@ -109,7 +148,7 @@ class Splits:
             self._write("train", file, record)
 
     def _draw(self, purpose: str, content: bytes) -> float:
-        """A number in [0, 1) that hangs on the content, the seed and the purpose alone."""
+        """A number in [0, 1) that depends on the content, the seed and the purpose only."""
         digest = hashlib.sha256(f"{purpose} {self._seed} ".encode() + content).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -122,7 +161,7 @@ class Splits:
 
 
 def _cut_text(record: Record, at: int) -> tuple[Record, Record]:
-    """A document as two, cut at that byte or the character's beginning before it."""
+    """Cut a document in two, at that byte or at the beginning of the character it is in."""
     raw = record.raw
     while raw[at] & 0xC0 == 0x80:
         at -= 1
