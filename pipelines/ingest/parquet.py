@@ -1,7 +1,7 @@
 """Parquet: the rows of a table, of which only the columns that a stage asks for are read.
 
 Times and decimals become text (ISO 8601, and all digits), as JSON has neither. The file is read in batches of some megabytes, so memory
-depends on neither its size nor that of its row groups.
+depends on the size of its pages (a megabyte, as a rule), and not on that of the file or its row groups.
 """
 
 from __future__ import annotations

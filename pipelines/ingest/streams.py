@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, Protocol, cast
 
-from pipelines.ingest.files import natural_order
+from pipelines.ingest.files import ARCHIVES, natural_order
 from pipelines.stage import StageFailure
 
 PIECE_BYTES = 1 << 20
@@ -75,30 +75,43 @@ class Peeked:
         return data
 
 
-class _Decompressed:
-    """A decompressed stream that names damage, and a growth beyond the ceiling, with the file's name."""
+class _Ceiling:
+    """How much a compressed file, with everything in it, may grow to."""
 
-    def __init__(self, name: str, stream: Stream, size: int, max_growth: int) -> None:
+    def __init__(self, name: str, size: int, max_growth: int) -> None:
+        self._name = name
+        self._size = size
+        self._max_growth = max_growth
+        self._limit = max(FREE_BYTES, size * max_growth)
+        self._grown = 0
+
+    def add(self, size: int) -> None:
+        self._grown += size
+        if self._grown > self._limit:
+            raise StageFailure(
+                f"{self._name}: {self._size:,} compressed bytes grow to more than {self._limit:,}, the limit: {self._max_growth:,} times as "
+                "many (max_growth), and 16 MiB in any case; if its content is sound, set a higher max_growth"
+            )
+
+
+class _Decompressed:
+    """A decompressed stream that names damage with the file's name, and counts against the ceiling."""
+
+    def __init__(self, name: str, stream: Stream, ceiling: _Ceiling) -> None:
         self._name = name
         self._stream = stream
-        self._size = size
-        self._ceiling = max(FREE_BYTES, size * max_growth)
-        self._max_growth = max_growth
+        self._ceiling = ceiling
         self._byte = 0
 
     def read(self, size: int = -1, /) -> bytes:
         try:
             data = self._stream.read(size)
-        except (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        except (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
             raise StageFailure(
                 f"{self._name}: can't be decompressed after byte {self._byte:,} of its content: {error}; fetch or compress it again"
             ) from error
         self._byte += len(data)
-        if self._byte > self._ceiling:
-            raise StageFailure(
-                f"{self._name}: {self._size:,} compressed bytes grow to more than {self._ceiling:,}, which is {self._max_growth} times as "
-                "many (max_growth) and more than 16 MiB; if its content is sound, set a higher max_growth"
-            )
+        self._ceiling.add(len(data))
         return data
 
 
@@ -107,35 +120,36 @@ def contents(name: str, stream: Stream, size: int, source: str, max_growth: int,
 
     StageFailure where the first bytes show that a file isn't what its name or `source` says. `folder` takes copies for a while.
     """
-    suffix = Path(name).suffix.lower()
-    if suffix == ".zip":
-        with TemporaryFile(dir=folder) as copy:
-            peeked = Peeked(stream)
-            _refuse_disguise(name, peeked.first, source, but=b"PK")
-            shutil.copyfileobj(cast(BinaryIO, peeked), copy, PIECE_BYTES)
-            yield from _members(name, copy, source, max_growth, folder)
-        return
+    ceiling = _Ceiling(name, size, max_growth)
     raw = Peeked(stream)
+    if Path(name).suffix.lower() != ".zip" or not raw.first:
+        yield name, _one_file(name, raw, source, ceiling)
+        return
+    _refuse_disguise(name, raw.first, source, but=b"PK")
+    with TemporaryFile(dir=folder) as copy:
+        shutil.copyfileobj(cast(BinaryIO, raw), copy, PIECE_BYTES)
+        yield from _members(name, copy, source, ceiling)
+
+
+def _one_file(name: str, raw: Peeked, source: str, ceiling: _Ceiling) -> Stream:
     opens: dict[str, tuple[Callable[[Any], Any], bytes]] = {
         ".gz": (lambda file: gzip.GzipFile(fileobj=file), b"\x1f\x8b"),
         ".bz2": (bz2.BZ2File, b"BZ"),
         ".xz": (lzma.LZMAFile, b"\xfd7zXZ"),
         ".zst": (_zstd, b"\x28\xb5\x2f\xfd"),
     }
-    if suffix not in opens:
+    suffix = Path(name).suffix.lower()
+    if suffix not in opens or not raw.first:
         _refuse_disguise(name, raw.first, source)
-        yield name, raw
-        return
+        return raw
     opened, magic = opens[suffix]
     _refuse_disguise(name, raw.first, source, but=magic)
-    if not raw.first:
-        raise StageFailure(f"{name}: is empty, expected compressed data; fetch it again")
-    inside = Peeked(_Decompressed(name, opened(raw), size, max_growth))
+    inside = Peeked(_Decompressed(name, opened(raw), ceiling))
     _refuse_disguise(name, inside.first, source)
-    yield name, inside
+    return inside
 
 
-def _members(name: str, archive: BinaryIO, source: str, max_growth: int, folder: Path) -> Iterator[tuple[str, Stream]]:
+def _members(name: str, archive: BinaryIO, source: str, ceiling: _Ceiling) -> Iterator[tuple[str, Stream]]:
     try:
         unpacked = zipfile.ZipFile(archive)
     except zipfile.BadZipFile as error:
@@ -146,13 +160,14 @@ def _members(name: str, archive: BinaryIO, source: str, max_growth: int, folder:
             raise StageFailure(f"{name}: the archive has no files")
         for member in sorted(members, key=lambda each: natural_order(each.filename)):
             inside = f"{name}/{member.filename}"
+            if inside.lower().endswith((".zip", *ARCHIVES)):
+                raise StageFailure(f"{inside}: an archive inside an archive, which isn't read; unpack the outer one first")
             try:
                 opened = unpacked.open(member)
             except (RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:  # encrypted, or an unknown method
                 raise StageFailure(f"{inside}: can't be unpacked: {error}; unpack the archive yourself and name its files") from error
             with opened:
-                stream = _Decompressed(inside, cast(Stream, opened), member.compress_size, max_growth)
-                yield from contents(inside, stream, member.file_size, source, max_growth, folder)
+                yield inside, _one_file(inside, Peeked(_Decompressed(inside, cast(Stream, opened), ceiling)), source, ceiling)
 
 
 def _is_hidden(member: str) -> bool:

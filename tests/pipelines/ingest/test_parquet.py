@@ -110,8 +110,8 @@ def test_an_empty_file_and_a_table_without_rows_are_counted(ingested, table, dat
 
 
 def test_memory_depends_on_a_batch_and_not_on_the_row_group(table, data):
-    # 64 documents of 1 MiB in one row group, of which a batch holds 8
-    table({"text": [f"{number} " + "x" * MIB for number in range(64)]}, compression="none", use_dictionary=False)
+    # 64 documents of 1 MiB, each on a page of its own, in one row group; a batch holds 8
+    table({"text": [f"{number} " + "x" * MIB for number in range(64)]}, compression="none", use_dictionary=False, write_batch_size=1)
     before = pyarrow.total_allocated_bytes()
     with (data / "a.parquet").open("rb") as file:
         held = [pyarrow.total_allocated_bytes() - before for _ in parquet_rows("a.parquet", file, None)]

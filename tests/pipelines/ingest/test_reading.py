@@ -1,9 +1,6 @@
 """Records and the places they stand at, on files with the dirt that real ones have."""
 
-import bz2
-import gzip
 import json
-import lzma
 import tracemalloc
 
 import pytest
@@ -39,11 +36,6 @@ def test_replaced_bytes_are_counted(ingested):
     result = ingested({"a.txt": b"a\xffb\xfe" + "\ufffd".encode()}, source="text", encoding_errors="replace")
     assert result.texts() == ["a\ufffdb\ufffd\ufffd"]
     assert result.metadata("replaced_characters") == 2
-
-
-def test_utf16_is_recognised(ingested):
-    with pytest.raises(StageFailure, match=r"byte 0.*looks like utf-16: set encoding = \"utf-16\""):
-        ingested({"a.txt": "text".encode("utf-16")}, source="text")
 
 
 @pytest.mark.parametrize("unit", ["file", "paragraph", "line"])
@@ -82,16 +74,6 @@ def test_a_nul_is_a_bad_record(ingested, unit):
 def test_a_character_that_cannot_be_kept_is_a_bad_record(ingested, escape, reason):
     with pytest.raises(StageFailure, match=f"line 2, .*{reason}"):
         ingested({"a.jsonl": b'{"text": "a"}\n{"text": "%s"}' % escape.encode()}, source="json")
-
-
-@pytest.mark.parametrize(("compress", "suffix"), [(gzip.compress, "gz"), (bz2.compress, "bz2"), (lzma.compress, "xz")])
-def test_compressed_files_read_like_plain_ones(ingested, compress, suffix):
-    assert ingested({f"a.jsonl.{suffix}": compress(b'{"text": "a"}')}, source="json").texts() == ["a"]
-
-
-def test_a_truncated_gzip_is_named(ingested):
-    with pytest.raises(StageFailure, match=r"a.txt.gz: can't be decompressed after byte 512 of its content: Compressed file ended"):
-        ingested({"a.txt.gz": gzip.compress(b"text" * 1000)[:-9]}, source="text")
 
 
 def test_a_line_of_20_mb_is_one_reject_and_is_never_held(ingested, data):
