@@ -27,7 +27,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
 """The settings of a source that its format has no use for."""
 
 
-NOT_FOR_FILES = ("idna", "punycode", "unicode_escape", "raw_unicode_escape", "utf-7")
+NOT_FOR_FILES = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "utf-7")
 """Text encodings of Python's that no file of text is in."""
 
 
@@ -99,7 +99,7 @@ class SourceSettings(Settings):
         try:
             "".encode(name)
             "a".encode(name).decode(name)
-            if codecs.lookup(name).name in NOT_FOR_FILES:
+            if codecs.lookup(name).name.replace("_", "-") in NOT_FOR_FILES:
                 raise LookupError
         except (LookupError, UnicodeError, ValueError):
             raise ValueError(f'is {name!r}, which Python has no text encoding for; expected for example "gbk" or "latin-1"') from None

@@ -89,8 +89,8 @@ class _Ceiling:
         self._grown += size
         if self._grown > self._limit:
             raise StageFailure(
-                f"{self._name}: {self._size:,} compressed bytes grow to more than {self._limit:,}, the limit: {self._max_growth:,} times as "
-                "many (max_growth), and 16 MiB in any case; if its content is sound, set a higher max_growth"
+                f"{self._name}: {self._size:,} compressed bytes grow to more than {self._limit:,}: the limit is {self._max_growth:,} times "
+                "as many (max_growth), and 16 MiB in any case; if its content is sound, set a higher max_growth"
             )
 
 

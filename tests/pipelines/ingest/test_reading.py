@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.ingest.columns import template_columns
 from pipelines.ingest.json_spans import array_elements
 from pipelines.ingest.spans import lines, paragraphs, whole
 from pipelines.stage import StageFailure
@@ -154,7 +153,3 @@ def test_however_text_is_cut_into_pieces_its_units_are_the_same(parts, piece_byt
     for frame in (whole, lines, paragraphs):
         assert list(frame(pieces, 0, limit=MIB)) == list(frame([data], 0, limit=MIB))
     assert [span.data for span in lines(pieces, 0, limit=MIB)] == data.removesuffix(b"\n").split(b"\n") if data else True
-
-
-def test_a_template_names_its_columns():
-    assert template_columns("{title}\n{author}: {{{paragraphs}}}") == ["title", "author", "paragraphs"]
