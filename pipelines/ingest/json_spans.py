@@ -19,6 +19,9 @@ IN_STRING = re.compile(rb'["\\]')
 TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
 """A whole string, a bracket or a comma; a quote by itself opens a string that doesn't end here."""
 
+STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
+
 Cursor = tuple[int, int, int]
 """Line, column and byte."""
 
@@ -45,7 +48,7 @@ def json_values(pieces: Iterable[bytes], begin: int, limit: int) -> Iterator[Spa
                 if not rest.data.strip():
                     break
                 rest = trimmed(rest)
-                if rest.fault or rest.data[:1] not in (b"{", b"[", b'"'):
+                if rest.fault or _is_one_object(rest.data) or rest.data[:1] not in (b"{", b"[", b'"'):
                     yield rest
                     break
                 value, scan = Growing(rest.line, rest.column, rest.byte, limit), _Scan()
@@ -74,6 +77,17 @@ def json_values(pieces: Iterable[bytes], begin: int, limit: int) -> Iterator[Spa
             rest = following
     if value is not None:
         yield value.span("the file ends before the JSON value that begins here is closed")
+
+
+def _is_one_object(data: bytes) -> bool:
+    """Whether a line is one object from its first bracket to its last, as in JSON lines: the quick way for nearly all lines."""
+    structure = STRING.sub(b"", data).translate(None, NOT_STRUCTURE)
+    if not (structure.startswith(b"{") and structure.endswith(b"}") and data.endswith(b"}")):
+        return False
+    inside = structure[1:-1]
+    while inside != (less := inside.replace(b"{}", b"").replace(b"[]", b"")):
+        inside = less
+    return not inside
 
 
 class _Scan:

@@ -20,6 +20,8 @@ from pipelines.ingest.settings import ReadSettings, SourceSettings
 from pipelines.ingest.streams import PIECE_BYTES, Counted, Stream, contents
 from pipelines.stage import Source, StageContext
 
+ROWS_PER_REPORT = 100
+
 
 class Reader:
     """Reads a stage's sources, reports progress in bytes and counts what it finds."""
@@ -74,7 +76,7 @@ class Reader:
                 return
             copy.seek(0)
             for row, done, total in parquet_rows(name, copy, asked):
-                if done % 1000 == 0:
+                if done % ROWS_PER_REPORT == 0:
                     self._stage.progress(done, total, "records")
                 yield row
 

@@ -95,6 +95,8 @@ def paragraphs(pieces: Iterable[bytes], begin: int, limit: int) -> Iterator[Span
 def trimmed(span: Span) -> Span:
     """The span without the white space around it."""
     data = span.data.lstrip(b" \t\r\n")
+    if len(data) == len(span.data):
+        return replace(span, data=data.rstrip(b" \t\r\n"))
     before = span.data[: len(span.data) - len(data)]
     line, column, byte = span.at(before)
     return replace(span, line=line, column=column, byte=byte, data=data.rstrip(b" \t\r\n"))

@@ -41,7 +41,7 @@ CHANGED: dict[str, Any] = {
     "delimiter": ";",
     "quotes": "none",
     "columns": ["text", "body", "book"],
-    "max_record_bytes": 5,
+    "max_record_bytes": 2,
     "encoding_errors": "replace",
     "max_growth": 1,
     "mixture": None,
