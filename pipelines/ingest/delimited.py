@@ -89,7 +89,7 @@ class _Fields:
     def _misplaced(before: str, after: str) -> str:
         found = f"{after[:20]!r} behind a closing quote, expected the delimiter or the line's end"
         if before.endswith("\\"):
-            return f'{found}; \\" is no escape in CSV, where a quote inside a field is doubled: ""'
+            return f'{found}; \\" is not an escape in CSV, where a quote inside a field is doubled: ""'
         return f'{found}; a quote inside a quoted field must be doubled, and quotes = "none" takes quotes as ordinary characters'
 
 

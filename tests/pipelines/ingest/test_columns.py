@@ -53,7 +53,7 @@ def test_a_number_as_the_only_column_is_more_likely_the_wrong_column():
 @pytest.mark.parametrize(
     ("value", "found"), [({"a": 1}, "an object"), ([[1]], "a list"), (float("nan"), "the number nan"), (b"x", "bytes")]
 )
-def test_what_is_no_text_is_refused_in_a_template_too(value, found):
+def test_what_is_not_text_is_refused_in_a_template_too(value, found):
     with pytest.raises(ValueError, match=f"column 'x' holds {found}, expected a text"):
         text_of({"x": value}, "{x}!")
 

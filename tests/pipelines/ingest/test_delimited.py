@@ -73,7 +73,7 @@ def test_characters_behind_a_closing_quote_are_a_bad_record_that_costs_no_other(
 def test_a_backslash_escapes_nothing():
     fault, good = values(b'id,text\n1,"she said \\"hi\\""\n2,ok\n')
     assert fault.startswith("line 2: ")
-    assert '\\" is no escape in CSV, where a quote inside a field is doubled' in fault
+    assert '\\" is not an escape in CSV, where a quote inside a field is doubled' in fault
     assert good == {"id": "2", "text": "ok"}
 
 

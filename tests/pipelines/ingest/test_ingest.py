@@ -353,7 +353,7 @@ def test_a_file_in_two_sources_of_a_mixture_is_refused(data):
         ({"source": "json", "files": ["a"], "dedup": True}, "dedup"),
     ],
 )
-def test_settings_without_sense_are_refused(keys, message):
+def test_invalid_settings_are_refused(keys, message):
     with pytest.raises(ValidationError, match=message):
         IngestConfig(**keys)
 
@@ -365,7 +365,7 @@ def test_a_resolved_config_reads_back_as_itself():
 
 def test_progress_ends_at_the_sources_size(ingested):
     result = ingested({"a.txt": b"text", "b.txt": b"other"}, source="text")
-    assert result.stage.told[-1] == (9, 9, "bytes")
+    assert result.stage.reported[-1] == (9, 9, "bytes")
 
 
 def test_nothing_but_the_three_files_is_left_in_the_output(ingested):

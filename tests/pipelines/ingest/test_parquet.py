@@ -64,7 +64,7 @@ def test_a_field_that_json_cannot_hold_is_named(ingested, table, value, found):
         ingested({}, files=["a.parquet"], source="parquet", fields=["extra"])
 
 
-def test_bytes_are_no_text(ingested, table):
+def test_bytes_are_not_text(ingested, table):
     table({"text": [b"a"]})
     with pytest.raises(StageFailure, match="column 'text' holds bytes, expected a text or a list of texts"):
         ingested({}, files=["a.parquet"], source="parquet")
@@ -97,7 +97,7 @@ def test_a_missing_column_lists_all_there_are(ingested, table):
         ingested({}, files=["a.parquet"], source="parquet", fields=["title"])
 
 
-def test_a_file_that_is_no_parquet_is_named(ingested):
+def test_a_file_that_is_not_parquet_is_named(ingested):
     with pytest.raises(StageFailure, match=r"a.parquet: not readable as parquet: .*(magic bytes|footer)"):
         ingested({"a.parquet": b"PAR1 but no more than this"}, source="parquet")
 

@@ -38,7 +38,7 @@ def test_replaced_bytes_are_counted(ingested):
 
 
 @pytest.mark.parametrize("unit", ["file", "paragraph", "line"])
-def test_a_bom_is_no_part_of_the_text(ingested, unit):
+def test_a_bom_is_not_part_of_the_text(ingested, unit):
     assert ingested({"a.txt": b"\xef\xbb\xbftext"}, source="text", unit=unit).texts() == ["text"]
 
 
