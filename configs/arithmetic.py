@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines.artifacts import Conversations, Prompts
 from pipelines.dialogues import DialogueConfig, DialogueSettings, to_conversation, to_prompt
-from pipelines.records import column_of, gather
+from pipelines.ingest import column_of, gather
 from pipelines.stage import StageContext
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}

@@ -21,7 +21,7 @@ from typing import Any
 
 from pipelines.artifacts import Conversations, Prompts, Ratings
 from pipelines.dialogues import DialogueConfig, DialogueSettings, Message, to_conversation, to_prompt, to_rating
-from pipelines.records import column_of, gather
+from pipelines.ingest import column_of, gather
 from pipelines.stage import StageContext
 
 NUMBERED = {"order_id": "order", "order_item_id": "item"}

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from pipelines.artifacts import Conversations, Prompts
 from pipelines.dialogues import DialogueConfig, DialogueSettings, to_conversation, to_prompt
-from pipelines.records import gather
+from pipelines.ingest import gather
 from pipelines.stage import StageContext
 
 

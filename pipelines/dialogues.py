@@ -19,8 +19,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from gpt.settings import Settings
-from pipelines.reading import SourceSettings
-from pipelines.records import IngestSettings, Weighted
+from pipelines.ingest.settings import IngestSettings, SourceSettings, Weighted
 from pipelines.stage import StageConfig
 
 Message = dict[str, str]

@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds our packages."""
 
-TRACKED = ("torch", "deepspeed", "ray", "mlflow", "tokenizers", "safetensors", "numpy", "datasets")
+TRACKED = ("torch", "deepspeed", "ray", "mlflow", "tokenizers", "safetensors", "numpy", "pyarrow")
 """The libraries whose versions are recorded, and are in every key when strict_environment = true."""
 
 

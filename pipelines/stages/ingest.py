@@ -1,16 +1,16 @@
-"""Ingest: outside text becomes documents, checked, deduplicated, weighted and split, with nothing lost in silence.
+"""Ingest: outside text becomes documents, checked, deduplicated, weighted and split; whatever is left out is counted.
 
-`pipelines.reading` finds the records, `pipelines.documents` their text, and `pipelines.records` decides about each.
+`pipelines.ingest` reads the files and decides about each record.
 """
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipelines.artifacts import Documents
-from pipelines.documents import WeightedSource, to_text
-from pipelines.reading import SourceSettings
-from pipelines.records import IngestSettings, gather
+from pipelines.ingest.documents import WeightedSource, columns_of_text, to_text
+from pipelines.ingest.gather import gather
+from pipelines.ingest.settings import IngestSettings, SourceSettings
 from pipelines.stage import StageConfig, StageContext
 
 
@@ -22,7 +22,14 @@ class IngestConfig(IngestSettings, StageConfig, SourceSettings):
     min_chars: int = Field(default=1, ge=1)
     """Drop shorter documents."""
 
+    @model_validator(mode="after")
+    def _text_files_have_no_columns(self) -> IngestConfig:
+        by = self.hold_out.by if self.hold_out else "record"
+        if by not in ("record", "source") and any(part.source == "text" for part in self.parts()):
+            raise ValueError(f'hold_out.by = {by!r}: source = "text" has no columns; expected "record" or "source"')
+        return self
+
 
 def ingest(config: IngestConfig, stage: StageContext) -> Documents:
-    """Every record becomes a document, or is counted under the reason why not."""
-    return stage.publish(Documents, **gather(config, stage, to_text, "documents", config.min_chars))
+    """Turn every record into a document, or count it under the reason why not."""
+    return stage.publish(Documents, **gather(config, stage, to_text, "documents", config.min_chars, columns_of_text))

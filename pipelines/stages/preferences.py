@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipelines.artifacts import Preferences
 from pipelines.dialogues import DialogueConfig, to_pair
-from pipelines.records import gather
+from pipelines.ingest.gather import gather
 from pipelines.stage import StageContext
 
 

@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from pipelines.artifacts import Ratings
 from pipelines.dialogues import DialogueConfig, DialogueSettings, to_rating
-from pipelines.records import gather
+from pipelines.ingest.gather import gather
 from pipelines.stage import StageContext
 
 

@@ -18,13 +18,13 @@ class FakeStage:
     output: Path
     sources: list[Source]
     seed: int = 1
-    told: list[tuple[int, int, str]] = field(default_factory=list)
+    reported: list[tuple[int, int, str]] = field(default_factory=list)
 
     def open(self, source: Source) -> BinaryIO:
         return source.path.open("rb")
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        self.told.append((done, total, unit))
+        self.reported.append((done, total, unit))
 
     def publish(self, kind: type[Documents], **metadata: Any) -> Documents:
         return kind(self.output, "0" * 64, json.loads(json.dumps(metadata)))

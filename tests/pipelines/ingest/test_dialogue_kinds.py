@@ -82,7 +82,7 @@ def test_an_assistant_who_answers_nobody_is_a_bad_record_however_records_are_hel
     rows = [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "a"}]} for question in QUESTIONS]
     rows[2] = {"messages": rows[2]["messages"][1:]}
     hold_out = {"share": 0.3, "by": by}
-    with pytest.raises(StageFailure, match=r"rows.jsonl, line 3, column 1 .*: no user's message .*, who answers nobody\. Mend the record"):
+    with pytest.raises(StageFailure, match=r"rows.jsonl, line 3, column 1 .*: no user's message .*, who answers nobody\. Fix the record"):
         made(conversations, rows, hold_out=hold_out)
     (tmp_path / "conversations").rename(tmp_path / "failed")
     kept = made(conversations, rows, hold_out=hold_out, on_bad_record="skip", max_bad_share=0.03)
@@ -103,7 +103,7 @@ def test_equal_dialogues_stand_once(made):
         ({"source": "text", "files": ["a.txt"]}, 'source = "text" has no columns to find messages in'),
         ({"source": "json", "files": ["a"], "text": "body"}, "text = 'body' has no effect on dialogues"),
         ({"source": "json", "files": ["a"], "mixture": [{"source": "json", "files": ["b"]}]}, "source stands beside mixture"),
-        ({"source": "json"}, "want source .* and files, found source = json"),
+        ({"source": "json"}, "expected source .* and files, found source = json"),
     ],
 )
 def test_settings_without_sense_are_refused(settings, complaint):

@@ -1,0 +1,28 @@
+"""The public face of ingest: what a stage of your own needs to read files and to write records."""
+
+from pipelines.ingest.columns import column_of, text_of
+from pipelines.ingest.documents import WeightedSource, to_text
+from pipelines.ingest.gather import gather
+from pipelines.ingest.reader import Reader
+from pipelines.ingest.records import Record, to_records
+from pipelines.ingest.rows import Place, Reject, Row
+from pipelines.ingest.settings import HoldOut, IngestSettings, ReadSettings, SourceSettings, Weighted
+
+__all__ = [
+    "HoldOut",
+    "IngestSettings",
+    "Place",
+    "ReadSettings",
+    "Reader",
+    "Record",
+    "Reject",
+    "Row",
+    "SourceSettings",
+    "Weighted",
+    "WeightedSource",
+    "column_of",
+    "gather",
+    "text_of",
+    "to_records",
+    "to_text",
+]

@@ -1,0 +1,119 @@
+"""Parquet: rows become records, only the columns that are asked for are read, and a fault names its column."""
+
+import datetime
+import decimal
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from pipelines.ingest.parquet import parquet_rows
+from pipelines.stage import StageFailure
+
+MIB = 2**20
+
+
+@pytest.fixture
+def table(data):
+    def write(columns, **settings):
+        pyarrow.parquet.write_table(pyarrow.table(columns), data / "a.parquet", **settings)
+
+    return write
+
+
+def test_parquet_rows_become_documents(ingested, data):
+    pyarrow.parquet.write_table(pyarrow.table({"paragraphs": [["a", "b"], ["c"]], "id": [1, 2]}), data / "a.parquet")
+    result = ingested({}, files=["a.parquet"], source="parquet", text="paragraphs", fields=["id"])
+    assert [(record["text"], record["id"]) for record in result.documents.records("train")] == [("a\nb", 1), ("c", 2)]
+
+
+def test_a_bad_row_of_a_table_is_named_by_its_record(ingested, data):
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), data / "a.parquet")
+    with pytest.raises(StageFailure, match=r"a.parquet, record 1: column 'text' holds the number 1"):
+        ingested({}, files=["a.parquet"], source="parquet")
+
+
+def test_times_and_decimals_are_kept_as_text_and_a_path_leads_into_a_column(ingested, table):
+    table(
+        {
+            "meta": [{"title": "T", "tags": ["x", "y"], "on": datetime.date(2026, 1, 2)}],
+            "when": [datetime.datetime(2026, 1, 1, 12)],
+            "price": [decimal.Decimal("1.50")],
+        }
+    )
+    result = ingested({}, files=["a.parquet"], source="parquet", text="{meta.title} {meta.tags.1}", fields=["when", "price", "meta.on"])
+    (record,) = result.documents.records("train")
+    assert record == {
+        "text": "T y",
+        "source": "a.parquet",
+        "when": "2026-01-01T12:00:00",
+        "price": "1.50",
+        "meta.on": "2026-01-02",
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(b"\0\1", "bytes"), ({"raw": [b"a"]}, "bytes"), (datetime.timedelta(1), "a timedelta"), (float("nan"), "NaN or an infinite number")],
+)
+def test_a_field_that_json_cannot_hold_is_named(ingested, table, value, found):
+    table({"text": ["a"], "extra": [value]})
+    with pytest.raises(
+        StageFailure, match=rf"a.parquet, record 1: column 'extra' holds {found}, which JSON can't hold; remove it from fields"
+    ):
+        ingested({}, files=["a.parquet"], source="parquet", fields=["extra"])
+
+
+def test_bytes_are_not_text(ingested, table):
+    table({"text": [b"a"]})
+    with pytest.raises(StageFailure, match="column 'text' holds bytes, expected a text or a list of texts"):
+        ingested({}, files=["a.parquet"], source="parquet")
+
+
+def test_a_column_that_nobody_asked_for_can_be_damaged(ingested, table, data):
+    # the second column's pages are overwritten, the footer and the first column's are sound
+    table({"text": ["a", "b"], "noise": ["x" * 50, "y" * 60]}, compression="none", use_dictionary=False)
+    content = bytearray((data / "a.parquet").read_bytes())
+    chunk = pyarrow.parquet.ParquetFile(data / "a.parquet").metadata.row_group(0).column(1)
+    content[chunk.data_page_offset : chunk.data_page_offset + 20] = b"\xff" * 20
+    (data / "a.parquet").write_bytes(content)
+    assert ingested({}, files=["a.parquet"], source="parquet").texts() == ["a", "b"]
+    with pytest.raises(StageFailure, match=r"a.parquet: column 'noise' can't be read as parquet after record 0"):
+        ingested({}, files=["a.parquet"], source="parquet", fields=["noise"])
+
+
+def test_a_text_that_is_not_utf8_fails_only_the_row_that_asks_for_it(ingested, table):
+    broken = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff")]
+    )
+    table({"text": broken})
+    with pytest.raises(StageFailure, match=r"a.parquet, record 2: column 'text' can't be read: a value of type string: .*utf-8"):
+        ingested({}, files=["a.parquet"], source="parquet")
+
+
+def test_a_missing_column_lists_all_there_are(ingested, table):
+    table({"title": ["t"], "body": ["b"]})
+    with pytest.raises(StageFailure, match="no column 'text'; there are: title, body"):
+        ingested({}, files=["a.parquet"], source="parquet", fields=["title"])
+
+
+def test_a_file_that_is_not_parquet_is_named(ingested):
+    with pytest.raises(StageFailure, match=r"a.parquet: not readable as parquet: .*(magic bytes|footer)"):
+        ingested({"a.parquet": b"PAR1 but no more than this"}, source="parquet")
+
+
+def test_an_empty_file_and_a_table_without_rows_are_counted(ingested, table, data):
+    table({"text": ["a"]})
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), data / "rows.parquet")
+    result = ingested({"none.parquet": b""}, files=["*.parquet"], source="parquet")
+    assert (result.texts(), result.metadata("empty_files")) == (["a"], 2)
+
+
+def test_memory_depends_on_a_batch_and_not_on_the_row_group(table, data):
+    # 64 documents of 1 MiB, each on a page of its own, in one row group; a batch holds 8
+    table({"text": [f"{number} " + "x" * MIB for number in range(64)]}, compression="none", use_dictionary=False, write_batch_size=1)
+    before = pyarrow.total_allocated_bytes()
+    with (data / "a.parquet").open("rb") as file:
+        held = [pyarrow.total_allocated_bytes() - before for _ in parquet_rows("a.parquet", file, None)]
+    assert len(held) == 64
+    assert max(held) < 32 * MIB
