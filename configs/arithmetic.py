@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from pipelines.artifacts import Conversations, Prompts
-from pipelines.dialogues import DialogueConfig, DialogueSettings, to_conversation, to_prompt
+from pipelines.ingest.dialogues import DialogueConfig, DialogueSettings, to_conversation, to_prompt
 from pipelines.records import column_of, gather
 from pipelines.stage import StageContext
 

@@ -28,7 +28,7 @@ FOR_STAGES = {
     "pipelines.artifacts",
     "pipelines.stage",
     "pipelines.reading",
-    "pipelines.dialogues",
+    "pipelines.ingest.dialogues",
     "pipelines.documents",
     "pipelines.records",
 }

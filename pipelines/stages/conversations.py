@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipelines.artifacts import Conversations
-from pipelines.dialogues import DialogueConfig, to_conversation
+from pipelines.ingest.dialogues import DialogueConfig, to_conversation
 from pipelines.records import gather
 from pipelines.stage import StageContext
 

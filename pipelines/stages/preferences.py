@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipelines.artifacts import Preferences
-from pipelines.dialogues import DialogueConfig, to_pair
+from pipelines.ingest.dialogues import DialogueConfig, to_pair
 from pipelines.records import gather
 from pipelines.stage import StageContext
 

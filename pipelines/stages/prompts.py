@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipelines.artifacts import Prompts
-from pipelines.dialogues import DialogueConfig, to_prompt
+from pipelines.ingest.dialogues import DialogueConfig, to_prompt
 from pipelines.records import gather
 from pipelines.stage import StageContext
 

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import model_validator
 
 from pipelines.artifacts import Ratings
-from pipelines.dialogues import DialogueConfig, DialogueSettings, to_rating
+from pipelines.ingest.dialogues import DialogueConfig, DialogueSettings, to_rating
 from pipelines.records import gather
 from pipelines.stage import StageContext
 

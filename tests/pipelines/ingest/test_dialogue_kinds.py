@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipelines.artifacts import Conversations, Preferences, Prompts, Ratings, Records
-from pipelines.dialogues import DialogueConfig
+from pipelines.ingest.dialogues import DialogueConfig
 from pipelines.stage import StageFailure
 from pipelines.stages.conversations import conversations
 from pipelines.stages.preferences import preferences

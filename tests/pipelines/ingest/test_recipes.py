@@ -11,7 +11,7 @@ import pytest
 
 from pipelines import config, graph
 from pipelines.artifacts import Conversations
-from pipelines.dialogues import DialogueConfig, to_conversation, to_rating
+from pipelines.ingest.dialogues import DialogueConfig, to_conversation, to_rating
 
 from .conftest import FakeStage
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from pipelines.dialogues import DialogueSettings, to_conversation, to_pair, to_prompt, to_rating
+from pipelines.ingest.dialogues import DialogueSettings, to_conversation, to_pair, to_prompt, to_rating
 
 HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
 SHAREGPT = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]
