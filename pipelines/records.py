@@ -17,7 +17,7 @@ import os
 import shutil
 import typing
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,13 +133,18 @@ class Record:
     """What the hold-out is drawn by."""
 
 
-def gather(
-    config: Any, stage: StageContext, to_content: Callable[[dict[str, Any], Any], dict[str, Any]], unit: str, min_chars: int = 1
-) -> dict[str, Any]:
+Content = dict[str, Any]
+ToContent = Callable[[dict[str, Any], Any], Content | Iterable[Content] | None]
+"""What a kind makes of a row's columns and its source's settings: one record's content, several, or None to leave the row out."""
+
+
+def gather(config: Any, stage: StageContext, to_content: ToContent, unit: str, min_chars: int = 1) -> dict[str, Any]:
     """Write `train.jsonl`, `held_out.jsonl` and `rejects.jsonl` into `stage.output`; the artifact's metadata.
 
-    `config` is an IngestSettings, `to_content(columns, part)` a row's content, or ValueError with the reason why it has none.
+    `config` is an IngestSettings. `to_content(columns, part)` returns the content of a row's record, a list of several, or None (or an
+    empty list) to leave the row out, which is counted. ValueError says why a row is bad; none of its records is kept then.
     """
+    left_out = 0
     reader = Reader(stage, config)
     sieve = Sieve(min_chars=min_chars, deduplicate=config.deduplicate)
     rejects = Rejects(stage.output / "rejects.jsonl", on_bad_record=config.on_bad_record, max_bad_share=config.max_bad_share)
@@ -148,13 +153,18 @@ def gather(
         for index, part in enumerate(config.parts()):
             with splits.source(part):
                 for row in reader.rows(part, index):
-                    record = row if isinstance(row, Reject) else to_record(row, part, config.hold_out, config.max_record_bytes, to_content)
-                    if isinstance(record, Reject):
-                        rejects.add(record)
-                    elif sieve.passes(record):
-                        splits.add(record)
+                    made = row if isinstance(row, Reject) else to_records(row, part, config.hold_out, config.max_record_bytes, to_content)
+                    if isinstance(made, Reject):
+                        rejects.add(made)
+                        continue
+                    left_out += not made
+                    for record in made:
+                        if sieve.passes(record):
+                            splits.add(record)
     rejects.check(reader.records)
     counts = {"read": reader.records, "bad": rejects.count, **sieve.dropped, "left_by_weight": splits.left_by_weight}
+    if left_out:  # only then, so that artifacts without such rows keep their digests
+        counts["left_out"] = left_out
     summary = splits.summary()
     for split in SPLITS if config.hold_out else ("train",):
         if not summary[split][unit]:
@@ -168,30 +178,32 @@ def _nothing_left(split: str, unit: str, counts: dict[str, int], empty_files: in
     return f"no {split} {unit} are left (records: {found}; {empty_files:,} empty files); {advice}"
 
 
-def to_record(
-    row: Row,
-    source: SourceSettings,
-    hold_out: HoldOut | None,
-    max_record_bytes: int,
-    to_content: Callable[[dict[str, Any], Any], dict[str, Any]],
-) -> Record | Reject:
-    """A row's record, or the reason why it has none."""
+def to_records(
+    row: Row, source: SourceSettings, hold_out: HoldOut | None, max_record_bytes: int, to_content: ToContent
+) -> list[Record] | Reject:
+    """Return a row's records, none where it is left out, or the reason why it is bad."""
     try:
-        record = {**to_content(row.columns, source), "source": row.place.source}
-        if source.license is not None:
-            record["license"] = source.license
-        record |= {name: column_of(row.columns, name) for name in source.fields}
-        made = _record(record, _group(row, record, hold_out.by if hold_out else "record"))
-        if len(made.raw) > max_record_bytes:
-            raise ValueError(f"a text of {len(made.raw):,} bytes is longer than max_record_bytes = {max_record_bytes:,}")
-        if b"\0" in made.raw or b"\\u0000" in made.raw:
-            raise ValueError("a NUL character")
-        return made
+        made = to_content(row.columns, source)
+        contents = [made] if isinstance(made, dict) else [] if made is None else list(made)
+        return [_checked(row, content, source, hold_out, max_record_bytes) for content in contents]
     except UnicodeEncodeError as error:
         reason = f"half of a surrogate pair, U+{ord(error.object[error.start]):04X}, which is no character"
     except (ValueError, TypeError) as error:
         reason = str(error)
     return Reject(row.place, reason, json.dumps(row.columns, ensure_ascii=False, default=str)[:BEGINS_CHARS])
+
+
+def _checked(row: Row, content: Content, source: SourceSettings, hold_out: HoldOut | None, max_record_bytes: int) -> Record:
+    record = {**content, "source": row.place.source}
+    if source.license is not None:
+        record["license"] = source.license
+    record |= {name: column_of(row.columns, name) for name in source.fields}
+    made = _record(record, _group(row, record, hold_out.by if hold_out else "record"))
+    if len(made.raw) > max_record_bytes:
+        raise ValueError(f"a text of {len(made.raw):,} bytes is longer than max_record_bytes = {max_record_bytes:,}")
+    if b"\0" in made.raw or b"\\u0000" in made.raw:
+        raise ValueError("a NUL character")
+    return made
 
 
 def column_of(columns: dict[str, Any], name: str) -> Any:
