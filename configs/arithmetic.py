@@ -14,7 +14,8 @@ from fractions import Fraction
 from typing import Any
 
 from pipelines.artifacts import Conversations, Prompts
-from pipelines.ingest.dialogues import DialogueConfig, DialogueSettings, to_conversation, to_prompt
+from pipelines.ingest.dialogue_settings import DialogueConfig, DialogueSettings
+from pipelines.ingest.dialogues import to_conversation, to_prompt
 from pipelines.records import column_of, gather
 from pipelines.stage import StageContext
 

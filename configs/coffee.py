@@ -20,7 +20,9 @@ from itertools import dropwhile, groupby
 from typing import Any
 
 from pipelines.artifacts import Conversations, Prompts, Ratings
-from pipelines.ingest.dialogues import DialogueConfig, DialogueSettings, Message, to_conversation, to_prompt, to_rating
+from pipelines.ingest.dialogue_settings import DialogueConfig, DialogueSettings
+from pipelines.ingest.dialogues import to_conversation, to_prompt, to_rating
+from pipelines.ingest.messages import Message
 from pipelines.records import column_of, gather
 from pipelines.stage import StageContext
 

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import Field
 
 from pipelines.artifacts import Conversations, Prompts
-from pipelines.ingest.dialogues import DialogueConfig, DialogueSettings, to_conversation, to_prompt
+from pipelines.ingest.dialogue_settings import DialogueConfig, DialogueSettings
+from pipelines.ingest.dialogues import to_conversation, to_prompt
 from pipelines.records import gather
 from pipelines.stage import StageContext
 

@@ -28,7 +28,9 @@ FOR_STAGES = {
     "pipelines.artifacts",
     "pipelines.stage",
     "pipelines.reading",
+    "pipelines.ingest.dialogue_settings",
     "pipelines.ingest.dialogues",
+    "pipelines.ingest.pairs",
     "pipelines.documents",
     "pipelines.records",
 }

@@ -1,261 +1,284 @@
-"""From records to dialogues: conversations, pairs of responses, rated responses and prompts, out of the shapes that people publish.
+"""Turn records into conversations, rated responses and prompts, from the forms in which dialogues are published.
 
-    alpaca        {"instruction", "input", "output"}            one question, one answer
-    sharegpt      {"conversations": [{"from", "value"}, ...]}   several turns
     messages      {"messages": [{"role", "content"}, ...]}      several turns, as chat APIs write them
-    plain         {"prompt", "response"}                        two texts
+    sharegpt      {"conversations": [{"from", "value"}, ...]}   several turns
+    alpaca        {"instruction", "input", "output"}            one question, one answer; system and history if there are any
+    plain         {"prompt", "response"}                        two texts, or messages and a text
+    transcript    {"text": "\\n\\nHuman: ...\\n\\nAssistant: ..."}  several turns in one text
+    tree          {"prompt": {"text", "role", "replies"}}       several replies at each turn: one record becomes several
 
-Each says where the messages so far are, and each of its keys can be renamed (`keys = { prompt = "question" }`). What answers them
-is `chosen` and `rejected`, or `response` and `score`, or `reference`, in whatever shape: a text, a message, or a list of messages
-of which the last one counts. Every function here raises ValueError with the reason why a record can't be used.
+A format says where the messages so far are, and `keys` where a source keeps each of its parts. What answers them is `response` and `score`,
+or `reference`, or a pair (in `pairs`): a text, a message, or messages of which the last one counts. A `system` column, or the setting
+`system`, becomes the first message. Every function raises ValueError with the reason why a record can't be used.
+
+The singular functions are for stages of one's own, `to_conversation({"prompt": ..., "response": ...}, settings)`; the plural ones also read
+forms that hold several dialogues in a record, and return an empty list for a record that is left out.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pipelines.ingest import trees
+from pipelines.ingest.columns import Columns, as_template, empty, number_of, verdict_of
+from pipelines.ingest.dialogue_settings import DialogueSettings
+from pipelines.ingest.messages import Message, checked, ending_with_user, read_message, read_messages
+from pipelines.ingest.templates import short
+from pipelines.ingest.transcripts import begins_with_marker, read_transcript
 
-from gpt.settings import Settings
-from pipelines.reading import SourceSettings
-from pipelines.records import IngestSettings, Weighted
-from pipelines.stage import StageConfig
-
-Message = dict[str, str]
-Format = Literal["alpaca", "sharegpt", "messages", "plain"]
-
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "agent": "assistant",
-}
-"""What people call the three roles, in lower case."""
-
-KEYS = ["conversations", "from", "value", "messages", "role", "content"]
-KEYS += ["instruction", "input", "output", "system", "prompt", "response", "chosen", "rejected", "score", "reference"]
-"""What `keys` can rename."""
-
-
-class DialogueSettings(Settings):
-    """How a source's columns become messages: `DialogueSettings(format="plain", keys={"prompt": "question", "response": "answer"})`."""
-
-    format: Format = "messages"
-    """Where the messages are: "alpaca", "sharegpt", "messages" or "plain"."""
-    keys: dict[str, str] = Field(default_factory=dict)
-    """The source's names for this format's own: keys = { messages = "utterances", role = "speaker", content = "text" }."""
-    roles: dict[str, Literal["system", "user", "assistant"]] = Field(default_factory=dict)
-    """The source's names for the three roles, beside the usual ones."""
-    join_turns: bool = False
-    """True: messages of one role in a row become one, joined by a newline. False: such a record is bad."""
-
-    @field_validator("keys")
-    @classmethod
-    def _keys_exist(cls, keys: dict[str, str]) -> dict[str, str]:
-        for name in keys:
-            if name not in KEYS:
-                near = difflib.get_close_matches(name, KEYS, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(KEYS)}"
-                raise ValueError(f"renames {name!r}, which no format has; {hint}")
-        return keys
-
-
-class DialogueSource(SourceSettings, DialogueSettings):
-    """Files of dialogues."""
-
-    @model_validator(mode="after")
-    def _has_columns(self) -> DialogueSource:
-        if self.source == "text":
-            raise ValueError('source = "text" has no columns to find messages in; wanted json, csv or parquet')
-        if self.text != "text":
-            raise ValueError(f"text = {self.text!r} has no effect on dialogues; say where messages are by format and keys")
-        return self
-
-
-class WeightedDialogueSource(DialogueSource, Weighted):
-    """One source of a mixture of dialogues."""
-
-
-class DialogueConfig(IngestSettings, StageConfig, DialogueSource):
-    """One source, its keys inline, or a mixture of several, with the same keys and a `weight` each."""
-
-    mixture: tuple[WeightedDialogueSource, ...] = ()
-    """Several sources, instead of the inline one."""
+# ---- one record becomes one ----
 
 
 def to_conversation(columns: Mapping[str, Any], settings: DialogueSettings) -> dict[str, Any]:
-    """`{"messages": [...]}`, ending with an assistant's message: what a user says last teaches nothing and is left out."""
-    match settings.format:
-        case "alpaca" | "plain":
-            answer = "output" if settings.format == "alpaca" else "response"
-            messages = [*_prompt(columns, settings), _answer(columns, settings, answer)]
-        case _:
-            messages = _prompt(columns, settings)
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if not messages:
-        raise ValueError("no assistant's message, so there is nothing to learn from")
-    if not any(message["role"] == "user" for message in messages):
-        raise ValueError("no user's message before the assistant's, who answers nobody")
-    return {"messages": messages}
-
-
-def to_pair(columns: Mapping[str, Any], settings: DialogueSettings) -> dict[str, Any]:
-    """`{"prompt", "chosen", "rejected"}`. Where chosen and rejected are whole conversations, the prompt is what they share."""
-    chosen, rejected = (_value(columns, settings, name) for name in ("chosen", "rejected"))
-    whole = [_messages(each, settings) for each in (chosen, rejected) if isinstance(each, list) and len(each) > 1]
-    if len(whole) == 2:
-        if whole[0][:-1] != whole[1][:-1]:
-            raise ValueError("chosen and rejected answer two different prompts")
-        prompt = whole[0][:-1]
-    else:
-        prompt = _prompt(columns, settings)
-    texts = [_response(each, settings, name) for each, name in ((chosen, "chosen"), (rejected, "rejected"))]
-    if texts[0] == texts[1]:
-        raise ValueError("chosen and rejected are equal, which prefers nothing")
-    return {"prompt": _ending_with_user(prompt), "chosen": texts[0], "rejected": texts[1]}
+    """Return `{"messages": [...]}`, which ends with an assistant's message: a user's last words teach nothing and are left out."""
+    record = Columns(columns, settings)
+    messages = read_prompt(record)
+    if settings.format in ("alpaca", "plain"):
+        name = "output" if settings.format == "alpaca" else "response"
+        before, response = read_response(record, record.value(name), name)
+        messages = [*(joined(messages, before, name) if before else messages), {"role": "assistant", "content": response}]
+    conversation = _conversation(dialogue(record, messages))
+    record.check_read()
+    return conversation
 
 
 def to_rating(columns: Mapping[str, Any], settings: DialogueSettings, score_range: tuple[float, float]) -> dict[str, Any]:
-    """`{"prompt", "response", "score"}`; a score of `score_range` is moved to 0 to 1."""
-    score = _value(columns, settings, "score")
-    lowest, highest = score_range
-    if isinstance(score, bool) or not isinstance(score, int | float):
-        raise ValueError(f"score is {_short(score)}, wanted a number")
-    if not lowest <= score <= highest:
-        raise ValueError(f"score is {_short(score)}, out of score_range = [{lowest:g}, {highest:g}]")
-    response = _response(_value(columns, settings, "response"), settings, "response")
-    prompt = _ending_with_user(_prompt(columns, settings))
-    return {"prompt": prompt, "response": response, "score": (score - lowest) / (highest - lowest)}
+    """Return `{"prompt", "response", "score"}`, with the score moved from `score_range` to 0 to 1.
+
+    Where a conversation has no response beside it, its last message is the response.
+    """
+    record = Columns(columns, settings)
+    score = _score(record.value("score"), score_range)
+    if record.has("response") or settings.format == "alpaca":
+        before, response = read_response(record, record.value("response"), "response")
+        prompt = prompt_of(record, before, "response")
+    else:
+        *prompt, last = read_prompt(record)
+        if last["role"] != "assistant":
+            record.value("response")  # raises: the response is missing
+        response = last["content"]
+    prompt = ending_with_user(dialogue(record, prompt))
+    record.check_read()
+    return {"prompt": prompt, "response": response, "score": score}
 
 
 def to_prompt(columns: Mapping[str, Any], settings: DialogueSettings) -> dict[str, Any]:
-    """`{"prompt", "reference"}`; the reference is None where the source has none. An assistant's last message is the reference."""
-    messages = _prompt(columns, settings)
-    name = settings.keys.get("reference", "reference")
-    given = columns.get(name)
-    reference = None if given is None else str(given) if isinstance(given, int | float) else _response(given, settings, name)
+    """Return `{"prompt", "reference"}`; the reference is an assistant's last message where the source has no other, or None."""
+    record = Columns(columns, settings)
+    reference = read_reference(record)
+    messages = dialogue(record, read_prompt(record))
     if messages[-1]["role"] == "assistant":
         reference = reference or messages[-1]["content"]
         messages = messages[:-1]
-    return {"prompt": _ending_with_user(messages), "reference": reference}
+    record.check_read()
+    return {"prompt": ending_with_user(messages), "reference": reference}
 
 
-def _prompt(columns: Mapping[str, Any], settings: DialogueSettings) -> list[Message]:
-    """The messages that a record's own format holds."""
-    match settings.format:
+# ---- one record becomes several, or none ----
+
+
+def to_conversations(columns: Mapping[str, Any], settings: DialogueSettings) -> list[dict[str, Any]]:
+    """Return the conversations of a record: one, or each path through a tree."""
+    if settings.format != "tree":
+        return [to_conversation(columns, settings)]
+    record = Columns(columns, settings)
+    found = [_conversation(dialogue(record, path)) for path in trees.conversations(record)]
+    record.check_read()
+    return found
+
+
+def to_ratings(columns: Mapping[str, Any], settings: DialogueSettings, score_range: tuple[float, float]) -> list[dict[str, Any]]:
+    """Return the rated responses of a record: one, or each of `keys.responses` with its score."""
+    if "responses" not in settings.keys:
+        return [to_rating(columns, settings, score_range)]
+    record = Columns(columns, settings)
+    scores = record.values("scores")
+    prompt, responses = read_responses(record)
+    record.check_read()
+    require_as_many(responses, scores, "scores")
+    return [
+        {"prompt": prompt, "response": response, "score": _score(score, score_range)}
+        for response, score in zip(responses, scores, strict=True)
+    ]
+
+
+def to_prompts(columns: Mapping[str, Any], settings: DialogueSettings) -> list[dict[str, Any]]:
+    """Return the prompts of a record: one, each user's turn in a tree, or none for a blank line of text."""
+    if settings.format != "tree":
+        blank = set(columns) == {"text"} and isinstance(columns["text"], str) and not columns["text"].strip()
+        return [] if blank else [to_prompt(columns, settings)]
+    record = Columns(columns, settings)
+    found = [{"prompt": dialogue(record, path), "reference": reply} for path, reply in trees.prompts(record)]
+    record.check_read()
+    return found
+
+
+# ---- parts of a record ----
+
+
+def read_prompt(record: Columns) -> list[Message]:
+    """Return the messages that a record's own format holds, unchecked."""
+    match record.settings.format:
         case "alpaca":
-            texts = [_text(columns, settings, "instruction"), _text(columns, settings, "input", optional=True)]
-            system = _text(columns, settings, "system", optional=True)
-            content = "\n\n".join(text for text in texts if text)
-            messages = [{"role": "system", "content": system}] if system else []
-            return _checked([*messages, {"role": "user", "content": content}], settings)
+            texts = [record.text("instruction"), record.text("input", optional=True)]
+            return [*_history(record), {"role": "user", "content": "\n\n".join(text for text in texts if text)}]
         case "plain":
-            prompt = _value(columns, settings, "prompt")
+            name = "text" if not record.has("prompt") and set(record.columns) == {"text"} else "prompt"
+            prompt = record.value(name)
             if isinstance(prompt, str):
-                return _checked([{"role": "user", "content": prompt}], settings)
-            return _messages(prompt, settings)
+                return [{"role": "user", "content": prompt}]
+            if advice := as_template(name, record.settings.where(name), prompt):
+                raise ValueError(f"{record.called(name)} is {short(prompt)}, expected a text or a list of messages{advice}")
+            return read_messages(prompt, record.settings, record.called(name))
         case "sharegpt":
-            return _messages(_value(columns, settings, "conversations"), settings)
+            return read_messages(record.value("conversations"), record.settings, record.called("conversations"))
         case "messages":
-            return _messages(_value(columns, settings, "messages"), settings)
+            return read_messages(record.value("messages"), record.settings, record.called("messages"))
+        case "transcript":
+            return read_transcript(record.value("text"), record.settings, record.called("text"))
+        case "tree":
+            raise ValueError('format = "tree" makes several of one record; expected to_conversations, to_pairs or to_prompts')
 
 
-def _messages(value: Any, settings: DialogueSettings) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{_short(value)} is no list of messages")
-    return _checked([_message(each, settings) for each in value], settings)
+def _history(record: Columns) -> list[Message]:
+    """Return alpaca's earlier turns: `[["Hello", "Hi."], ...]`."""
+    messages = []
+    for turn in record.optional("history") or []:
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise ValueError(f"history has {short(turn)}, expected turns such as ['Hello', 'Hi.']: a user's text and the assistant's")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return messages
 
 
-def _message(value: Any, settings: DialogueSettings) -> Message:
-    """One message under its keys: role and content, or from and value."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{_short(value)} is no message, such as {{'role': 'user', 'content': 'Hello'}}")
-    names = [settings.keys.get(ours, ours) for ours in ("role", "content")]
-    if not all(name in value for name in names):
-        names = [settings.keys.get(ours, ours) for ours in ("from", "value")]
-    if not all(name in value for name in names):
-        raise ValueError(f"a message has the keys {', '.join(map(str, value))}; wanted role and content, or from and value")
-    role, content = (value[name] for name in names)
-    if not isinstance(role, str):
-        raise ValueError(f"a message's {names[0]} is {_short(role)}, wanted a text")
-    known = {**ROLES, **settings.roles}
-    found = known.get(role) or known.get(role.lower())
-    if found is None:
-        raise ValueError(f'role {role!r} is unknown; say what it is, for example roles = {{ {role} = "user" }}')
-    if not isinstance(content, str):
-        raise ValueError(f"the {found}'s message is {_short(content)}, wanted a text")
-    return {"role": found, "content": content}
+def dialogue(record: Columns, messages: Sequence[Message]) -> list[Message]:
+    """Return the messages, checked, after the record's system message or the one that is set for all."""
+    own = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+    system = "" if "system" in record.settings.ignore else record.text("system", optional=True)
+    if not system and own is None:
+        system = record.settings.system or ""
+    first: list[Message] = [{"role": "system", "content": system}] if system.strip() and system != own else []
+    return checked([*first, *messages], record.settings)
 
 
-def _checked(messages: list[Message], settings: DialogueSettings) -> list[Message]:
-    joined: list[Message] = []
-    for number, message in enumerate(messages, start=1):
-        role = message["role"]
-        if not message["content"].strip():
-            raise ValueError(f"message {number} (the {role}'s) is empty")
-        message = {"role": role, "content": message["content"].replace("\r\n", "\n")}
-        if role == "system" and number > 1:
-            raise ValueError(f"message {number} is the system's, which only the first can be")
-        if joined and joined[-1]["role"] == role:
-            if not settings.join_turns:
-                raise ValueError(f"message {number} is the {role}'s again; join_turns = true makes one of the two")
-            joined[-1] = {"role": role, "content": f"{joined[-1]['content']}\n{message['content']}"}
-        else:
-            joined.append(message)
-    return joined
+def _conversation(messages: list[Message]) -> dict[str, Any]:
+    while messages and messages[-1]["role"] != "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise ValueError("no assistant's message, so there is nothing to learn from")
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError("no user's message before the assistant's, expected one that it answers")
+    return {"messages": messages}
 
 
-def _ending_with_user(prompt: Sequence[Message]) -> list[Message]:
-    if not prompt or prompt[-1]["role"] != "user":
-        raise ValueError("the prompt does not end with a user's message, so there is nothing to answer")
-    return list(prompt)
+def read_response(record: Columns, value: Any, name: str) -> tuple[list[Message], str]:
+    """Return the text of a response, and the messages before it where it is given as a whole conversation."""
+    what = record.called(name)
+    messages: list[Message] = []
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        value = value[0]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        messages = read_messages(value, record.settings, what)
+    elif isinstance(value, dict):
+        if not {record.settings.where("role"), record.settings.where("from")} & set(value):
+            where = f"{record.settings.where(name)}{'.*' if name == 'responses' else ''}.{next(iter(value), 'text')}"
+            found = f"an object with {', '.join(value) or 'no keys'}"
+            raise ValueError(f'{what} is {found}, expected a text or a message; a path names it, such as keys = {{ {name} = "{where}" }}')
+        messages = [read_message(value, record.settings)]
+    elif record.settings.format == "transcript" and begins_with_marker(value, record.settings):
+        messages = read_transcript(value, record.settings, what)
+    elif isinstance(value, list) and len(value) > 1:
+        one = f'keys = {{ {name} = "{record.settings.where(name)}.0" }}'
+        raise ValueError(f"{what} is a list of {len(value)}, expected one response; {one} takes the first")
+    elif not isinstance(value, str):
+        advice = as_template(name, record.settings.where(name), value)
+        raise ValueError(f"{what} is {short(value)}, expected a text or an assistant's message{advice}")
+    *before, last = messages or [{"role": "assistant", "content": value}]
+    if last["role"] != "assistant":
+        raise ValueError(f"{what} ends with the {last['role']}'s message, expected an assistant's")
+    text = last["content"].strip() if record.settings.format == "transcript" else last["content"]
+    if not text.strip():
+        raise ValueError(f"{what} is empty")
+    return checked(before, record.settings), text.replace("\r\n", "\n")
 
 
-def _answer(columns: Mapping[str, Any], settings: DialogueSettings, name: str) -> Message:
-    return {"role": "assistant", "content": _response(_value(columns, settings, name), settings, name)}
+def read_responses(record: Columns) -> tuple[list[Message], list[str]]:
+    """Return the prompt and the texts of `keys.responses`."""
+    found = [read_response(record, value, "responses") for value in record.values("responses")]
+    befores = [before for before, _ in found if before]
+    if any(before != befores[0] for before in befores):
+        raise ValueError("the responses answer different prompts; only their last messages may differ")
+    prompt = prompt_of(record, befores[0] if befores else [], "responses")
+    return ending_with_user(dialogue(record, prompt)), [text for _, text in found]
 
 
-def _response(value: Any, settings: DialogueSettings, name: str) -> str:
-    """The text of a response: itself, a message's, or the last message's of a list."""
-    last = value[-1] if isinstance(value, list) and value else value
-    if isinstance(last, dict):
-        message = _message(last, settings)
-        if message["role"] != "assistant":
-            raise ValueError(f"{name} is the {message['role']}'s message, wanted an assistant's")
-        last = message["content"]
-    if not isinstance(last, str):
-        raise ValueError(f"{name} is {_short(last)}, wanted a text or an assistant's message")
-    if not last.strip():
-        raise ValueError(f"{name} is empty")
-    return last.replace("\r\n", "\n")
+def require_as_many(responses: Sequence[Any], values: Sequence[Any], name: str) -> None:
+    if len(responses) != len(values):
+        raise ValueError(f"found {len(responses)} responses and {len(values)} {name}, expected one for each response")
 
 
-def _text(columns: Mapping[str, Any], settings: DialogueSettings, name: str, *, optional: bool = False) -> str:
-    key = settings.keys.get(name, name)
-    if optional and columns.get(key) is None:
-        return ""
-    value = _value(columns, settings, name)
-    if not isinstance(value, str):
-        raise ValueError(f"column {key!r} holds {_short(value)}, wanted a text")
-    return value
+def prompt_of(record: Columns, before: list[Message], name: str) -> list[Message]:
+    """Return what a response answers: the record's own messages, and those before it in its own conversation."""
+    keys = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction", "plain": "prompt", "transcript": "text"}
+    if before and not record.has(keys[record.settings.format]):
+        return before
+    return joined(read_prompt(record), before, name)
 
 
-def _value(columns: Mapping[str, Any], settings: DialogueSettings, name: str) -> Any:
-    key = settings.keys.get(name, name)
-    if key not in columns:
-        renamed = "" if name in settings.keys else f'; keys = {{ {name} = "..." }} names another'
-        raise ValueError(f"no column {key!r}; there are: {', '.join(columns) or 'none'}{renamed}")
-    return columns[key]
+def joined(prompt: list[Message], before: list[Message], name: str) -> list[Message]:
+    """Return one dialogue of a prompt and the messages before a response; they may overlap, and must not contradict each other."""
+    if not before:
+        return prompt
+    if before[0]["role"] == "assistant":
+        return [*prompt, *before]
+    while prompt and prompt[-1]["role"] == "assistant":
+        prompt = prompt[:-1]
+    ours, theirs = _compared(prompt), _compared(before)
+    system = prompt[:1] if prompt and prompt[0]["role"] == "system" else []
+    if theirs[: len(ours)] == ours:
+        return before
+    if ours[-len(theirs) :] == theirs:
+        return prompt
+    if theirs[: len(ours) - len(system)] == ours[len(system) :]:
+        return [*system, *before]
+    raise ValueError(
+        f"{name} begins with {short(before[0]['content'])}, the prompt is {short(prompt[-1]['content'])}; expected one prompt for both, "
+        "or only one of the two columns"
+    )
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _compared(messages: Iterable[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].replace("\r\n", "\n").strip()) for message in messages]
+
+
+def _score(value: Any, score_range: tuple[float, float]) -> float:
+    """Return a score as 0 to 1: true is the highest of the range and false the lowest."""
+    lowest, highest = score_range
+    if (verdict := verdict_of(value)) is not None:
+        return float(verdict)
+    score = number_of(value, "score")
+    if not lowest <= score <= highest:
+        raise ValueError(f"score is {short(value)}, out of score_range = [{lowest:g}, {highest:g}]")
+    return (score - lowest) / (highest - lowest)
+
+
+def read_reference(record: Columns) -> str | None:
+    """Return the one right answer, or None. What is no text and no number would be compared as something that nobody wrote."""
+    value = record.optional("reference")
+    if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], dict):
+        value = value[0]
+    if empty(value):
+        return None
+    where = record.settings.where("reference")
+    if isinstance(value, list) and not isinstance(value[0], dict):
+        raise ValueError(
+            f"{record.called('reference')} has {len(value)} alternatives, {short(value)}, expected one right answer; take one with "
+            f'keys = {{ reference = "{where}.0" }}, or score all of them with a reward function of your own and fields = ["{where}"]'
+        )
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(
+            f"{record.called('reference')} is {short(value)}, expected a text or a finite number; "
+            f'keys = {{ reference = "{{{where}}}" }} writes true and false as texts'
+        )
+    return str(value) if isinstance(value, int | float) else read_response(record, value, "reference")[1]
