@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipelines.ingest import trees
-from pipelines.ingest.columns import Columns, as_template, empty, number_of, verdict_of
+from pipelines.ingest.dialogue_columns import Columns, as_template, empty, number_of, verdict_of
 from pipelines.ingest.dialogue_settings import DialogueSettings
 from pipelines.ingest.messages import Message, checked, ending_with_user, read_message, read_messages
 from pipelines.ingest.templates import short
@@ -56,8 +56,13 @@ def to_rating(columns: Mapping[str, Any], settings: DialogueSettings, score_rang
         prompt = prompt_of(record, before, "response")
     else:
         *prompt, last = read_prompt(record)
+        if last["role"] != "assistant" and settings.format == "plain":
+            record.value("response")  # raises: the column is missing
         if last["role"] != "assistant":
-            record.value("response")  # raises: the response is missing
+            raise ValueError(
+                f"the conversation ends with the {last['role']}'s message, expected the response that was rated; "
+                'keys = { response = "..." } names a column that has it'
+            )
         response = last["content"]
     prompt = ending_with_user(dialogue(record, prompt))
     record.check_read()
@@ -266,8 +271,8 @@ def _score(value: Any, score_range: tuple[float, float]) -> float:
 def read_reference(record: Columns) -> str | None:
     """Return the one right answer, or None. What is no text and no number would be compared as something that nobody wrote."""
     value = record.optional("reference")
-    if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], dict):
-        value = value[0]
+    if isinstance(value, list) and value and all(each == value[0] and isinstance(each, str | int | float) for each in value):
+        value = value[0]  # also where several people gave the same answer
     if empty(value):
         return None
     where = record.settings.where("reference")

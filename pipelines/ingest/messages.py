@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.ingest.columns import empty
+from pipelines.ingest.dialogue_columns import empty
 from pipelines.ingest.dialogue_settings import IGNORABLE_IN_MESSAGES, DialogueSettings
 from pipelines.ingest.templates import short
 

@@ -16,7 +16,7 @@ from itertools import combinations
 from typing import Any
 
 from pipelines.ingest import trees
-from pipelines.ingest.columns import Columns, empty, number_of
+from pipelines.ingest.dialogue_columns import Columns, empty, number_of
 from pipelines.ingest.dialogue_settings import DialogueSettings, PairSettings
 from pipelines.ingest.dialogues import dialogue, prompt_of, read_response, read_responses, require_as_many
 from pipelines.ingest.messages import Message, ending_with_user

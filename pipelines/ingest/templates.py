@@ -17,6 +17,7 @@ A placeholder can convert its value; several conversions are applied from left t
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import string
@@ -93,6 +94,8 @@ def look_up(path: str, columns: Mapping[str, Any], read: set[str]) -> Any:
 
 
 def _step(value: Any, part: str) -> Any:
+    if value is None:
+        return None
     if isinstance(value, Mapping):
         return value.get(part, MISSING)
     if isinstance(value, list) and part.removeprefix("-").isdecimal() and -len(value) <= int(part) < len(value):
@@ -118,12 +121,13 @@ def short(value: Any) -> str:
 # ---- templates ----
 
 
-def parse(template: str) -> list[str | Placeholder]:
+@functools.cache
+def parse(template: str) -> tuple[str | Placeholder, ...]:
     """Return a template's literal texts and placeholders; ValueError where its braces don't match."""
     parts, end = _parse(template, 0, inside=False)
     if end < len(template):
         raise ValueError(f"template {template!r}: '}}' without '{{' before it; write '}}}}' for a literal brace")
-    return parts
+    return tuple(parts)
 
 
 def _parse(template: str, begin: int, *, inside: bool) -> tuple[list[str | Placeholder], int]:
@@ -182,13 +186,13 @@ def _fill(placeholder: Placeholder, columns: Mapping[str, Any], read: set[str]) 
 
 
 def render(value: Any) -> str:
-    """Return a value as text: a list of texts as lines, null as nothing, numbers and objects as JSON."""
+    """Return a value as text: a list of texts or numbers as lines, null as nothing, numbers, true, false and objects as JSON."""
     if value is None:
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return "\n".join(value)
+    if isinstance(value, list) and value and all(isinstance(item, str | int | float) for item in value):
+        return "\n".join(map(render, value))
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"found {value}, expected a finite number")
     return json.dumps(value, ensure_ascii=False)
@@ -196,9 +200,9 @@ def render(value: Any) -> str:
 
 def _convert(value: Any, conversion: str, path: str) -> Any:
     match conversion, value:
-        case "letters", Mapping():
+        case "letters", Mapping() if all(isinstance(item, str | int | float) for item in value.values()):
             return "\n".join(f"{key}. {render(item)}" for key, item in value.items())
-        case "letters", list() if len(value) <= 26:
+        case "letters", list() if len(value) <= 26 and all(isinstance(item, str | int | float) for item in value):
             return "\n".join(f"{letter}. {render(item)}" for letter, item in zip(string.ascii_uppercase, value, strict=False))
         case "letter", _ if (index := _whole_number(value)) is not None and 0 <= index < 26:
             return string.ascii_uppercase[index]
@@ -207,7 +211,8 @@ def _convert(value: Any, conversion: str, path: str) -> Any:
         case "from_1", _ if (number := _whole_number(value)) is not None and number >= 1:
             return number - 1
     expected = {
-        "letters": "a list of at most 26, or an object",
+        "letters": "a list of at most 26 texts, or an object of texts; a path leads to it, such as {choices.text:letters} or "
+        "{choices.*.text:letters}",
         "letter": "a whole number from 0 to 25",
         "index": "a letter",
         "from_1": "a whole number from 1",

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines.ingest.columns import Columns
+from pipelines.ingest.dialogue_columns import Columns
 from pipelines.ingest.messages import Message, read_message
 from pipelines.ingest.templates import short
 

@@ -49,7 +49,14 @@ class Columns:
 
     def optional(self, name: str) -> Any:
         """Return the same; None where keys don't name a column and the usual one is missing."""
-        return self.value(name) if self.has(name) else None
+        if not self.has(name):
+            return None
+        try:
+            return self.value(name)
+        except ValueError as error:
+            raise ValueError(
+                f'{error}; a name that ends with ? may be missing, as in keys = {{ {name} = "{self.settings.where(name)}?" }}'
+            ) from None
 
     def has(self, name: str) -> bool:
         return name in self.settings.keys or name in self.columns
