@@ -54,9 +54,9 @@ class Columns:
         try:
             return self.value(name)
         except ValueError as error:
-            raise ValueError(
-                f'{error}; a name that ends with ? may be missing, as in keys = {{ {name} = "{self.settings.where(name)}?" }}'
-            ) from None
+            where = self.settings.where(name)
+            example = "{tools?}" if templates.is_template(where) else f'keys = {{ {name} = "{where}?" }}'
+            raise ValueError(f"{error}; a name that ends with ? may be missing, as in {example}") from None
 
     def has(self, name: str) -> bool:
         return name in self.settings.keys or name in self.columns
@@ -70,7 +70,7 @@ class Columns:
         return value
 
     def called(self, name: str) -> str:
-        """Name a key and the column it stands for, as messages do: `response (column 'answer')`."""
+        """Name a key, and what it stands for where that is another name: `response (keys.response = 'answer')`."""
         where = self.settings.where(name)
         return name if where == name else f"{name} (keys.{name} = {where!r})"
 
@@ -79,12 +79,20 @@ class Columns:
         for name in IGNORABLE:
             if name in self._read or name in self.settings.left_out() or empty(self.columns.get(name)):
                 continue
-            base = next((key for key in ("prompt", "instruction") if self.has(key)), "prompt")
-            use = IGNORABLE[name].replace("KEY", base).replace("COLUMN", self.settings.where(base))
             raise ValueError(
-                f"column {name!r} holds {short(self.columns[name])}, which no message would have: {use}; "
+                f"column {name!r} holds {short(self.columns[name])}, which no message would have: {self._use(name)}; "
                 f'or set ignore = ["{name}"] to leave it out'
             )
+
+    def _use(self, name: str) -> str:
+        """Return a setting that puts a column into a message."""
+        if not IGNORABLE[name].startswith("{"):
+            return IGNORABLE[name]
+        key = {"alpaca": "instruction", "plain": "prompt", "transcript": "text"}.get(self.settings.format, "system")
+        where = self.settings.where(key)
+        base = "" if key == "system" and not self.has(key) else where if templates.is_template(where) else f"{{{where}}}"
+        template = IGNORABLE[name].replace("{PROMPT}", base).removeprefix("\\n").removesuffix("\\n\\n")
+        return f'a template puts it into a message, such as keys = {{ {key} = "{template}" }}'
 
     def _advice(self, name: str) -> str:
         if self.settings.format != "transcript" and any(map(_like_a_transcript, self.columns.values())):

@@ -40,21 +40,21 @@ SEVERAL_ANSWERS = ("responses", "votes", "scores", "ranks")
 ALL_KEYS = tuple(dict.fromkeys([*(key for keys in OF_A_FORMAT.values() for key in keys), "output", *ONE_ANSWER, *SEVERAL_ANSWERS]))
 
 IGNORABLE = {
-    "system": "keys.system names another column; a template can join both",
+    "system": "keys.system names something else; a template such as {system} can hold both",
     "system_prompt": 'keys = { system = "system_prompt" } makes it the system message',
     "history": 'format = "alpaca" reads it as earlier turns',
     "tools": 'keys = { system = "You can call these functions:\\n{tools}" } puts it into the system message',
     "functions": 'keys = { system = "You can call these functions:\\n{functions}" } puts it into the system message',
-    "choices": 'a template puts it into the prompt, such as keys = { KEY = "{COLUMN}\\n{choices:letters}" }',
-    "options": 'a template puts it into the prompt, such as keys = { KEY = "{COLUMN}\\n{options:letters}" }',
-    "context": 'a template puts it into the prompt, such as keys = { KEY = "{context}\\n\\n{COLUMN}" }',
-    "input": 'a template puts it into the prompt, such as keys = { KEY = "{COLUMN}\\n\\n{input}" }',
+    "choices": "{PROMPT}\\n{choices:letters}",
+    "options": "{PROMPT}\\n{options:letters}",
+    "context": "{context}\\n\\n{PROMPT}",
+    "input": "{PROMPT}\\n\\n{input}",
     "image": "only text can be learned",
     "images": "only text can be learned",
     "videos": "only text can be learned",
     "audios": "only text can be learned",
 }
-"""Columns that usually change what an answer means, with a way to use them. A value that nothing reads makes a record bad."""
+"""Columns that usually change what an answer means, and a way to use each: a sentence, or a template around the prompt."""
 IGNORABLE_IN_MESSAGES = ("weight", "train", "reasoning_content", "reasoning", "thinking", "refusal", "images", "audio")
 """The same for the keys of one message."""
 

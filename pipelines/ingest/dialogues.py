@@ -55,7 +55,7 @@ def to_rating(columns: Mapping[str, Any], settings: DialogueSettings, score_rang
         before, response = read_response(record, record.value("response"), "response")
         prompt = prompt_of(record, before, "response")
     else:
-        *prompt, last = read_prompt(record)
+        *prompt, last = checked(read_prompt(record), settings)
         if last["role"] != "assistant" and settings.format == "plain":
             record.value("response")  # raises: the column is missing
         if last["role"] != "assistant":
@@ -199,13 +199,12 @@ def read_response(record: Columns, value: Any, name: str) -> tuple[list[Message]
     elif not isinstance(value, str):
         advice = as_template(name, record.settings.where(name), value)
         raise ValueError(f"{what} is {short(value)}, expected a text or an assistant's message{advice}")
-    *before, last = messages or [{"role": "assistant", "content": value}]
+    elif not value.strip():
+        raise ValueError(f"{what} is empty")
+    *before, last = checked(messages or [{"role": "assistant", "content": value}], record.settings)
     if last["role"] != "assistant":
         raise ValueError(f"{what} ends with the {last['role']}'s message, expected an assistant's")
-    text = last["content"].strip() if record.settings.format == "transcript" else last["content"]
-    if not text.strip():
-        raise ValueError(f"{what} is empty")
-    return checked(before, record.settings), text.replace("\r\n", "\n")
+    return before, last["content"].strip() if record.settings.format == "transcript" else last["content"]
 
 
 def read_responses(record: Columns) -> tuple[list[Message], list[str]]:

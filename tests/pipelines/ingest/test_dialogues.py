@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from typing import Any
 
 import pytest
@@ -153,6 +155,33 @@ def test_a_column_that_changes_what_an_answer_means_is_read_or_refused_or_ignore
     assert read({**columns, column: value}, settings("plain", keys=keys, ignore=[column])) == expected
     for nothing in (None, "", [], {}, [[]]):
         assert read({**columns, column: nothing}, settings("plain", keys=keys)) == expected
+
+
+@pytest.mark.parametrize(
+    ("format", "columns", "keys", "use"),
+    [
+        ("messages", {"messages": HELLO, "context": "A text."}, {}, 'keys = { system = "{context}" }'),
+        ("sharegpt", {"conversations": SHAREGPT, "choices": ["3"]}, {}, 'keys = { system = "{choices:letters}" }'),
+        (
+            "alpaca",
+            {"instruction": "a", "output": "b", "context": "A text."},
+            {},
+            'keys = { instruction = "{context}\\n\\n{instruction}" }',
+        ),
+        (
+            "plain",
+            {"q": "a", "response": "b", "options": ["3"]},
+            {"prompt": "Q: {q}"},
+            'keys = { prompt = "Q: {q}\\n{options:letters}" }',
+        ),
+    ],
+)
+def test_the_advice_for_a_column_is_a_setting_that_reads_it(format, columns, keys, use):
+    with pytest.raises(ValueError, match="which no message would have") as raised:
+        to_conversation(columns, settings(format, keys=keys))
+    assert use in str(raised.value)
+    advised = tomllib.loads(re.search(r"keys = \{.*?\" \}", str(raised.value))[0])["keys"]
+    assert to_conversation(columns, settings(format, keys={**keys, **advised}))
 
 
 def test_tools_become_the_system_message_where_a_record_has_any():
