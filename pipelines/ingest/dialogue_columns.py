@@ -53,7 +53,7 @@ class Columns:
             return None
         try:
             return self.value(name)
-        except ValueError as error:
+        except templates.Missing as error:
             where = self.settings.where(name)
             example = "{tools?}" if templates.is_template(where) else f'keys = {{ {name} = "{where}?" }}'
             raise ValueError(f"{error}; a name that ends with ? may be missing, as in {example}") from None

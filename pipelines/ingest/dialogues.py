@@ -26,7 +26,7 @@ from pipelines.ingest.dialogue_columns import Columns, as_template, empty, numbe
 from pipelines.ingest.dialogue_settings import DialogueSettings
 from pipelines.ingest.messages import Message, checked, ending_with_user, read_message, read_messages
 from pipelines.ingest.templates import short
-from pipelines.ingest.transcripts import begins_with_marker, read_transcript
+from pipelines.ingest.transcripts import MARKERS, begins_with_marker, read_transcript
 
 # ---- one record becomes one ----
 
@@ -39,7 +39,7 @@ def to_conversation(columns: Mapping[str, Any], settings: DialogueSettings) -> d
         name = "output" if settings.format == "alpaca" else "response"
         before, response = read_response(record, record.value(name), name)
         messages = [*(joined(messages, before, name) if before else messages), {"role": "assistant", "content": response}]
-    conversation = _conversation(dialogue(record, messages))
+    conversation = _conversation(record, dialogue(record, messages))
     record.check_read()
     return conversation
 
@@ -89,7 +89,7 @@ def to_conversations(columns: Mapping[str, Any], settings: DialogueSettings) -> 
     if settings.format != "tree":
         return [to_conversation(columns, settings)]
     record = Columns(columns, settings)
-    found = [_conversation(dialogue(record, path)) for path in trees.conversations(record)]
+    found = [_conversation(record, dialogue(record, path)) for path in trees.conversations(record)]
     record.check_read()
     return found
 
@@ -159,19 +159,25 @@ def _history(record: Columns) -> list[Message]:
 
 def dialogue(record: Columns, messages: Sequence[Message]) -> list[Message]:
     """Return the messages, checked, after the record's system message or the one that is set for all."""
-    own = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+    own = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
     system = "" if "system" in record.settings.ignore else record.text("system", optional=True)
-    if not system and own is None:
-        system = record.settings.system or ""
-    first: list[Message] = [{"role": "system", "content": system}] if system.strip() and system != own else []
+    if not system.strip():
+        system = own or record.settings.system or ""
+    if own and own in system:  # the column repeats it, or a template holds it
+        messages = messages[1:]
+    first: list[Message] = [{"role": "system", "content": system}] if system else []
     return checked([*first, *messages], record.settings)
 
 
-def _conversation(messages: list[Message]) -> dict[str, Any]:
+def _conversation(record: Columns, messages: list[Message]) -> dict[str, Any]:
     while messages and messages[-1]["role"] != "assistant":
         messages = messages[:-1]
     if not messages:
-        raise ValueError("no assistant's message, so there is nothing to learn from")
+        markers = ", ".join(map(repr, record.settings.markers or MARKERS))
+        advice = (
+            f"; expected turns that begin with {markers}, or others that markers names" if record.settings.format == "transcript" else ""
+        )
+        raise ValueError(f"no assistant's message, so there is nothing to learn from{advice}")
     if not any(message["role"] == "user" for message in messages):
         raise ValueError("no user's message before the assistant's, expected one that it answers")
     return {"messages": messages}
@@ -281,8 +287,6 @@ def read_reference(record: Columns) -> str | None:
             f'keys = {{ reference = "{where}.0" }}, or score all of them with a reward function of your own and fields = ["{where}"]'
         )
     if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(
-            f"{record.called('reference')} is {short(value)}, expected a text or a finite number; "
-            f'keys = {{ reference = "{{{where}}}" }} writes true and false as texts'
-        )
+        advice = f'; keys = {{ reference = "{{{where}}}" }} writes true and false as texts' if isinstance(value, bool) else ""
+        raise ValueError(f"{record.called('reference')} is {short(value)}, expected a text or a finite number{advice}")
     return str(value) if isinstance(value, int | float) else read_response(record, value, "reference")[1]

@@ -1,7 +1,7 @@
 """Find values in a record by path, and fill templates with them.
 
     question                     the column of that name
-    meta.title, turns.0.text     a path: keys of objects, positions in lists (-1 is the last)
+    meta.title, turns.0.text     a path: keys of objects, positions in lists from 0
     completions.*.response       the same path in every element of a list
     system?                      may be missing or null
     {question}\\n{choices:letters}   a template: text around columns and paths; {{ and }} are literal braces
@@ -25,8 +25,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MISSING = object()
 CONVERSIONS = ("letters", "letter", "index", "from_1")
+
+
+class Missing(ValueError):
+    """A record has nothing at a path."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def check(expression: str) -> None:
 def evaluate(expression: str, columns: Mapping[str, Any], read: set[str] | None = None) -> Any:
     """Return the value of a column or path, or a template's text.
 
-    None stands for an optional value that is missing; ValueError names one that must be there. The columns looked at are added to `read`.
+    None stands for an optional value that is missing; Missing names one that must be there. The columns looked at are added to `read`.
     """
     read = set() if read is None else read
     if not is_template(expression):
@@ -67,40 +70,35 @@ def evaluate(expression: str, columns: Mapping[str, Any], read: set[str] | None 
 
 
 def look_up(path: str, columns: Mapping[str, Any], read: set[str]) -> Any:
-    """Return the value at a path; ValueError says how far the path leads."""
+    """Return the value at a path; Missing says how far the path leads. A path through null is null."""
     optional = path.endswith("?") and path not in columns
     path = path[:-1] if optional else path
-    if path in columns:
-        read.add(path)
-        return columns[path]
-    first, *rest = path.split(".")
+    first, *rest = [path] if path in columns else path.split(".")
     read.add(first)
-    if first not in columns:
+    try:
+        if first not in columns:
+            raise Missing(f"no column {path!r}; there are: {', '.join(columns) or 'none'}")
+        return _walk(columns[first], rest, first)
+    except Missing:
         if optional:
             return None
-        raise ValueError(f"no column {path!r}; there are: {', '.join(columns) or 'none'}")
-    value = columns[first]
-    for depth, part in enumerate(rest, start=1):
+        raise
+
+
+def _walk(value: Any, path: list[str], above: str) -> Any:
+    for depth, part in enumerate(path):
+        if value is None:
+            return None
+        here = ".".join([above, *path[:depth]])
         if part == "*" and isinstance(value, list):
-            below = ".".join(["item", *rest[depth:]])
-            return [look_up(f"{below}?" if optional else below, {"item": item}, set()) for item in value]
-        found = _step(value, part)
-        if found is MISSING:
-            if optional:
-                return None
-            raise ValueError(f"no {part!r} in {'.'.join([first, *rest[: depth - 1]])!r}, which is {_described(value)}")
-        value = found
+            return [_walk(item, path[depth + 1 :], f"{here}.{index}") for index, item in enumerate(value)]
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            raise Missing(f"no {part!r} in {here!r}, which is {_described(value)}")
     return value
-
-
-def _step(value: Any, part: str) -> Any:
-    if value is None:
-        return None
-    if isinstance(value, Mapping):
-        return value.get(part, MISSING)
-    if isinstance(value, list) and part.removeprefix("-").isdecimal() and -len(value) <= int(part) < len(value):
-        return value[int(part)]
-    return MISSING
 
 
 def _described(value: Any) -> str:

@@ -40,7 +40,7 @@ def contents(conversation: dict[str, Any]) -> list[str]:
         ({"prompt": [HELLO[0]], "response": [HELLO[1]]}, settings("plain")),
         ({"prompt": "Hello", "response": HELLO}, settings("plain")),
         ({"question": "Hello", "answer": "Hi."}, settings("plain", keys={"prompt": "question", "response": "answer"})),
-        ({"data": {"q": ["Hello", "Hi."]}}, settings("plain", keys={"prompt": "data.q.0", "response": "data.q.-1"})),
+        ({"data": {"q": ["Hello", "Hi."]}}, settings("plain", keys={"prompt": "data.q.0", "response": "data.q.1"})),
         ({"name": "Hello", "end": "."}, settings("plain", keys={"prompt": "{name}", "response": "Hi{end}"})),
         (
             {"utterances": [{"speaker": "CUSTOMER", "text": "Hello"}, {"speaker": "agent", "text": "Hi."}]},
@@ -92,6 +92,8 @@ def test_two_system_messages_are_joined_only_when_asked_for():
         to_conversation(columns, settings())
     assert contents(to_conversation(columns, settings(join_turns=True)))[0] == "Be kind.\nBe brief."
     assert contents(to_conversation({**columns, "system": "Be brief."}, settings())) == ["Be brief.", "Hello", "Hi."]
+    both = settings(keys={"system": "{messages.0.content} {system}"})
+    assert contents(to_conversation(columns, both)) == ["Be brief. Be kind.", "Hello", "Hi."]
     assert contents(to_conversation({"messages": [BRIEF, *HELLO]}, settings(system="Be kind."))) == ["Be brief.", "Hello", "Hi."]
 
 

@@ -68,6 +68,7 @@ def test_a_template_puts_two_columns_into_one_text():
         ("\n\nHuman: A\n\nHuman: B\n\nAssistant: C", {}, "message 2 is the user's again; join_turns"),
         ("\n\nHuman:\n\nAssistant: C", {}, r"message 1 \(the user's\) is empty"),
         ("\n\nHuman: A\n\nAssistant:", {}, "no assistant's message"),
+        ("Human: A\nAssistant: B", {}, r"no assistant's message, .*; expected turns that begin with '\\n\\nHuman:', .* that markers names"),
         (" ", {}, "text is empty"),
         (None, {}, "text is None, expected a text with markers"),
     ],
