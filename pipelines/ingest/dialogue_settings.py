@@ -72,7 +72,7 @@ def keys_read(format: Format, kind: DialogueKind | None) -> tuple[str, ...]:
 
 
 class DialogueSettings(Settings):
-    """How a source's columns become messages: `DialogueSettings(format="plain", keys={"prompt": "question", "response": "answer"})`."""
+    """Say how a source's columns become messages: `DialogueSettings(format="plain", keys={"prompt": "question", "response": "answer"})`."""
 
     format: Format = "messages"
     """Where the messages are. "messages": `{"messages": [{"role", "content"}, ...]}`. "sharegpt": `{"conversations": [{"from", "value"},
@@ -159,7 +159,7 @@ class DialogueSettings(Settings):
 
 
 class DialogueSource(SourceSettings, DialogueSettings):
-    """Files of dialogues."""
+    """Name files of dialogues, and say how their columns become messages."""
 
     @model_validator(mode="after")
     def _has_columns(self) -> DialogueSource:
@@ -177,16 +177,16 @@ class DialogueSource(SourceSettings, DialogueSettings):
 
 
 class WeightedDialogueSource(DialogueSource, Weighted):
-    """One source of a mixture of dialogues."""
+    """Describe one source of a mixture of dialogues."""
 
 
 class DialogueConfig(IngestSettings, StageConfig, DialogueSource):
-    """One source, its keys inline, or a mixture of several, with the same keys and a `weight` each."""
+    """Configure one source, with its settings inline, or a mixture of several, each with the same settings and a `weight`."""
 
     kind: ClassVar[DialogueKind | None] = None
     """What is read. None: a function of the user's own decides."""
     mixture: tuple[WeightedDialogueSource, ...] = ()
-    """Several sources, instead of the inline one."""
+    """Several sources instead of the inline one."""
 
     @model_validator(mode="after")
     def _keys_have_an_effect_on_the_kind(self) -> DialogueConfig:
@@ -211,7 +211,7 @@ def _check_rated(keys: Collection[str]) -> None:
 
 
 class PairSettings(DialogueSettings):
-    """How pairs are found where a source doesn't name the chosen and the rejected response."""
+    """Say how pairs are found where a source doesn't name the chosen and the rejected response."""
 
     labels: dict[str, int] = Field(default_factory=dict)
     """For keys.votes: which response each value of a vote stands for, counted from 1, with 0 for a tie:
@@ -244,11 +244,11 @@ class PairSettings(DialogueSettings):
 
 
 class PairSource(DialogueSource, PairSettings):
-    """Files of responses that were compared."""
+    """Name files of responses that were compared, and say how."""
 
 
 class WeightedPairSource(WeightedDialogueSource, PairSettings):
-    """One source of a mixture of pairs."""
+    """Describe one source of a mixture of pairs."""
 
 
 def listed(expressions: str | Iterable[str]) -> list[str]:

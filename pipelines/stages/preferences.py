@@ -12,7 +12,7 @@ from pipelines.stage import StageContext
 class PreferencesConfig(DialogueConfig, PairSource):
     kind = "preferences"
     mixture: tuple[WeightedPairSource, ...] = ()
-    """Several sources, instead of the inline one."""
+    """Several sources instead of the inline one."""
 
 
 def preferences(config: PreferencesConfig, stage: StageContext) -> Preferences:
