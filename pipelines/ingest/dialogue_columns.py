@@ -29,7 +29,7 @@ NUMBER = re.compile(r"[+-]?([0-9]+([.][0-9]*)?|[.][0-9]+)([eE][+-]?[0-9]+)?")
 
 
 class Columns:
-    """Reads one record as its format does: `Columns({"question": "Who?"}, settings).value("prompt")`, where keys rename prompt to question."""
+    """Read one record as its format does: `Columns({"question": "Who?"}, settings).value("prompt")`, with prompt renamed to question."""
 
     def __init__(self, columns: Mapping[str, Any], settings: DialogueSettings) -> None:
         self.columns = columns
