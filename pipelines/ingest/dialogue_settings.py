@@ -123,7 +123,7 @@ class DialogueSettings(Settings):
         return ignore
 
     @model_validator(mode="after")
-    def _settings_have_an_effect(self) -> DialogueSettings:
+    def _dialogue_settings_have_an_effect(self) -> DialogueSettings:
         self.check_keys(None)
         if self.markers and self.format != "transcript":
             raise ValueError(f'markers has no effect with format = "{self.format}"; remove it, or set format = "transcript"')
