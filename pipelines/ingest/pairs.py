@@ -93,7 +93,7 @@ def _winner(value: Any, settings: PairSettings, count: int) -> int:
     """Return the number of the response that a vote is for, from 1; 0 is a tie."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    text = render(value).strip()
+    text = render(value).strip() if isinstance(value, str | int | float) else short(value)
     if text not in settings.labels:
         raise ValueError(
             f'a vote is {short(value)}, expected one of {", ".join(settings.labels)}: labels = {{ "{text}" = 1 }} says what it means'

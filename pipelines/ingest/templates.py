@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -180,20 +179,24 @@ def _fill(placeholder: Placeholder, columns: Mapping[str, Any], read: set[str]) 
         return None
     for conversion in placeholder.conversions:
         value = _convert(value, conversion, path)
-    return render(value)
+    try:
+        return render(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{{{path}}} is {short(value)}, expected a text, a finite number, or a value that JSON can hold") from None
 
 
 def render(value: Any) -> str:
-    """Return a value as text: a list of texts or numbers as lines, null as nothing, numbers, true, false and objects as JSON."""
+    """Return a value as text: a list of texts or numbers as lines, null as nothing, numbers, true, false and objects as JSON.
+
+    TypeError or ValueError where JSON can't hold the value.
+    """
     if value is None:
         return ""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(isinstance(item, str | int | float) for item in value):
         return "\n".join(map(render, value))
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"found {value}, expected a finite number")
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _convert(value: Any, conversion: str, path: str) -> Any:

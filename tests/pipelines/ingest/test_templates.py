@@ -1,5 +1,7 @@
 """A column, a path or a template finds a value in a record, or the error says how far it leads."""
 
+from datetime import date
+
 import pytest
 
 from pipelines.ingest.templates import check, evaluate
@@ -109,9 +111,18 @@ def test_an_expression_with_a_fault_is_refused_before_any_record_is_read(express
         check(expression)
 
 
-def test_a_number_that_no_json_has_is_not_written_into_a_template():
-    with pytest.raises(ValueError, match="found nan, expected a finite number"):
-        evaluate("{share}", {"share": float("nan")})
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (float("nan"), "nan"),
+        ([1, float("inf")], r"\[1, inf\]"),
+        (date(2026, 11, 29), r"datetime.date\(2026"),
+        ({"a": b"x"}, r"\{'a': b'x'\}"),
+    ],
+)
+def test_a_value_that_json_cannot_hold_is_not_written_into_a_template(value, found):
+    with pytest.raises(ValueError, match=rf"\{{meta.x\}} is {found}.*, expected a text, a finite number, or a value that JSON can hold"):
+        evaluate("At {meta.x}", {"meta": {"x": value}})
 
 
 def test_the_columns_that_an_expression_looks_at_are_known():
