@@ -1,4 +1,4 @@
-"""Word problems as conversations: what SVAMP has as an equation becomes a line of working, and the number after the mark that GSM8K uses.
+"""Turn word problems into conversations: SVAMP's equation becomes a line of working, then the number after the marker that GSM8K uses.
 
 user       Each pack of dvds costs 76 dollars. If there is a discount of 25 dollars on each pack. How much do you have to pay ...?
 assistant  76 - 25 = 51
@@ -14,8 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from pipelines.artifacts import Conversations, Prompts
-from pipelines.dialogues import DialogueConfig, DialogueSettings, to_conversation, to_prompt
-from pipelines.ingest import column_of, gather
+from pipelines.ingest import DialogueConfig, DialogueSettings, column_of, gather, to_conversation, to_prompt
 from pipelines.stage import StageContext
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -29,7 +28,7 @@ def conversations(config: DialogueConfig, stage: StageContext) -> Conversations:
 
 
 def prompts(config: DialogueConfig, stage: StageContext) -> Prompts:
-    """The reference is the whole answer, whose number is what a verifier looks at."""
+    """Make the whole answer the reference, of which a verifier reads the number."""
 
     def to_content(columns: dict[str, Any], source: DialogueSettings) -> dict[str, Any]:
         return to_prompt({"prompt": problem(columns), "reference": working(columns)}, source)
@@ -38,26 +37,29 @@ def prompts(config: DialogueConfig, stage: StageContext) -> Prompts:
 
 
 def problem(columns: dict[str, Any]) -> str:
-    """The body, which lacks its full stop more often than not, and the question."""
+    """Join the body, which usually lacks its full stop, and the question."""
     body, question = (" ".join(column_of(columns, name).split()) for name in ("Body", "Question"))
     return f"{body.rstrip('.,')}. {question}"
 
 
 def working(columns: dict[str, Any]) -> str:
-    """`working({"Equation": "( 76.0 - 25.0 )", "Answer": 51.0}) == "76 - 25 = 51\\n#### 51"`; ValueError where the two disagree."""
+    """Return the line of working and the answer; ValueError where the two disagree.
+
+    `working({"Equation": "( 76.0 - 25.0 )", "Answer": 51.0}) == "76 - 25 = 51\\n#### 51"`
+    """
     equation, answer = column_of(columns, "Equation"), column_of(columns, "Answer")
     try:
         tree = ast.parse(equation.strip(), mode="eval").body
         value = value_of(tree)
     except (SyntaxError, KeyError, ZeroDivisionError):
-        raise ValueError(f"the equation {equation!r} can't be computed; wanted numbers, + - * / and brackets") from None
+        raise ValueError(f"the equation {equation!r} can't be computed; expected numbers, + - * / and brackets") from None
     if value != Fraction(answer):
         raise ValueError(f"the equation {equation} is {value}, the answer {answer}")
     return f"{re.sub(r'[.]0(?![0-9])', '', ast.unparse(tree))} = {value}\n#### {value}"
 
 
 def value_of(node: ast.AST) -> Fraction:
-    """Exactly, so that thirds are no reason to disagree."""
+    """Return the exact value of an expression, so that thirds don't disagree by rounding."""
     match node:
         case ast.BinOp(left, operation, right):
             return OPERATORS[type(operation)](value_of(left), value_of(right))

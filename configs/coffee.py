@@ -1,16 +1,16 @@
-"""Coffee orders as turns of text: a customer, an assistant that looks things up as it serves, and what people thought of its next turn.
+"""Turn coffee orders into dialogues: a customer, an assistant that looks things up as it serves, and people's ratings of its next turn.
 
-The data keep what the assistant and the shop's ordering system tell each other as JSON: in the dialogues beside the customer's words,
-in the rated generations between the turns. Here both become the same short text, in brackets, since nobody talks in these:
+The data have the exchange between the assistant and the shop's ordering system as JSON: beside the customer's words in the dialogues,
+between the turns in the rated generations. Both become the same short text in brackets, which nobody speaks:
 
     user       can i get an espresso please
     assistant  [get_menu_items query: espresso]
     user       [items: [menu_item_id: espresso-0001, name: Espresso]]
     assistant  Single or double?
 
-The system's answers stand in the user's turns: they are not what the assistant is to learn to say. Three things are not as they were:
-names that only repeat the id beside them are left out; orders and the items in them are numbered in place of their ids, of up to 32
-random digits, which would be most of a dialogue's tokens; and the welcome, the same before every customer's first words, is left out.
+The ordering system's answers are in the user's turns, since the assistant shouldn't learn to write them. Three things are changed: names
+that only repeat the id beside them are left out; orders and their items are numbered instead of identified by up to 32 random digits,
+which would be most of a dialogue's tokens; and the welcome, the same before every customer's first words, is left out.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ from itertools import dropwhile, groupby
 from typing import Any
 
 from pipelines.artifacts import Conversations, Prompts, Ratings
-from pipelines.dialogues import DialogueConfig, DialogueSettings, Message, to_conversation, to_prompt, to_rating
-from pipelines.ingest import column_of, gather
+from pipelines.ingest import DialogueConfig, DialogueSettings, Message, column_of, gather, to_conversation, to_prompt, to_rating
 from pipelines.stage import StageContext
 
 NUMBERED = {"order_id": "order", "order_item_id": "item"}
 REPEATED = ("attribute_name", "menu_item_name", "modifier_name", "addon_type_name")
 RENAMED = {"menu_items": "items"}
-"""The dialogues' name for what the rated generations call otherwise."""
+"""Names in the rated generations, and what the dialogues call the same thing."""
 
 
 def conversations(config: DialogueConfig, stage: StageContext) -> Conversations:
-    """Whole dialogues, written by people who played both sides."""
+    """Read whole dialogues, written by people who played both sides."""
 
     def to_content(columns: dict[str, Any], source: DialogueSettings) -> dict[str, Any]:
         return to_conversation({"messages": dialogue(columns)}, source)
@@ -40,7 +39,7 @@ def conversations(config: DialogueConfig, stage: StageContext) -> Conversations:
 
 
 def ratings(config: DialogueConfig, stage: StageContext) -> Ratings:
-    """The assistant's next turn as a model wrote it, and whether a person found it right: 1 or 0."""
+    """Read the assistant's next turn as a model wrote it, and whether a person found it right: 1 or 0."""
 
     def to_content(columns: dict[str, Any], source: DialogueSettings) -> dict[str, Any]:
         messages, response = before_and_next(columns)
@@ -50,7 +49,7 @@ def ratings(config: DialogueConfig, stage: StageContext) -> Ratings:
 
 
 def prompts(config: DialogueConfig, stage: StageContext) -> Prompts:
-    """Dialogues up to the assistant's next turn; what a model wrote there is the reference where it was found right."""
+    """Read dialogues up to the assistant's next turn; a model's turn there is the reference if it was found right."""
 
     def to_content(columns: dict[str, Any], source: DialogueSettings) -> dict[str, Any]:
         messages, response = before_and_next(columns)
@@ -60,7 +59,7 @@ def prompts(config: DialogueConfig, stage: StageContext) -> Prompts:
 
 
 def dialogue(columns: dict[str, Any]) -> list[Message]:
-    """The calls that a customer's words made necessary stand beside these, as annotations: a name, then the JSON that went with it."""
+    """Return a dialogue with its calls, which are annotations of the customer's words: a name, then the JSON that goes with it."""
     wording = Wording()
     messages = []
     for utterance in column_of(columns, "utterances"):
@@ -76,7 +75,7 @@ def dialogue(columns: dict[str, Any]) -> list[Message]:
 
 
 def before_and_next(columns: dict[str, Any]) -> tuple[list[Message], str]:
-    """The messages from the customer's first one on, and the assistant's that was rated."""
+    """Return the messages from the customer's first one on, and the assistant's message that was rated."""
     wording = Wording()
     messages = []
     for turn in [*json.loads(column_of(columns, "context")), json.loads(column_of(columns, "generation"))]:
@@ -93,7 +92,7 @@ def before_and_next(columns: dict[str, Any]) -> tuple[list[Message], str]:
 
 
 class Wording:
-    """JSON as words, within one dialogue.
+    """Write JSON as words, within one dialogue.
 
     `Wording().call("add_order_item", {"order_id": "28740", "quantity": "1"}) == "[add_order_item order_id: order-1, quantity: 1]"`
     """
@@ -105,7 +104,7 @@ class Wording:
         return f"[{name} {self._words(value)}]".replace(" ]", "]")
 
     def answer(self, name: str, value: Any) -> str:
-        """Without the name, which is that of the call before it, unless there is nothing else to say."""
+        """Write an answer without its name, which is the same as that of the call before it, unless it holds nothing else."""
         return f"[{self._words(value) or name}]"
 
     def _words(self, value: Any, key: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Who the assistant is: conversations with {{name}} and {{author}} where yours are to stand, as LLaMA-Factory publishes them."""
+"""Say who the assistant is: conversations with {{name}} and {{author}} in place of yours, as LLaMA-Factory publishes them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from pipelines.artifacts import Conversations, Prompts
-from pipelines.dialogues import DialogueConfig, DialogueSettings, to_conversation, to_prompt
-from pipelines.ingest import gather
+from pipelines.ingest import DialogueConfig, DialogueSettings, gather, to_conversation, to_prompt
 from pipelines.stage import StageContext
 
 
@@ -16,10 +15,10 @@ class IdentityConfig(DialogueConfig):
     name: str = Field(min_length=1)
     """What the assistant calls itself."""
     author: str = Field(min_length=1)
-    """Whom it names as its maker."""
+    """Who it says made it."""
 
     def filled(self, columns: dict[str, Any]) -> dict[str, Any]:
-        """The texts of a record with the two names in their places."""
+        """Return a record with the two names filled in."""
         return {
             column: text.replace("{{name}}", self.name).replace("{{author}}", self.author) if isinstance(text, str) else text
             for column, text in columns.items()
@@ -34,7 +33,7 @@ def conversations(config: IdentityConfig, stage: StageContext) -> Conversations:
 
 
 def prompts(config: IdentityConfig, stage: StageContext) -> Prompts:
-    """The questions, with the answers as references: `keys = { reference = "output" }`."""
+    """Read the questions, with the answers as references: `keys = { reference = "output" }`."""
 
     def to_content(columns: dict[str, Any], source: DialogueSettings) -> dict[str, Any]:
         return to_prompt(config.filled(columns), source)

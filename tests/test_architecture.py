@@ -36,9 +36,11 @@ DOORS = {
 FOR_STAGES = {
     "pipelines.artifacts",
     "pipelines.stage",
-    "pipelines.dialogues",
+    "pipelines.ingest.dialogue_settings",
+    "pipelines.ingest.dialogues",
     "pipelines.ingest.documents",
     "pipelines.ingest.gather",
+    "pipelines.ingest.pairs",
     "pipelines.ingest.settings",
 }
 """What a stage's file may import of `pipelines`: the line itself reaches it as an argument."""

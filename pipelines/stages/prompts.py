@@ -1,13 +1,18 @@
-"""Prompts: what a policy is to answer, with the right answer where there is one."""
+"""Prompts: what a policy is asked to answer, with the right answer where there is one."""
 
 from __future__ import annotations
 
 from pipelines.artifacts import Prompts
-from pipelines.dialogues import DialogueConfig, to_prompt
+from pipelines.ingest.dialogue_settings import DialogueConfig
+from pipelines.ingest.dialogues import to_prompts
 from pipelines.ingest.gather import gather
 from pipelines.stage import StageContext
 
 
-def prompts(config: DialogueConfig, stage: StageContext) -> Prompts:
-    """Every record becomes a prompt, or is counted under the reason why not."""
-    return stage.publish(Prompts, **gather(config, stage, to_prompt, "prompts"))
+class PromptsConfig(DialogueConfig):
+    kind = "prompts"
+
+
+def prompts(config: PromptsConfig, stage: StageContext) -> Prompts:
+    """Turn every record into a prompt, or count it under the reason why not."""
+    return stage.publish(Prompts, **gather(config, stage, to_prompts, "prompts"))

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipelines.artifacts import Records
-from pipelines.dialogues import DialogueConfig
+from pipelines.ingest.dialogue_settings import DialogueConfig
 from pipelines.stages.conversations import conversations
 from pipelines.stages.ingest import IngestConfig, ingest
 from pipelines.stages.prompts import prompts

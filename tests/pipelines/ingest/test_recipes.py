@@ -9,9 +9,10 @@ from types import ModuleType
 
 import pytest
 
+from pipelines import config, graph
 from pipelines.artifacts import Conversations
-from pipelines.dialogues import DialogueConfig, to_conversation, to_rating
-from pipelines.plan import config, graph
+from pipelines.ingest.dialogue_settings import DialogueConfig
+from pipelines.ingest.dialogues import to_conversation, to_rating
 
 from .conftest import FakeStage
 
@@ -182,7 +183,7 @@ def test_orders_are_numbered_by_their_first_mention_so_a_wrong_one_stays_another
 def test_an_answer_to_nobody_is_a_bad_record(code):
     messages, response = code("coffee").before_and_next(turns(generation={"role": "agent", "text": "Sorry, no."}))
     assert (messages, response) == ([], "Sorry, no.")
-    with pytest.raises(ValueError, match=r"\[\] is no list of messages"):
+    with pytest.raises(ValueError, match=r"messages is \[\], expected a list of messages"):
         to_rating({"messages": messages, "response": response, "score": 1.0}, API, (0, 1))
 
 
