@@ -28,7 +28,7 @@ from typing import Any
 from gpt.settings import OPERATIONAL, Settings, TrainSettings, UserFunction
 from pipelines.artifacts import Artifact
 from pipelines.plan.code import PACKAGES, Code
-from pipelines.plan.config import ConfigError, Fault, Gate, Loaded, Resources, validate
+from pipelines.plan.config import Fault, Gate, Loaded, Resources, validate
 from pipelines.stage import Source, StageConfig, StageContext
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,7 +191,7 @@ def build(loaded: Loaded, use: Mapping[str, str] = MappingProxyType({})) -> Grap
     if cycle:
         faults.append(Fault("stages", f"{' reads '.join(cycle)}: a cycle; one of these inputs must come from elsewhere"))
     if faults:
-        raise ConfigError(loaded.path, faults)
+        raise loaded.error(faults)
     stages = {name: drafts[name].stage() for name in order}
     return Graph(loaded, stages, {name: each for name, each in use.items() if name not in folders}, replaced)
 
@@ -339,7 +339,7 @@ def _read_stage(name: str, table: dict[str, Any], loaded: Loaded) -> tuple[_Draf
     gates, found = _read_gates(table.pop("gate", []), f"{where}.gate")
     faults += found
     try:
-        kind = load_kind(str(uses), loaded.path.parent)
+        kind = load_kind(str(uses), loaded.folder(name))
     except ValueError as error:
         return None, [*faults, Fault(f"{where}.uses", str(error))]
     config, found = validate(kind.config, table, where)
@@ -347,7 +347,7 @@ def _read_stage(name: str, table: dict[str, Any], loaded: Loaded) -> tuple[_Draf
     if config is not None:
         config, found = _as_recorded(config, where)
         faults += found
-    user_code, found = _read_user_code(kind, config, loaded.path.parent, where)
+    user_code, found = _read_user_code(kind, config, loaded.folder(name), where)
     faults += found
     sources: list[Source] = []
     if isinstance(config, StageConfig):

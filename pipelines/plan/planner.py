@@ -17,7 +17,7 @@ from cluster.checkpoint import attempts, newest_checkpoint
 from gpt.hf_folder import checkpoint_files
 from gpt.settings import TrainSettings
 from pipelines.plan.code import Code, differences, flat, key_of
-from pipelines.plan.config import ConfigError, Fault
+from pipelines.plan.config import Fault
 from pipelines.plan.graph import ARTIFACTS, BARE_DIGEST, DIGEST, HF_FOLDER, IMPORTS, MODEL_ALIAS, RUN_STAGE, Graph, Stage
 from pipelines.store.journal import read_journal
 from pipelines.store.lease import Watch, describe
@@ -83,7 +83,7 @@ class Planner:
         self.given, found = self._resolve_given({name: each for name, each in given.items() if name in graph.stages})
         self._external, more = self._resolve_external()
         if faults := [*faults, *found, *more]:
-            raise ConfigError(graph.loaded.path, faults)
+            raise graph.loaded.error(faults)
         self.chosen = graph.needed([until] if until else graph.last(), given=self.given)
         self._code_root = code_root
         self._user_folders = user_folders
