@@ -158,6 +158,12 @@ def sync(store: Store, uri: str | None, dead: Iterable[str] = ()) -> list[str]:
     return lines
 
 
+def undelivered(store: Store, uri: str | None) -> list[str]:
+    """The runs of which MLflow lacks something: each run's own MLflow, or the one at `uri`."""
+    uris = {run: _own_uri(store, run) if uri is None else _known_as(uri, store) for run in store.runs()}
+    return [run for run, each in uris.items() if not _caught_up(store, run, _read_state(store, run, each))]
+
+
 def _sync_with(store: Store, uri: str, runs: list[str]) -> list[str]:
     why = unreachable(resolve_uri(uri, store.root))
     if why is not None:

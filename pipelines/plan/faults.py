@@ -120,7 +120,7 @@ def _fault(model: type[BaseModel], error: Any, where: str) -> Fault:
         return Fault(full, error["msg"].removeprefix("Value error, "))
     if error["type"] in BOUNDS:
         (bound,) = error["ctx"].values()
-        return Fault(full, f"expected {BOUNDS[error['type']]} {bound}, found {shown(error['input'])}")
+        return Fault(full, f"expected {BOUNDS[error['type']]} {bound:.15g}, found {shown(error['input'])}")
     if error["type"] == "too_short":
         return Fault(full, f"expected at least {error['ctx']['min_length']}, found {error['ctx']['actual_length']}")
     expected = EXPECTED.get(error["type"]) or error["msg"].removeprefix("Input should be ").replace("a valid ", "a ")

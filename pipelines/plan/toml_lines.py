@@ -33,12 +33,11 @@ def lines_of(text: str) -> dict[Path, int]:
     scanner = _Scanner(text)
     try:
         scanner.document()
-        document = tomllib.loads(text)
+        document = dict(_walk(tomllib.loads(text), ()))
     except (ValueError, RecursionError):
         return {}
-    leaves = {path for path, value in _walk(document, ()) if not (value and isinstance(value, dict | list))}
-    known = {path for path, _ in _walk(document, ())}
-    return scanner.lines if leaves <= scanner.lines.keys() <= known else {}
+    leaves = {path for path, value in document.items() if not (value and isinstance(value, dict | list))}
+    return scanner.lines if leaves <= scanner.lines.keys() <= document.keys() else {}
 
 
 def is_one_value(text: str) -> bool:
