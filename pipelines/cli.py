@@ -237,7 +237,7 @@ def sync(store: Root = Path(".gptline"), tracking: Uri = None) -> None:
 def ui(
     store: Root = Path(".gptline"),
     tracking: Uri = None,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", callback=_port)] = 5000,
 ) -> None:
     """Open the MLflow UI on this store."""
     from pipelines.observe.delivery import serve_ui
@@ -331,7 +331,7 @@ def main() -> None:
     try:
         app(prog_name="gptline")
     except (ConfigError, StageFailure, ValueError) as error:
-        _fail(error, 2)
+        _fail(error, UNREACHABLE if isinstance(error.__cause__, OSError) else 2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before any stage was started\n")
         sys.exit(130)
@@ -423,6 +423,12 @@ def _pairs(items: list[str] | None) -> dict[str, str]:
             raise StageFailure(f"--use {item}: expected STAGE=REF, for example --use pretrain=sha256:1f0c...")
         pairs[name] = value
     return pairs
+
+
+def _port(port: int) -> int:
+    if not 0 < port < 2**16:
+        raise typer.BadParameter(f"expected a port from 1 to 65535, found {port}")
+    return port
 
 
 def _utf8(text: str) -> str:
