@@ -60,6 +60,6 @@ def _lines(name: str, found: dict[str, Overlap], readers: dict[str, list[str]]) 
         count = each.equal + each.contained
         yield (
             f"{name}: {count:,} of its {held_out:,} held-out records ({each.share:.1%}) are in the training records of {other}, "
-            f"which {', '.join(readers[other])} train on ({each.equal:,} as a whole, {each.contained:,} inside another text)"
+            f"which {' and '.join(readers[other])} read{'s' if len(readers[other]) == 1 else ''} ({each.equal:,} as a whole, {each.contained:,} inside another text)"
         )
         yield from (f"    {example!r}" for example in each.examples)
