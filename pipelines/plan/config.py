@@ -79,7 +79,9 @@ class ClusterConfig(Settings):
 
     @field_validator("address")
     @classmethod
-    def _port_is_in_range(cls, value: str) -> str:
+    def _address_is_plain(cls, value: str) -> str:
+        if "@" in value or "?" in value:
+            raise ValueError("expected HOST:PORT, found a user or a query; addresses are recorded, so keep a token in RAY_AUTH_TOKEN")
         port = value.rpartition(":")[2]
         if ":" in value and port.isdecimal() and not 0 < int(port) < 2**16:
             raise ValueError(f"expected a port from 1 to 65535, found {port} in {value!r}")

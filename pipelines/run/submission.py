@@ -99,16 +99,16 @@ def freeze_config(graph: Graph, store: Store, snapshot: Snapshot, folder: Path) 
     """Write the config with its overrides, and beside it the user's files as they lie beside the original, so that what names them, which
     is part of the key, stays as it is. Below `folder` comes as much of the original's own path as a name that begins with ../ goes up.
     """
-    places = {
-        os.path.normpath(os.path.dirname(each.reference.rpartition(":")[0])): frozen
+    places = {  # files of two folders may be named alike, by a pipeline file and one that it extends
+        (os.path.normpath(os.path.dirname(each.reference.rpartition(":")[0])), frozen)
         for name, frozen in snapshot.user_folders().items()
         for each in graph.stages[name].user_code
     }
-    up = max((place.split(os.sep).count(os.pardir) for place in places), default=0)
+    up = max((place.split(os.sep).count(os.pardir) for place, _ in places), default=0)
     above = ["_"] * up + list(graph.user_folder().parts[1:])
     home = folder.joinpath(*above[len(above) - up :])
     home.mkdir(parents=True)
-    for place, frozen in places.items():
+    for place, frozen in sorted(places):
         shutil.copytree(frozen, home / place, dirs_exist_ok=True)
     file = graph.loaded.file.model_dump(mode="json")
     file["store"]["root"] = str(store.root)

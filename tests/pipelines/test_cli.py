@@ -79,6 +79,15 @@ def test_a_port_of_a_cluster_out_of_range_is_refused(pipeline: Path, address: st
     assert "p.toml, line 8: cluster.address: expected a port from 1 to 65535, found" in faults(pipeline)
 
 
+@pytest.mark.parametrize("address", ["me:hush@10.0.0.5:6379", "10.0.0.5:6379?token=abc"])
+def test_a_secret_in_a_clusters_address_is_refused_and_not_repeated(pipeline: Path, address: str):
+    pipeline.write_text(f'{PIPELINE}\n[cluster]\naddress = "{address}"\n')
+    found = faults(pipeline)
+    assert "p.toml, line 8: cluster.address: expected HOST:PORT, found a user or a query" in found
+    assert "hush" not in found
+    assert "abc" not in found
+
+
 @pytest.mark.parametrize("stages", ["", "[stages]\n", "stages = {}\n"])
 def test_a_file_without_stages_says_what_is_expected(pipeline: Path, stages: str):
     pipeline.write_text(f'pipeline = "p"\n{stages}')
