@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
+import io
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
-from pipelines.plan.config import ConfigError, TrackingConfig, load, validate
+from pipelines.plan.config import TrackingConfig, load
+from pipelines.plan.faults import ConfigError, did_you_mean, validate
 from pipelines.plan.graph import Graph, build
 from pipelines.stage import StageFailure
 from pipelines.store.journal import Superseded
 from pipelines.store.store import Store
 
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    a stage failed, a gate is closed, or `doctor` found a fault
+  2    wrong use, a fault in the pipeline file, or a reference to something that does not exist
+  3    the store, the cluster, MLflow or a file could not be reached, read or written
+  130  interrupted by Ctrl-C; 143: by SIGTERM; 141: whoever read the output stopped reading
+"""
+UNREACHABLE = 3
+NOT_READ = 141
+SHOW_CURSOR = "\x1b[?25h"
+
 
 def _mlflow(uri: str | None) -> str | None:
-    """An address that a pipeline file could have, too."""
-    for fault in validate(TrackingConfig, {"uri": uri}, "")[1] if uri is not None else []:
-        raise StageFailure(f"--tracking {fault.what}")
-    return uri
+    """Check an address as a pipeline file's is checked."""
+    if uri is None:
+        return None
+    checked, faults = validate(TrackingConfig, {"uri": uri}, "")
+    for fault in faults:
+        raise StageFailure(f"--tracking: {fault.what}")
+    return checked.uri if checked else uri
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from pipelines.observe.doctor import gptline_version
+
+        _print(f"gptline {gptline_version()}")
+        raise typer.Exit
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -32,20 +58,29 @@ Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A pipeline file,
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="K=V", help="Override one setting: stages.pretrain.lr=3e-4. May be repeated.")
 ]
-Use = Annotated[list[str] | None, typer.Option("--use", metavar="STAGE=REF", help="Take this artifact as a stage's output.")]
-Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Make this stage and what it needs, no more.")]
-Fresh = Annotated[list[str] | None, typer.Option("--fresh", metavar="STAGE", help="Make this stage anew. May be repeated.")]
-Inline = Annotated[bool, typer.Option("--inline", help="In this process, one rank, plain torch: for a debugger.")]
+Use = Annotated[
+    list[str] | None, typer.Option("--use", metavar="STAGE=REF", help="Use this artifact as a stage's output. May be repeated.")
+]
+Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Run only this stage and what it needs.")]
+Fresh = Annotated[
+    list[str] | None, typer.Option("--fresh", metavar="STAGE", help="Rebuild this stage, even if its output exists. May be repeated.")
+]
+Inline = Annotated[bool, typer.Option("--inline", help="Run in this process, with one rank and plain torch: for a debugger.")]
 RunId = Annotated[str | None, typer.Argument(metavar="RUN", help="A run's id.", show_default=False)]
 Root = Annotated[Path, typer.Option("--store", metavar="DIR", help="The store's folder.")]
 Uri = Annotated[
-    str | None, typer.Option("--tracking", metavar="URI", callback=_mlflow, help="Another MLflow than each run's own: sqlite, http://...")
+    str | None, typer.Option("--tracking", metavar="URI", callback=_mlflow, help="Use this MLflow, not each run's own: sqlite, http://...")
 ]
 
 
-@app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
-    """From raw text to a trained model, as one line of stages: reused exactly, explained in words, traced to its documents."""
+@app.callback(epilog=EXIT_CODES)
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    """Train an assistant from raw text, as one pipeline: it reuses what is built already, explains why the rest runs, and traces every
+    artifact to its documents.
+    """
     if debug:
         os.environ["GPTLINE_DEBUG"] = "1"
 
@@ -59,29 +94,63 @@ def run(
     fresh: Fresh = None,
     inline: Inline = False,
 ) -> None:
-    """Make what is missing, reuse what is there."""
+    """Build what is missing and reuse what exists."""
     _run(config, set_, use, until=until, fresh=fresh or [], inline=inline)
 
 
 @app.command()
 def rerun(config: Config, stage: Annotated[str, typer.Argument(metavar="STAGE")], set_: Set = None) -> None:
-    """Make one stage afresh, and what follows from it as needed. The earlier making is kept."""
+    """Rebuild one stage, and what depends on it as needed. Earlier results are kept."""
     if stage not in (known := _graph(config, set_).stages):
-        near = difflib.get_close_matches(stage, known, n=1)
-        raise StageFailure(f"there is no stage {stage!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"))
+        raise StageFailure(f"there is no stage {stage!r}{did_you_mean(stage, known) or '; there are ' + ', '.join(known)}")
     _run(config, set_, None, until=None, fresh=[stage], inline=False)
 
 
 @app.command()
-def plan(config: Config, set_: Set = None, use: Use = None, until: Until = None, fresh: Fresh = None, inline: Inline = False) -> None:
-    """What would run, why, and about how long. Changes nothing."""
+def plan(
+    config: Config,
+    set_: Set = None,
+    use: Use = None,
+    until: Until = None,
+    fresh: Fresh = None,
+    inline: Inline = False,
+    resolved: Annotated[
+        bool, typer.Option("--config", help="Print the resolved pipeline instead: TOML with every default, which `run` accepts.")
+    ] = False,
+) -> None:
+    """Show what would run, why, and for how long. Changes nothing."""
     from pipelines.observe.plan_rows import plan_lines
     from pipelines.plan.environment import ROOT
     from pipelines.plan.planner import Planner
 
     graph = _graph(config, set_, use)
+    if resolved:
+        _print_resolved(graph)
+        return
     planner = Planner(graph, _store_of(graph), ROOT, given=graph.use, until=until, fresh=fresh or [], inline=inline)
     _print(*plan_lines(planner.plan(), graph.loaded.file.about_itself()))
+
+
+@app.command()
+def describe(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help="A stage kind, ./file.py:function, or a table such as store.", show_default=False)
+    ] = None,
+) -> None:
+    """Show what a stage kind takes and makes. Without KIND, list all kinds."""
+    from pipelines.plan.describe import describe as describe_one
+    from pipelines.plan.describe import describe_all
+
+    _print(*(describe_all() if kind is None else describe_one(kind, Path.cwd())))
+
+
+@app.command()
+def overlap(config: Config, set_: Set = None) -> None:
+    """Show held-out records that are trained on. Reads the artifacts that exist, and runs nothing."""
+    from pipelines.observe.overlap_report import overlap_lines
+
+    graph = _graph(config, set_)
+    _print(*overlap_lines(graph, _store_of(graph)))
 
 
 @app.command()
@@ -92,9 +161,9 @@ def submit(
     use: Use = None,
     until: Until = None,
     fresh: Fresh = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="To another machine without a token, too.")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow another machine that asks for no token.")] = False,
 ) -> None:
-    """Like run, as a job on a Ray cluster that shares the store. Returns at once."""
+    """Run as a job on a Ray cluster that shares the store. Returns at once."""
     from cluster.jobs import Jobs
     from pipelines.run.runner import Options
     from pipelines.run.submission import submit as send
@@ -112,7 +181,7 @@ def submit(
 
 @app.command()
 def status(run: RunId = None, store: Root = Path(".gptline")) -> None:
-    """Where a run stands, one here or one that was submitted; without RUN, the newest ten."""
+    """Show where runs stand, local or submitted. Without RUN, the newest ten."""
     from pipelines.run.follow import connect, known
     from pipelines.run.follow import status as lines
 
@@ -123,10 +192,10 @@ def status(run: RunId = None, store: Root = Path(".gptline")) -> None:
 @app.command()
 def logs(
     run: RunId = None,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the run ends.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Keep following until the run ends.")] = False,
     store: Root = Path(".gptline"),
 ) -> None:
-    """What a run said so far. Without RUN, the newest that has not ended, or else the newest."""
+    """Print a run's output so far. Without RUN, that of the newest run that has not ended, or else of the newest."""
     from pipelines.run.follow import connect, show_log
 
     opened = _store(store)
@@ -134,13 +203,13 @@ def logs(
     try:
         show_log(opened, chosen, sys.stdout, connect, follow=follow)
     except KeyboardInterrupt:
-        sys.stderr.write(f"the run goes on; `gptline stop {chosen}` would end it\n")
+        sys.stderr.write(f"the run continues; `gptline stop {chosen}` ends it\n")
         raise typer.Exit(130) from None
 
 
 @app.command()
 def stop(run: RunId = None, store: Root = Path(".gptline")) -> None:
-    """Have a run finish its step, save and end. Without RUN, the newest that has not ended."""
+    """Ask a run to finish its step, save a checkpoint and end. Without RUN, the newest that has not ended."""
     from pipelines.run.follow import connect
     from pipelines.run.follow import stop as end
 
@@ -149,27 +218,29 @@ def stop(run: RunId = None, store: Root = Path(".gptline")) -> None:
     try:
         raise typer.Exit(not end(opened, chosen, _print, connect))
     except KeyboardInterrupt:
-        sys.stderr.write(f"{chosen} goes on stopping; `gptline status {chosen}` tells when it has ended\n")
+        sys.stderr.write(f"{chosen} is still stopping; `gptline status {chosen}` shows when it has ended\n")
         raise typer.Exit(130) from None
 
 
 @app.command()
 def sync(store: Root = Path(".gptline"), tracking: Uri = None) -> None:
-    """Deliver what MLflow missed, and set right the status of runs whose driver is gone."""
+    """Send MLflow what it lacks, and end runs whose driver is gone."""
     from pipelines.observe.delivery import sync as deliver
+    from pipelines.observe.delivery import undelivered
     from pipelines.store.journal import dead_runs
 
     opened = _store(store)
     _print(*deliver(opened, tracking, dead_runs(opened)))
+    raise typer.Exit(UNREACHABLE if undelivered(opened, tracking) else 0)
 
 
 @app.command()
 def ui(
     store: Root = Path(".gptline"),
     tracking: Uri = None,
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", callback=_port)] = 5000,
 ) -> None:
-    """The MLflow UI on this store."""
+    """Open the MLflow UI on this store."""
     from pipelines.observe.mlflow_ui import serve_ui
     from pipelines.store.journal import dead_runs
 
@@ -181,10 +252,10 @@ def ui(
 def lineage(
     ref: Annotated[str, typer.Argument(metavar="REF", help="sha256:<digest>, run:<id>/<stage>, model:<pipeline>@newest or hf:<folder>")],
     store: Root = Path(".gptline"),
-    mermaid: Annotated[bool, typer.Option("--mermaid", help="As a Mermaid flowchart.")] = False,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
+    mermaid: Annotated[bool, typer.Option("--mermaid", help="Print a Mermaid flowchart.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write an HTML page.")] = None,
 ) -> None:
-    """Where an artifact came from, down to the documents, and what was made of it."""
+    """Show where an artifact came from. Down to the documents, and what was built from it."""
     from pipelines.observe.lineage import trace
     from pipelines.observe.lineage_text import as_html, as_mermaid, as_text
     from pipelines.plan.resolve import resolve
@@ -200,19 +271,18 @@ def lineage(
 def sample(
     ref: Annotated[str, typer.Argument(metavar="REF", help="model:<pipeline>@newest, run:<id>/<stage>, sha256:<digest> or hf:<folder>")],
     prompt: Annotated[str, typer.Option(help="The text to continue.", callback=_utf8)] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 200,
+    tokens: Annotated[int, typer.Option(min=1, help="Write at most this many tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
-    seed: Annotated[int, typer.Option(help="The same seed writes the same text.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     store: Root = Path(".gptline"),
 ) -> None:
     """Continue a prompt with a trained model."""
-    from pipelines.plan.resolve import resolve
+    from pipelines.serve.policy import find_policy
     from pipelines.serve.sample import continue_prompt
 
-    opened = _store(store)
-    for text in continue_prompt(opened, resolve(opened, ref), prompt, tokens=tokens, temperature=temperature, seed=seed):
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    model = find_policy(_store(store), ref)
+    for text in continue_prompt(model, prompt, tokens=tokens, temperature=temperature, seed=seed):
+        _write(text)
     _print("")
 
 
@@ -220,57 +290,83 @@ def sample(
 def chat(
     ref: Annotated[
         str | None,
-        typer.Argument(metavar="[REF]", help="As for sample; without it, the newest model that speaks in turns.", show_default=False),
+        typer.Argument(metavar="[REF]", help="As for sample; without it, the newest model with a chat format.", show_default=False),
     ] = None,
-    system: Annotated[str, typer.Option(metavar="TEXT", help="Said to it before all else.", callback=_utf8)] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 200,
+    system: Annotated[str, typer.Option(metavar="TEXT", help="A system message, which begins the conversation.", callback=_utf8)] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens per answer.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Above temperature 0, the same seed gives the same answers.")] = 0,
     store: Root = Path(".gptline"),
 ) -> None:
-    """Talk to a model. What is piped in is a question a line; the answers alone go to stdout."""
-    from pipelines.serve.chat import Chat, choose, talk
+    """Talk to a model. Piped input is one question per line; only the answers go to stdout."""
+    from pipelines.serve.chat import Chat, talk
+    from pipelines.serve.policy import find_chat_policy
 
     try:
-        model, name = choose(_store(store), ref)
+        model, name = find_chat_policy(_store(store), ref)
         sys.stderr.write(f"{name}\n")
         answered = talk(Chat(model, system=system, tokens=tokens, temperature=temperature, seed=seed), sys.stdin, sys.stdout, sys.stderr)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except BrokenPipeError:
+        _nobody_reads()
     raise typer.Exit(0 if answered else 2)
 
 
 @app.command()
 def doctor(store: Root = Path(".gptline")) -> None:
-    """What is here, and what is wrong: versions, Ray, MLflow, GPUs, authentication, disk."""
+    """Check this machine. Versions, Ray, MLflow, GPUs, authentication, memory, disk."""
     from pipelines.observe.doctor import examine
 
-    findings = examine(Store(store))
+    findings = examine(Store(store.expanduser()))
     _print(*(str(each) for each in findings))
     if any(each.wrong for each in findings):
         raise typer.Exit(1)
 
 
 def main() -> None:
-    """The program: exit codes are 0 done, 1 a stage failed, 2 wrong use or config, 130 and 143 interrupted."""
+    """Run the program; `gptline --help` lists its exit codes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 shows what it can
+    signal.signal(signal.SIGQUIT, _quit)
     try:
-        app()
+        app(prog_name="gptline")
     except (ConfigError, StageFailure, ValueError) as error:
-        if os.environ.get("GPTLINE_DEBUG"):
-            raise
-        sys.stderr.write(f"{error}\n")
-        sys.exit(2)
+        _fail(error, UNREACHABLE if isinstance(error.__cause__, OSError) else 2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before any stage was started\n")
         sys.exit(130)
     except OSError as error:
-        if os.environ.get("GPTLINE_DEBUG"):
-            raise
-        sys.stderr.write(f"can't go on: {error}\n")
-        sys.exit(2)
+        _fail(error, UNREACHABLE, "can't continue: ")
     except Superseded as error:
-        sys.stderr.write(f"{error}, or `gptline sync` took it for dead and ended it; `gptline status` tells which\n")
+        sys.stderr.write(f"{error}, or `gptline sync` took it for dead and ended it; `gptline status` shows which\n")
         sys.exit(1)
+
+
+def _fail(error: Exception, code: int, prefix: str = "") -> None:
+    if os.environ.get("GPTLINE_DEBUG"):
+        raise error
+    sys.stderr.write(f"{prefix}{error}\n")
+    sys.exit(code)
+
+
+def _quit(number: int, frame: FrameType | None) -> None:
+    """Ctrl-\\ ends the program as always, but with the terminal's cursor back, which live progress hides."""
+    if sys.stdout.isatty():
+        os.write(sys.stdout.fileno(), SHOW_CURSOR.encode())
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _print_resolved(graph: Graph) -> None:
+    from pipelines.plan.resolved import home, resolved
+    from pipelines.plan.toml_writer import write_toml
+
+    folder = home(graph)
+    _write(write_toml(resolved(graph, folder)))
+    if folder != graph.user_folder():
+        sys.stderr.write(f"save it in {folder}, which its functions are relative to\n")
 
 
 def _run(config: Path, set_: list[str] | None, use: list[str] | None, *, until: str | None, fresh: list[str], inline: bool) -> None:
@@ -279,8 +375,8 @@ def _run(config: Path, set_: list[str] | None, use: list[str] | None, *, until: 
     from pipelines.run.runner import Options, Run
 
     graph = _graph(config, set_, use)
-    go_on = _again("run", config, set_, use, until, ["--inline"] if inline else [])
-    options = Options(_typed(), go_on, fresh, graph.use, until, inline)
+    resume = _again("run", config, set_, use, until, ["--inline"] if inline else [])
+    options = Options(_typed(), resume, fresh, graph.use, until, inline)
     store = _store_of(graph)
     with Progress(sys.stdout, summarize=functools.partial(summary_of, store)) as progress:
         code = Run(graph, store, options, progress.show).execute()
@@ -292,13 +388,13 @@ def _typed() -> str:
 
 
 def _again(verb: str, config: Path, set_: list[str] | None, use: list[str] | None, until: str | None, more: list[str]) -> str:
-    """The command that goes on after an interruption: the same without what asks for a stage afresh."""
-    words = [word for each in set_ or [] for word in ("--set", each)] + [word for each in use or [] for word in ("--use", each)]
-    return shlex.join(["gptline", verb, str(config), *words, *(["--until", until] if until else []), *more])
+    """The command that resumes after an interruption: the same without --fresh."""
+    repeated = [part for each in set_ or [] for part in ("--set", each)] + [part for each in use or [] for part in ("--use", each)]
+    return shlex.join(["gptline", verb, str(config), *repeated, *(["--until", until] if until else []), *more])
 
 
 def _chosen(store: Store, run: str | None) -> str:
-    """The run that was named, or the one that is meant where none was: that one is told."""
+    """The run that was named, or the newest, which is then printed."""
     from pipelines.run.follow import known, newest
 
     if run is not None:
@@ -317,6 +413,7 @@ def _store_of(graph: Graph) -> Store:
 
 
 def _store(root: Path) -> Store:
+    root = root.expanduser()
     if not root.is_dir():
         raise StageFailure(f"there is no store in {root}; run a pipeline first, or name its folder with --store")
     return Store(root)
@@ -327,20 +424,42 @@ def _pairs(items: list[str] | None) -> dict[str, str]:
     for item in items or []:
         name, equals, value = item.partition("=")
         if not equals:
-            raise StageFailure(f"--use {item}: wanted STAGE=REF, for example --use pretrain=sha256:1f0c...")
+            raise StageFailure(f"--use {item}: expected STAGE=REF, for example --use pretrain=sha256:1f0c...")
         pairs[name] = value
     return pairs
+
+
+def _port(port: int) -> int:
+    if not 0 < port < 2**16:
+        raise typer.BadParameter(f"expected a port from 1 to 65535, found {port}")
+    return port
 
 
 def _utf8(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise typer.BadParameter(f"{text!a} is no UTF-8; give it in that encoding") from error
+        raise typer.BadParameter(f"expected UTF-8, found {text!a}") from error
     return text
 
 
 def _print(*lines: str) -> None:
-    for line in lines:
-        sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    _write("".join(f"{line}\n" for line in lines))
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _nobody_reads()
+
+
+def _nobody_reads() -> NoReturn:
+    """End quietly: whoever read the output, such as `head`, stopped. Python would report what is still buffered."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise typer.Exit(NOT_READ) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -215,6 +215,12 @@ def sync(store: Store, uri: str | None, dead: Iterable[str] = ()) -> list[str]:
     return lines
 
 
+def undelivered(store: Store, uri: str | None) -> list[str]:
+    """The runs of which an MLflow lacks something: each run's own MLflow, or the one at `uri`."""
+    uris = {run: run_uri(store, run) if uri is None else short_uri(uri, store) for run in store.runs()}
+    return [run for run, each in uris.items() if not DeliveryState.read(store, run, each).is_complete(store, run)]
+
+
 def _sync_with(store: Store, uri: str, runs: list[str]) -> list[str]:
     why = unreachable(resolve_uri(uri, store))
     if why is not None:

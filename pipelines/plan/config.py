@@ -1,117 +1,100 @@
-"""The pipeline file as frozen models. Every fault is found before any work, and all of them are told at once.
+"""The pipeline file as frozen models: its own tables, and how it is read and checked.
 
-Settings of a kind are checked by `graph.py`, once it knows the kind; this module reads the file, applies `--set`, and turns
-what pydantic found into sentences: the place, the value found, what was wanted.
+`graph.py` checks the settings of each stage, once it knows the stage's kind. Every fault is found before any work starts, and all of them
+are reported at once. `extends.py` reads the file and those that it extends; this module applies `--set` and checks what is outside of the
+stages.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
 import re
 import tomllib
-import types
-import typing
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.metric_names import check_metric_name
 from gpt.settings import Operational, Settings
-
-M = TypeVar("M", bound=BaseModel)
+from pipelines.plan.extends import HALF_CHARACTER, Merged, read_merged
+from pipelines.plan.faults import TOO_DEEP, ConfigError, Fault, Origin, did_you_mean, validate
+from pipelines.plan.toml_lines import is_one_value
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 TRACKING = re.compile(r"sqlite|https?://[^\s/:][^\s/]*(/\S*)?|sqlite:///.+|(postgresql|mysql|mssql)(\+\w+)?://.+")
 SECRET = re.compile(r"(access_token|auth_token|secret|password|api_key|credential)s?$", re.IGNORECASE)
-UNION_BRANCH = re.compile(r"str|int|float|bool|.*\[.*|[A-Z]\w*(Config|Settings)")
-"""pydantic puts the tag of a union's branch between the names of a location; those are no part of the file."""
-
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-"""What Python makes of bytes in a command line or a file's name that are not UTF-8."""
-TOO_DEEP = "is nested too deeply to be read"
-WANTED = {
-    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
-    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
-    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
-    **dict.fromkeys(("list_type", "tuple_type", "set_type", "frozen_set_type"), "a list"),
-    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "a table"),
-}
-"""What was wanted, in TOML's words, by pydantic's type of an error."""
-BOUNDS = {"greater_than": "more than", "greater_than_equal": "at least", "less_than": "less than", "less_than_equal": "at most"}
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing that a person must mend: `Fault("stages.pretrain.lr", "is 'fast', wanted a number")`."""
-
-    where: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
-
-
-class ConfigError(Exception):
-    """All faults of a pipeline file."""
-
-    def __init__(self, path: Path | str, faults: list[Fault]) -> None:
-        super().__init__(path, faults)
-        self.path = path
-        self.faults = faults
-
-    def __str__(self) -> str:
-        count = "one fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-        return "\n".join([f"{self.path}: {count}; no stage was started.", *(f"  {fault}" for fault in self.faults)])
+SECRET_IN_ADDRESS = re.compile(r"://[^/@\s]+:[^/@\s]+@|://\S*[?&](\w*(token|secret|password|api_key))=[^&\s]", re.IGNORECASE)
+USER_CODE = re.compile(r".*\.py:\w+")
+"""A setting's value that names a function in a user's file."""
+NO_STAGES = "expected at least one table, such as [stages.documents], found none"
+DATABASE_FILE = "sqlite:///"
 
 
 class StoreConfig(Settings):
+    """Where artifacts, action records and runs are kept."""
+
     root: str = ".gptline"
-    """A folder, relative to the working directory."""
+    """A folder, relative to the working directory; ~ is your home folder."""
 
     @field_validator("root")
     @classmethod
     def _root_is_a_folder(cls, value: str) -> str:
         if "://" in value or value.startswith("file:"):
-            raise ValueError(f"is {value!r}; a store is a folder, on this machine or on one that all nodes share")
+            raise ValueError(f"expected a folder, on this machine or on storage that all nodes share, found {value!r}")
         return value
 
 
 class TrackingConfig(Settings):
+    """Which MLflow shows the runs."""
+
     uri: str = "sqlite"
-    """"sqlite": a file inside the store; or the address of an MLflow server: http://mlflow.example:5000; or of a database."""
+    """"sqlite", a file inside the store; or the address of an MLflow server, http://mlflow.example:5000, or of a database."""
 
     @field_validator("uri")
     @classmethod
     def _uri_is_one_that_mlflow_takes(cls, value: str) -> str:
         try:
             known = TRACKING.fullmatch(value) and urlsplit(value).port != 0
-        except ValueError:  # what stands where a port should
+        except ValueError:  # the port is not a number, or out of range
             known = False
         if not known:
             raise ValueError(
-                f"is {value!r}, wanted 'sqlite' (a file inside the store), a server such as 'http://mlflow.example:5000', "
-                "or a database such as 'sqlite:////data/mlflow.db'"
+                "expected 'sqlite' (a file inside the store), a server such as 'http://mlflow.example:5000', "
+                f"or a database such as 'sqlite:////data/mlflow.db', found {value!r}"
             )
+        if value.startswith(f"{DATABASE_FILE}~"):
+            return DATABASE_FILE + os.path.expanduser(value.removeprefix(DATABASE_FILE))
         return value
 
 
 class ClusterConfig(Settings):
+    """Which Ray cluster runs the stages."""
+
     address: str = "local"
-    """"local": a Ray of this run's own; or the address of a cluster: "auto", "10.0.0.5:6379"."""
+    """"local", a Ray that this run starts for itself; or the address of a cluster: "auto", "10.0.0.5:6379"."""
+
+    @field_validator("address")
+    @classmethod
+    def _address_is_plain(cls, value: str) -> str:
+        if "@" in value or "?" in value:
+            raise ValueError("expected HOST:PORT, found a user or a query; addresses are recorded, so keep a token in RAY_AUTH_TOKEN")
+        port = value.rpartition(":")[2]
+        if ":" in value and port.isdecimal() and not 0 < int(port) < 2**16:
+            raise ValueError(f"expected a port from 1 to 65535, found {port} in {value!r}")
+        return value
 
 
 class Resources(Settings):
     """What a stage holds while it runs. None of it changes the result beyond rounding, so none of it is in the key."""
 
     cpus: Operational[int] = Field(default=1, ge=1)
-    """Of a stage that computes by itself."""
+    """CPUs of a stage that runs in one process."""
     gpus: Operational[int] = Field(default=0, ge=0, le=1)
+    """GPUs of a stage that runs in one process."""
     ranks: Operational[int] = Field(default=1, ge=1)
     """Processes of a training stage's gang."""
     cpus_per_rank: Operational[int] = Field(default=1, ge=1)
@@ -125,10 +108,12 @@ class Resources(Settings):
 
 
 class Gate(Settings):
-    """`Gate(figure="eval/pair_accuracy", min=0.65)`: a stage whose figure is less is made and kept, but what reads it is not made."""
+    """A bound on a figure: `{ figure = "eval/pair_accuracy", min = 0.65 }`. A stage whose figure is lower is built and kept, but the
+    stages that read it don't run.
+    """
 
     figure: str
-    """A figure of the stage, or a curve whose last value counts."""
+    """A figure of the stage, or a curve, whose last value counts."""
     min: float | None = None
     max: float | None = None
 
@@ -141,39 +126,56 @@ class Gate(Settings):
     @model_validator(mode="after")
     def _bounds_leave_room(self) -> Gate:
         if self.min is None and self.max is None:
-            raise ValueError("has no bound; wanted min, max or both")
+            raise ValueError("has no bound; expected min, max or both")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min = {self.min:.15g} is more than max = {self.max:.15g}; nothing would pass")
+            raise ValueError(f"min = {self.min:.15g} is more than max = {self.max:.15g}; no value would pass")
         return self
 
     def passes(self, value: float) -> bool:
-        """What is no number passes no bound."""
+        """NaN fails every bound."""
         return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 
     def wanted(self) -> str:
-        bounds = [f"{word} {bound:.15g}" for word, bound in (("at least", self.min), ("at most", self.max)) if bound is not None]
+        """The bounds in words: "at least 0.65 and at most 1"."""
+        bounds = [f"{side} {bound:.15g}" for side, bound in (("at least", self.min), ("at most", self.max)) if bound is not None]
         return " and ".join(bounds)
 
 
 class PipelineFile(Settings):
+    """The keys and tables of a pipeline file."""
+
     pipeline: str
+    """The pipeline's name: letters, digits, "_" and "-". Its runs, models and forecasts go by it."""
+    extends: str = Field(default="", exclude=True)
+    """Another pipeline file, relative to this one. This file's tables are merged into it key by key; a list replaces a list, and
+    `stages.NAME = false` drops a stage."""
     about: str = ""
-    """What it makes, of what, and how long that takes where: said at the start, where no earlier run can tell."""
+    """What the pipeline makes, of what, and how long that takes on which machine. Shown at the start while there is no earlier run."""
     seed: int = Field(default=0, ge=0)
+    """Every random number of the pipeline follows from it."""
     data: str = "."
-    """What relative source files are relative to; itself relative to this file."""
+    """The folder that relative source files are in; itself relative to the file that sets it; ~ is your home folder."""
     strict_environment: bool = False
     """True: versions of the interpreter and of torch, deepspeed and so on are part of every key."""
     store: StoreConfig = StoreConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
-    stages: dict[str, dict[str, Any]] = Field(min_length=1)
+    stages: dict[str, dict[str, Any]]
+    """A table per stage: `uses` (its kind, if the table's name is not the kind's), `inputs`, `resources`, `gate`, and the kind's
+    settings."""
 
     @field_validator("pipeline")
     @classmethod
     def _pipeline_is_a_name(cls, value: str) -> str:
         if not NAME.fullmatch(value):
-            raise ValueError("wanted a name of letters, digits, '_' and '-', up to 64 of them")
+            raise ValueError(f"expected a name of letters, digits, '_' and '-', up to 64 of them, found {value!r}")
+        return value
+
+    @field_validator("stages")
+    @classmethod
+    def _there_are_stages(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not value:
+            raise ValueError(NO_STAGES)
         return value
 
     def about_itself(self) -> str:
@@ -182,140 +184,134 @@ class PipelineFile(Settings):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A pipeline file with its overrides applied."""
+    """A pipeline file, merged with what it extends, with its overrides applied."""
 
     path: Path
     file: PipelineFile
     faults: list[Fault]
-    """What is wrong outside of the stages: `graph.build` tells it together with the stages' own faults."""
+    """What is wrong outside of the stages: `graph.build` reports it together with the stages' own faults."""
+    base: Path
+    """The first file of the chain of `extends`; `path` for a file that extends nothing."""
+    origins: dict[str, Origin]
+    """Dotted name to where it was written."""
 
     def data(self) -> Path:
-        return (self.path.parent / self.file.data).resolve()
+        """The folder of relative source files."""
+        written = self.origins.get("data")
+        home = self.base.parent if written is None else written.file.parent
+        return (home / Path(self.file.data).expanduser()).resolve()
+
+    def folder(self, stage: str) -> Path:
+        """The folder that the user's functions in a stage's table are relative to: that of the file which names them."""
+        table = self.file.stages.get(stage, {})
+        files = [self.origins[name].file for name in _user_code(table, f"stages.{stage}") if name in self.origins]
+        return files[0].parent if files else self.path.parent
+
+    def error(self, faults: Iterable[Fault]) -> ConfigError:
+        """These faults, each with the line that it comes from."""
+        return ConfigError(self.path, _located(faults, self.origins))
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
     """Read a pipeline file; ConfigError lists every fault that can be seen without knowing the kinds."""
-    if HALF_CHARACTER.search(real := os.path.realpath(path)):
-        raise ConfigError(path, [Fault("file", f"its path {real!r} is not UTF-8 and can't be recorded; rename it")])
-    if path.exists() and not path.is_file():
-        raise ConfigError(path, [Fault("file", "is no regular file; wanted a pipeline file such as configs/quickstart.toml")])
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.toml")] if path.parent.is_dir() else [])
-        raise ConfigError(path, [Fault("file", f"there is no such file{_did_you_mean(near)}")]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(path, [Fault("file", f"can't be read: {error}")]) from None
-    try:
-        raw = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(path, [Fault("TOML", f"can't be parsed: {error}")]) from None
-    faults = [fault for override in overrides for fault in _apply(raw, override)]
+    merged = read_merged(path)
+    raw = merged.values
+    faults = merged.faults + [fault for override in overrides for fault in _apply(merged, path, override)]
+    origins = merged.origins()
     try:
         secrets = list(_secrets(raw, ""))
     except RecursionError:
         raise ConfigError(path, [Fault("file", TOO_DEEP)]) from None
     file, found = validate(PipelineFile, raw, "")
-    faults += found + secrets
-    if file is None:  # go on with what can be read, so that the stages' faults are told too
+    faults += [Fault("stages", NO_STAGES) if fault == Fault("stages", "is missing") else fault for fault in found] + secrets
+    if file is None:  # go on with what can be read, so that the stages' faults are reported too
         wrong = {fault.where.split(".")[0] for fault in found}
         file, found = validate(PipelineFile, {"pipeline": "unnamed", **{name: raw[name] for name in raw.keys() - wrong}}, "")
     if file is None:
-        raise ConfigError(path, faults)
+        raise ConfigError(path, _located(faults, origins))
     if HALF_CHARACTER.search(root := os.path.realpath(os.path.expanduser(file.store.root))):
         faults.append(Fault("store.root", f"its path {root!r} is not UTF-8 and can't be recorded; rename it"))
-    for name in file.stages:
+    for name, table in file.stages.items():
         if not NAME.fullmatch(name):
-            faults.append(Fault(f"stages.{name}", "a stage's name is made of letters, digits, '_' and '-'"))
-    return Loaded(path.resolve(), file, faults)
+            faults.append(Fault(f"stages.{name}", f"expected a stage's name of letters, digits, '_' and '-', found {name!r}"))
+        faults += _two_folders(table, f"stages.{name}", origins)
+    return Loaded(path.resolve(), file, faults, merged.base.resolve(), origins)
 
 
-def validate(model: type[M], values: Any, where: str) -> tuple[M | None, list[Fault]]:
-    """An instance of `model`, or every fault in `values` as a sentence."""
-    try:
-        # As strict JSON: `true` and "3" are no numbers, and yet a list can become a tuple and a string a Path.
-        return model.model_validate_json(json.dumps(values, default=str), strict=True), []
-    except ValidationError as error:
-        return None, [_fault(model, each, where) for each in error.errors(include_url=False)]
-    except (Exception, SystemExit) as error:  # a validator may be anyone's code
-        return None, [Fault(where, f"its settings can't be checked: {type(error).__name__}: {error}")]
+def _located(faults: Iterable[Fault], origins: dict[str, Origin]) -> list[Fault]:
+    return [fault if fault.origin else replace(fault, origin=_origin(fault.where, origins)) for fault in faults]
 
 
-def _fault(model: type[BaseModel], error: Any, where: str) -> Fault:
-    location = [str(part) for part in error["loc"] if not UNION_BRANCH.fullmatch(str(part))]
-    place = ".".join([*([where] if where else []), *location]) or "file"
-    if error["type"] == "extra_forbidden":
-        known = _fields_at(model, error["loc"][:-1])
-        near = difflib.get_close_matches(location[-1], known)
-        return Fault(place, f"unknown key{_did_you_mean(near) or '; known here: ' + ', '.join(sorted(known))}")
-    if error["type"] == "json_invalid":
-        return Fault(place, TOO_DEEP)
-    if error["type"] == "missing":
-        return Fault(place, "is missing")
-    if error["type"] == "value_error":
-        return Fault(place, error["msg"].removeprefix("Value error, "))
-    if error["type"] in BOUNDS:
-        (bound,) = error["ctx"].values()
-        return Fault(place, f"is {error['input']}, wanted {BOUNDS[error['type']]} {bound}")
-    wanted = WANTED.get(error["type"]) or error["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
-    return Fault(place, f"is {error['input']!r}, wanted {wanted}")
+def _origin(where: str, origins: dict[str, Origin]) -> Origin | None:
+    """Where a setting was written, or else the table that it is missing from or that is inside of it."""
+    while where:
+        if where in origins:
+            return origins[where]
+        where = where.rpartition(".")[0]
+    return None
 
 
-def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
-    for part in location:
-        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
-            model = model.model_fields[part].annotation
-        model = _model_in(model)
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+def _user_code(value: Any, where: str) -> Iterator[str]:
+    """The dotted names of the settings that name a function in a user's file."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from _user_code(each, f"{where}.{name}")
+    elif isinstance(value, list):
+        for index, each in enumerate(value):
+            yield from _user_code(each, f"{where}.{index}")
+    elif isinstance(value, str) and USER_CODE.fullmatch(value):
+        yield where
 
 
-def _model_in(annotation: Any) -> Any:
-    """The settings class inside an annotation such as `list[SourceSettings] | None`."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, tuple, dict, typing.Annotated):
-        for each in typing.get_args(annotation):
-            found = _model_in(each)
-            if isinstance(found, type) and issubclass(found, BaseModel):
-                return found
-    return annotation
+def _two_folders(table: dict[str, Any], where: str, origins: dict[str, Origin]) -> list[Fault]:
+    """A stage's own code is imported from one folder, so one file, or several side by side, must name it."""
+    written = {name: origins[name] for name in _user_code(table, where) if name in origins}
+    folders = {origin.file.parent: name for name, origin in written.items()}
+    if len(folders) < 2:
+        return []
+    named = " and ".join(f"{name} in {folder}" for folder, name in folders.items())
+    return [Fault(where, f"files in {len(folders)} folders name its functions ({named}); set them in pipeline files of one folder")]
 
 
-def _did_you_mean(near: list[str]) -> str:
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _apply(raw: dict[str, Any], override: str) -> list[Fault]:
-    """`stages.pretrain.lr=3e-4`: set one value. A value that isn't TOML is taken as a string."""
+def _apply(merged: Merged, path: Path, override: str) -> list[Fault]:
+    """`stages.pretrain.lr=3e-4`: set one value. What isn't one TOML value from beginning to end is taken as a string."""
+    raw = merged.values
     if HALF_CHARACTER.search(override):
-        return [Fault(f"--set {override!r}", "is not UTF-8 and can't be recorded; wanted text")]
+        return [Fault(f"--set {override!r}", "expected text, found bytes that are not UTF-8 and can't be recorded")]
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
-        return [Fault(f"--set {override}", "wanted NAME=VALUE, for example --set stages.pretrain.lr=3e-4")]
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+        return [Fault(f"--set {override}", "expected NAME=VALUE, for example --set stages.pretrain.lr=3e-4")]
+    value = tomllib.loads(f"value = {text}")["value"] if is_one_value(text) else text
     table: Any = raw
     parts = name.strip().split(".")
     if parts[0] not in PipelineFile.model_fields and parts[0] in raw.get("stages", {}):
         return [Fault(f"--set {override}", f"did you mean --set stages.{override}?")]
     for depth, part in enumerate(parts[:-1]):
         if parts[0] == "stages" and depth == 1 and part not in table:
-            near = difflib.get_close_matches(part, list(table))
-            return [Fault(f"--set {override}", f"there is no stage {part!r}{_did_you_mean(near) or '; there are: ' + ', '.join(table)}")]
+            hint = did_you_mean(part, table) or f"; there are: {', '.join(table)}"
+            return [Fault(f"--set {override}", f"there is no stage {part!r}{hint}")]
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             return [Fault(f"--set {override}", f"{'.'.join(parts[: depth + 1])} is a value, not a table")]
+    origin = Origin(path.resolve(), path.name, override=override)
+    if parts[0] == "extends":
+        return [Fault(f"--set {override}", "a file's base can't be set here; write `extends` into the file")]
+    if parts[0] == "stages" and len(parts) == 2 and value is False and parts[1] in table:
+        del table[parts[1]]
+        merged.replace(tuple(parts), {})
+        return []
     table[parts[-1]] = value
+    merged.replace(tuple(parts), {tuple(parts): origin})
     return []
 
 
 def _secrets(value: Any, where: str) -> Iterable[Fault]:
-    """Configs are recorded and shown: a secret has no place in one."""
+    """Secrets in a config, which is recorded and shown."""
     if isinstance(value, dict):
         for name, each in value.items():
-            place = f"{where}.{name}" if where else name
+            full = f"{where}.{name}" if where else name
             if SECRET.search(name) and isinstance(each, str):
-                yield Fault(place, "looks like a secret; configs are recorded and shown, so keep it in the environment")
-            yield from _secrets(each, place)
-    elif isinstance(value, str) and re.search(r"://[^/@\s]+:[^/@\s]+@", value):
-        yield Fault(where, "holds a password in an address; keep it in the environment (MLFLOW_TRACKING_PASSWORD)")
+                yield Fault(full, "looks like a secret; configs are recorded and shown, so keep it in the environment")
+            yield from _secrets(each, full)
+    elif isinstance(value, str) and SECRET_IN_ADDRESS.search(value):
+        yield Fault(where, "holds a password or a token in an address; keep it in the environment (MLFLOW_TRACKING_PASSWORD)")

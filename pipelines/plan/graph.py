@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from gpt.settings import OPERATIONAL, Settings, TrainSettings
 from pipelines.plan.code import Code
-from pipelines.plan.config import ConfigError, Fault, Gate, Loaded, Resources, validate
+from pipelines.plan.config import Fault, Gate, Loaded, Resources, validate
 from pipelines.plan.environment import ROOT
 from pipelines.plan.inputs import check_inputs, order_of
 from pipelines.plan.kinds import Kind, load_kind
@@ -121,11 +121,11 @@ def build(loaded: Loaded, use: Mapping[str, str] = MappingProxyType({})) -> Grap
     if cycle:
         faults.append(Fault("stages", f"{' reads '.join(cycle)}: a cycle; one of these inputs must come from elsewhere"))
     if faults:
-        raise ConfigError(loaded.path, faults)
+        raise loaded.error(faults)
     stages = {name: drafts[name].stage() for name in order}
     graph = Graph(loaded, stages, {name: each for name, each in use.items() if name not in folders}, replaced)
     if faults := graph.model_faults(dict.fromkeys(graph.use, Traits())):
-        raise ConfigError(loaded.path, faults)
+        raise loaded.error(faults)
     return graph
 
 
@@ -164,7 +164,7 @@ def _read_stage(name: str, table: dict[str, Any], loaded: Loaded) -> tuple[_Draf
     gates, found = _read_gates(table.pop("gate", []), f"{where}.gate")
     faults += found
     try:
-        kind = load_kind(str(uses), loaded.path.parent)
+        kind = load_kind(str(uses), loaded.folder(name))
     except ValueError as error:
         return None, [*faults, Fault(f"{where}.uses", str(error))]
     config, found = validate(kind.config, table, where)
@@ -172,7 +172,7 @@ def _read_stage(name: str, table: dict[str, Any], loaded: Loaded) -> tuple[_Draf
     if config is not None:
         config, found = _as_recorded(config, where)
         faults += found
-    user_code, found = read_user_code(kind.user_code(), config, loaded.path.parent, where)
+    user_code, found = read_user_code(kind.user_code(), config, loaded.folder(name), where)
     faults += found
     sources: list[Source] = []
     if isinstance(config, StageConfig):

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.checkpoint import attempts, newest_checkpoint
 from gpt.settings import TrainSettings
 from pipelines.plan.code import Code
-from pipelines.plan.config import ConfigError, Fault
+from pipelines.plan.config import Fault
 from pipelines.plan.environment import versions
 from pipelines.plan.gates import closed_gate
 from pipelines.plan.graph import Graph, Stage
@@ -82,7 +82,7 @@ class Planner:
         self._external, more = self._resolve_external()
         outside = self._traits({**self._external, **self.given})
         if faults := [*faults, *found, *more, *graph.model_faults(outside)]:
-            raise ConfigError(graph.loaded.path, faults)
+            raise graph.loaded.error(faults)
         self.chosen = graph.needed([until] if until else graph.last(), given=self.given)
         self._code_root = code_root
         self._user_folders = user_folders

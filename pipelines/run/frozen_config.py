@@ -34,16 +34,16 @@ def freeze_config(graph: Graph, store: Store, snapshot: Snapshot, folder: Path) 
     What names a user's file is part of the key, so it must stay as written: if names begin with ../, as many folders of the original's
     own path are recreated below `folder`.
     """
-    targets = {
-        os.path.normpath(os.path.dirname(each.reference.rpartition(":")[0])): frozen
+    targets = {  # two folders may be named alike, by a pipeline file and by one that it extends
+        (os.path.normpath(os.path.dirname(each.reference.rpartition(":")[0])), frozen)
         for name, frozen in snapshot.user_folders().items()
         for each in graph.stages[name].user_code
     }
-    up = max((target.split(os.sep).count(os.pardir) for target in targets), default=0)
+    up = max((target.split(os.sep).count(os.pardir) for target, _ in targets), default=0)
     above = ["_"] * up + list(graph.user_folder().parts[1:])
     home = folder.joinpath(*above[len(above) - up :])
     home.mkdir(parents=True)
-    for target, frozen in targets.items():
+    for target, frozen in sorted(targets):
         shutil.copytree(frozen, home / target, dirs_exist_ok=True)
     file = graph.loaded.file.model_dump(mode="json")
     file["store"]["root"] = str(store)

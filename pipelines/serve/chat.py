@@ -1,7 +1,7 @@
-"""A conversation with a model that was trained here, for `gptline chat`.
+"""Talk to a model that was trained here, for `gptline chat`.
 
-On a terminal lines are typed and edited; what is piped in is one question a line, and then the answers alone go to stdout. Left out:
-a history of typed lines that outlives the program, questions of several lines, several answers to choose from.
+On a terminal, lines are typed and edited. Piped input is one question per line, and only the answers go to stdout. Left out: a history of
+typed lines that outlives the program, questions of several lines, several answers to choose from.
 """
 
 from __future__ import annotations
@@ -10,18 +10,15 @@ import contextlib
 from collections.abc import Generator, Iterator
 from typing import BinaryIO, TextIO
 
-from gpt.chat import FORMAT, Message, encode_prompt
+from gpt.chat import Message, encode_prompt
 from pipelines.artifacts import Model
-from pipelines.plan.resolve import resolve
-from pipelines.serve.sample import SHOWN, sound_policy
-from pipelines.stage import StageFailure
-from pipelines.store.store import Action, Store
+from pipelines.serve.sample import CONTROL_PICTURES
 
 HELP = """\
-/reset         forget what was said so far
-/system TEXT   tell it TEXT before all else from now on; without TEXT nothing
+/reset         forget the conversation so far
+/system TEXT   begin the conversation with the system message TEXT from now on; without TEXT, with none
 /quit          end, as Ctrl-D does
-Ctrl-C ends an answer; what was said of it stays in the conversation. A line that begins with a space is never a command.
+Ctrl-C stops an answer; the part that was written stays in the conversation. A line that begins with a space is never a command.
 """
 
 
@@ -39,22 +36,22 @@ class Chat:
         self._seed = seed
         self.system = system
         self.turns: list[Message] = []
-        """A user's message and the answer to it, by turns."""
+        """The user's messages and the answers to them, alternating."""
         self.left_out = 0
-        """Messages of `turns`, the oldest, that the last answer was given without."""
+        """How many of the oldest `turns` the model did not see for the last answer."""
         self.cut_off: str | None = None
-        """Why the last answer ends where it does, unless the model ended it."""
+        """Why the last answer stops where it does; None if the model ended it."""
 
     def answer(self, question: str) -> Generator[str, None, None]:
-        """The answer in whole characters, which a terminal can be given. Left alone before its end, it is kept as far as it came.
+        """The answer in whole characters that are safe to show. If the caller stops early, the part written so far stays in `turns`.
 
-        ValueError, and nothing is changed, where the question is too long to be answered.
+        A question that is too long raises ValueError and changes nothing.
         """
         prompt, self.left_out = self._prompt(question)
-        return self._drawn(question, prompt)
+        return self._write(question, prompt)
 
     def _prompt(self, question: str) -> tuple[list[int], int]:
-        """As much of the conversation as leaves the answer room: half of what the model reads, if it may be so long."""
+        """As much of the conversation as leaves room for the answer: `tokens`, but at most half of the model's context."""
         seq_len = self._model.config.seq_len
         opening = [{"role": "system", "content": self.system}] if self.system else []
         asked = {"role": "user", "content": question}
@@ -63,21 +60,21 @@ class Chat:
             if len(prompt) + min(self._tokens, seq_len // 2) <= seq_len:
                 break
         if len(prompt) >= seq_len:
-            with_system = "with the system's message that" if opening else "that"
+            found = f"{len(prompt)} tokens{' with the system message' if opening else ''}"
             raise ValueError(
-                f"{with_system} is {len(prompt)} tokens, and this model reads {seq_len} at once, its answer included; "
+                f"the question is too long: found {found}, and this model's context is {seq_len} tokens, the answer included; "
                 "ask in fewer words (the conversation so far is kept)"
             )
         return prompt, left_out
 
-    def _drawn(self, question: str, prompt: list[int]) -> Generator[str, None, None]:
+    def _write(self, question: str, prompt: list[int]) -> Generator[str, None, None]:
         from gpt.random_streams import stream_seed
         from gpt.sampling import sample_stream
 
         seq_len = self._model.config.seq_len
         room = seq_len - len(prompt)
         end = self._tokenizer.special["end"]
-        drawn = sample_stream(
+        token_ids = sample_stream(
             self._model,
             prompt,
             stream=stream_seed(self._seed, "chat", len(self.turns)),
@@ -86,81 +83,36 @@ class Chat:
             stop_ids=(end,),
         )
         text = self._tokenizer.stream()
-        said = ""
-        self.cut_off = "stopped; what was said so far stays in the conversation"
+        answer = ""
+        self.cut_off = "stopped; the part that was written stays in the conversation"
         try:
-            for token in drawn:
-                if token == end:
+            for token_id in token_ids:
+                if token_id == end:
                     self.cut_off = None
                     return
-                piece = text.feed(token)
-                said += piece
-                yield piece.translate(SHOWN)
+                piece = text.feed(token_id)
+                answer += piece
+                yield piece.translate(CONTROL_PICTURES)
             if self._tokens <= room:
                 self.cut_off = f"cut off after {self._tokens} tokens; --tokens allows more"
             else:
-                self.cut_off = f"cut off after {room} tokens: this model reads {seq_len} at once, the conversation included"
+                self.cut_off = f"cut off after {room} tokens: this model's context is {seq_len} tokens, the conversation included"
         finally:
-            if said or self.cut_off is None:
-                self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
-
-
-def choose(store: Store, reference: str | None) -> tuple[Model, str]:
-    """The model that is meant, sound and able to speak in turns, and what it is, in words. Without a reference: the newest such.
-
-    The newest is the one made last, of those that some `model:<pipeline>@<alias>` points to.
-    """
-    made = {action.output: action for action in sorted(store.all_actions(), key=lambda action: action.started_ms)}
-    digest = _newest(store, made) if reference is None else resolve(store, reference)
-    model = sound_policy(store, digest)
-    found = model.metadata.get("chat_format")
-    if found is None:
-        raise StageFailure(
-            f"model {digest[:12]} continues text, it does not speak in turns: no sft or rl stage made it; "
-            f"`gptline sample {reference or f'sha256:{digest[:12]}'}` lets it write"
-        )
-    if found != FORMAT:
-        raise StageFailure(f"model {digest[:12]} speaks {found}, this gptline {FORMAT}; talk to it with the gptline that made it")
-    maker = f"{made[digest].pipeline}, {made[digest].stage}: " if digest in made else ""
-    return model, f"{maker}model {digest[:12]}, {model.metadata.get('steps', 'unknown')} steps"
-
-
-def _newest(store: Store, made: dict[str, Action]) -> str:
-    speaking = []
-    for name, alias in store.aliases():
-        digest = store.alias(name, alias)
-        if digest is not None and _speaks(store, digest):
-            speaking.append((made[digest].started_ms if digest in made else 0, digest))
-    if speaking:
-        return max(speaking)[1]
-    for digest, action in reversed(made.items()):
-        if _speaks(store, digest):
-            raise StageFailure(
-                f"no pipeline's newest model in the store {store} speaks in turns; "
-                f"`gptline chat sha256:{digest[:12]}` talks to the last one made that does ({action.pipeline}, {action.stage})"
-            )
-    raise StageFailure(
-        f"no model in the store {store} speaks in turns: that is what sft and rl stages teach; run a pipeline that has one, "
-        "name another store with --store, or see with `gptline sample` what a model writes"
-    )
-
-
-def _speaks(store: Store, digest: str) -> bool:
-    manifest = store.manifest(digest)
-    return manifest is not None and manifest["metadata"].get("role") == "policy" and bool(manifest["metadata"].get("chat_format"))
+            if answer or self.cut_off is None:
+                self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def talk(chat: Chat, stdin: TextIO, stdout: TextIO, stderr: TextIO) -> bool:
-    """Until the lines end; False where one that was piped in was not answered. KeyboardInterrupt only where lines are piped in."""
+    """Answer lines until they end. False if a piped line was not answered. KeyboardInterrupt passes only for piped input."""
 
     def note(text: str) -> None:
         stderr.write(f"({text})\n")
         stderr.flush()
 
     typing = stdin.isatty() and stdout.isatty()
-    all_answered, told = True, False
+    all_answered, reported = True, False
     if typing:
-        note("/help lists the commands, Ctrl-D ends")
+        note("/help lists the commands, Ctrl-D ends the conversation")
     for line in _typed(stdout, stderr) if typing else _piped(stdin.buffer):
         if line.startswith("/"):
             command, _, text = line.strip().partition(" ")
@@ -168,15 +120,15 @@ def talk(chat: Chat, stdin: TextIO, stdout: TextIO, stderr: TextIO) -> bool:
                 case "/quit":
                     break
                 case "/reset":
-                    chat.turns, told = [], False
-                    note("forgotten")
+                    chat.turns, reported = [], False
+                    note("the conversation so far is forgotten")
                 case "/system":
                     chat.system = text.strip()
-                    note("said before all else from now on" if chat.system else "nothing is said before all else from now on")
+                    note("the conversation begins with this system message" if chat.system else "the conversation has no system message")
                 case "/help":
                     stderr.write(HELP)
                 case _:
-                    note(f"there is no command {command}; /help lists them, and a line that begins with a space is none")
+                    note(f"unknown command {command}; /help lists them (begin the line with a space to send it to the model)")
                     all_answered = False
         elif question := line.strip():
             try:
@@ -185,9 +137,9 @@ def talk(chat: Chat, stdin: TextIO, stdout: TextIO, stderr: TextIO) -> bool:
                 note(str(error))
                 all_answered = False
                 continue
-            if chat.left_out and not told:
-                note("the conversation is longer than what this model reads at once: the oldest turns are left out from here on")
-                told = True
+            if chat.left_out and not reported:
+                note("the conversation is longer than this model's context: the oldest turns are left out from here on")
+                reported = True
             _show(answer, stdout, interruptible=typing)
             if chat.cut_off:
                 note(chat.cut_off)
@@ -195,7 +147,7 @@ def talk(chat: Chat, stdin: TextIO, stdout: TextIO, stderr: TextIO) -> bool:
 
 
 def _show(answer: Generator[str, None, None], stdout: TextIO, *, interruptible: bool) -> None:
-    # Closed here, whatever ended it: the conversation then holds what was said of it.
+    # Closed here, whatever ended it: closing puts the part that was written into the conversation.
     with contextlib.closing(answer):
         try:
             for piece in answer:
@@ -210,7 +162,7 @@ def _show(answer: Generator[str, None, None], stdout: TextIO, *, interruptible: 
 
 
 def _typed(stdout: TextIO, stderr: TextIO) -> Iterator[str]:
-    """Lines of a terminal, until Ctrl-D. Ctrl-C drops the line, as in a shell."""
+    """Lines typed on a terminal, until Ctrl-D. Ctrl-C drops the line, as in a shell."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - with it, input() edits lines
     while True:
@@ -223,7 +175,7 @@ def _typed(stdout: TextIO, stderr: TextIO) -> Iterator[str]:
         except KeyboardInterrupt:
             stdout.write("\n")
         except UnicodeError:
-            stderr.write("(that line was no UTF-8)\n")
+            stderr.write("(expected UTF-8; that line was not sent)\n")
         else:
             yield line
 
@@ -233,5 +185,5 @@ def _piped(stdin: BinaryIO) -> Iterator[str]:
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"line {number} of what was piped in is no UTF-8: {error}; convert it") from error
+            raise ValueError(f"line {number} of the piped input: expected UTF-8, found {error}; convert it") from error
         yield text

@@ -1,51 +1,36 @@
-"""A prompt continued by a trained model, piece by piece, for `gptline sample`; and what `gptline chat` shares with it."""
+"""Continue a prompt with a trained model, piece by piece, for `gptline sample`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from pipelines.artifacts import Model
-from pipelines.stage import StageFailure
-from pipelines.store.store import Store
 
-SHOWN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-"""What a model writes is data: a terminal must not obey its control characters, so their pictures are shown."""
-
-
-def sound_policy(store: Store, digest: str) -> Model:
-    """Every byte is verified first: damaged weights write text as well, and nobody could tell."""
-    model = store.artifact(digest)
-    if not isinstance(model, Model):
-        raise StageFailure(f"artifact {digest[:12]} is {model.kind}, wanted a model")
-    if model.metadata.get("role") != "policy":
-        raise StageFailure(f"model {digest[:12]} has the role {model.metadata.get('role')}; wanted a policy: only those write")
-    if problems := store.verify(digest):
-        raise StageFailure(
-            f"model {digest[:12]} is damaged: {'; '.join(problems)}. Delete {model.path} and run its pipeline again: what is gone is made"
-        )
-    return model
+CONTROL_PICTURES = (
+    {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+)
+"""For `str.translate`. What a model writes is data: a terminal must show its control characters and not obey them."""
 
 
-def continue_prompt(store: Store, digest: str, prompt: str, *, tokens: int, temperature: float, seed: int) -> Iterator[str]:
-    """The prompt, then what follows, in whole characters; it ends where the model ends the document."""
-    model = sound_policy(store, digest)
+def continue_prompt(model: Model, prompt: str, *, tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    """The prompt, then what follows it in whole characters, until the model ends the document."""
     from gpt.model import load_model
     from gpt.random_streams import stream_seed
     from gpt.sampling import sample_stream
     from gpt.tokenizer import Tokenizer
 
-    encoder = Tokenizer.load(model.path / "tokenizer.json")
-    end = encoder.special["document"]
-    text = encoder.stream()
-    drawn = sample_stream(
+    tokenizer = Tokenizer.load(model.path / "tokenizer.json")
+    end = tokenizer.special["document"]
+    text = tokenizer.stream()
+    token_ids = sample_stream(
         load_model(model.path).eval(),
-        [end, *encoder.encode(prompt)],
+        [end, *tokenizer.encode(prompt)],
         stream=stream_seed(seed, "sample"),
         max_tokens=tokens,
         temperature=temperature,
         stop_ids=(end,),
     )
     yield prompt
-    for token in drawn:
-        if token != end:
-            yield text.feed(token).translate(SHOWN)
+    for token_id in token_ids:
+        if token_id != end:
+            yield text.feed(token_id).translate(CONTROL_PICTURES)

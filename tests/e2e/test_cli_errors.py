@@ -1,4 +1,4 @@
-"""Wrong use of the program: all faults at once, exit code 2, and nothing written."""
+"""Wrong use of the program: all faults at once, each with its line, exit code 2, and nothing written."""
 
 from __future__ import annotations
 
@@ -44,32 +44,32 @@ def bad(new_program):
 
 
 @pytest.mark.parametrize("verb", ["plan", "run"])
-def test_all_faults_are_told_at_once_and_nothing_is_written(bad, verb):
-    said = bad.run(verb, "bad.toml", code=2)
-    first, *faults = said.splitlines()
+def test_all_faults_are_reported_at_once_with_their_lines_and_nothing_is_written(bad, verb):
+    output = bad.run(verb, "bad.toml", code=2)
+    first, *faults = output.splitlines()
     assert f"bad.toml: {len(faults)} faults; " in first
     for fault in (
-        r"  sed: unknown key; did you mean 'seed'\?",
-        r"  stages\.documents: .*missing\.txt",
-        r"  stages\.pretrain\.learning_rate: unknown key",
-        r"  stages\.tokenizer\.inputs\.documents: 'tokenize' makes tokens, wanted documents",
+        r"  bad\.toml, line 3: sed: unknown key; did you mean 'seed'\?",
+        r"  bad\.toml, line 5: stages\.documents: .*missing\.txt",
+        r"  bad\.toml, line 24: stages\.pretrain\.learning_rate: unknown key",
+        r"  bad\.toml, line 11: stages\.tokenizer\.inputs\.documents: 'tokenize' makes tokens, wanted documents",
     ):
-        assert any(re.match(fault, line) for line in faults), f"{fault} is not in:\n{said}"
-    assert "Traceback" not in said
+        assert any(re.match(fault, line) for line in faults), f"{fault} is not in:\n{output}"
+    assert "Traceback" not in output
     assert [path.name for path in bad.folder.iterdir()] == ["bad.toml"]
 
 
-def test_batch_arithmetic_a_cycle_and_a_wrong_kind_are_told_at_once(bad):
+def test_batch_arithmetic_a_cycle_and_a_wrong_artifact_type_are_reported_at_once(bad):
     (bad.folder / "missing.txt").write_text("here\n")
     text = BAD.replace("sed = 1", "seed = 1").replace("learning_rate = 1e-3\n", "")
     (bad.folder / "bad.toml").write_text(text)
-    said = bad.run("run", "bad.toml", code=2)
+    output = bad.run("run", "bad.toml", code=2)
     for fault in (
         "stages.pretrain: global_batch_size = 8 is not a multiple of micro_batch_size * ranks = 3 * 2 = 6; the nearest that fit are 6",
         "stages: tokenizer reads tokenize reads tokenizer: a cycle",
         "stages.pretrain.inputs.tokens: 'tokenizer' makes tokenizer, wanted tokens",
     ):
-        assert fault in said
+        assert fault in output
     assert not bad.store.root.exists()
 
 
@@ -78,7 +78,7 @@ def test_debug_shows_the_traceback_and_plain_errors_do_not(bad):
     assert "Traceback" not in bad.run("plan", "bad.toml", code=2)
 
 
-def test_a_missing_file_names_the_one_that_was_meant(bad):
+def test_a_missing_file_names_the_nearest_one(bad):
     assert "there is no such file; did you mean 'bad.toml'?" in bad.run("run", "bed.toml", code=2)
 
 
@@ -87,11 +87,11 @@ def test_a_wrong_set_and_a_wrong_stage_are_wrong_use(bad):
     assert "there is no stage 'documnts'; did you mean 'documents'?" in bad.run("plan", "bad.toml", "--set", "stages.documnts.x=1", code=2)
     assert "no such stage; there are documents" in bad.run("run", "bad.toml", "--until", "tokens", code=2)
     assert "there is no stage 'tokens'; there are documents" in bad.run("rerun", "bad.toml", "tokens", code=2)
-    assert "wanted STAGE=REF" in bad.run("run", "bad.toml", "--use", "documents", code=2)
+    assert "expected STAGE=REF" in bad.run("run", "bad.toml", "--use", "documents", code=2)
     assert not bad.store.root.exists()
 
 
 def test_help_lists_the_verbs(bad):
-    said = bad.run("--help")
-    for verb in ("run", "plan", "rerun", "sync", "lineage", "ui", "doctor", "sample"):
-        assert re.search(rf"^\s+{verb}\s", said, re.MULTILINE), f"{verb} is not in:\n{said}"
+    output = bad.run("--help")
+    for verb in ("run", "plan", "describe", "overlap", "rerun", "sync", "lineage", "ui", "doctor", "sample"):
+        assert re.search(rf"^\s+{verb}\s", output, re.MULTILINE), f"{verb} is not in:\n{output}"

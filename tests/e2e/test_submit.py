@@ -163,14 +163,14 @@ def test_a_token_that_is_wrong_or_missing_is_told_and_nothing_is_sent(
     with token.context() as patch:
         patch.delenv("RAY_AUTH_TOKEN_PATH")
         patch.setenv("RAY_AUTH_TOKEN", given)
-        said = story.program.run("submit", "small.toml", "--address", cluster, code=2)
+        said = story.program.run("submit", "small.toml", "--address", cluster, code=3)
     assert f"the cluster at {cluster} {wanted}" in said
     assert story.program.store.runs() == sorted([story.program.store.runs()[0], *story.runs])
 
 
 def test_where_nothing_listens_nothing_is_written(story: Story) -> None:
     runs = story.program.store.runs()
-    said = story.program.run("submit", "small.toml", "--address", "http://127.0.0.1:1", code=2)
+    said = story.program.run("submit", "small.toml", "--address", "http://127.0.0.1:1", code=3)
     assert "nothing listens at http://127.0.0.1:1 (connection refused)" in said
     assert story.program.store.runs() == runs
 

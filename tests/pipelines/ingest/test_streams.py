@@ -53,7 +53,7 @@ def test_an_empty_file_has_no_records_whatever_its_name_says(ingested, suffix):
 def test_a_compressed_file_that_grows_beyond_the_ceiling_is_refused_with_both_numbers(ingested, compress, suffix):
     # 20 MiB of one letter: far more than 100 times its size, and more than the 16 MiB that are always allowed
     data = compress(b"x" * 20 * MIB)
-    with pytest.raises(StageFailure, match=rf"a.{suffix}: {len(data):,} compressed bytes grow to more than 16,777,216, .*max_growth"):
+    with pytest.raises(StageFailure, match=rf"a.{suffix}: {len(data):,} compressed bytes grow to more than 16,777,216: .*max_growth"):
         ingested({f"a.{suffix}": data}, source="text", max_record_bytes=32 * MIB)
     assert len(ingested({}, files=[f"a.{suffix}"], source="text", max_record_bytes=32 * MIB, max_growth=100_000).texts()[0]) == 20 * MIB
 

@@ -309,15 +309,15 @@ def test_a_gate_is_in_the_runs_config_but_not_in_the_key(gated: Gated):
 @pytest.mark.parametrize(
     ("gate", "fault"),
     [
-        ("{figure='eval/x'}", "stages.measure.gate: has no bound; wanted min, max or both"),
-        ("{figure='eval/x', min=2, max=1}", "stages.measure.gate: min = 2 is more than max = 1; nothing would pass"),
+        ("{figure='eval/x'}", "stages.measure.gate: has no bound; expected min, max or both"),
+        ("{figure='eval/x', min=2, max=1}", "stages.measure.gate: min = 2 is more than max = 1; no value would pass"),
         ("{figure='eval/x', mini=2}", "stages.measure.gate.mini: unknown key; did you mean 'min'?"),
         ("{figure='Accuracy (%)', min=2}", "stages.measure.gate.figure: metric name 'Accuracy (%)': expected area/name_unit in lower case"),
         ("{min=2}", "stages.measure.gate.figure: is missing"),
-        ("{figure='eval/x', min='high'}", "stages.measure.gate.min: is 'high', wanted a number"),
-        ("{figure='eval/x', min=nan}", "stages.measure.gate.min: is nan, wanted a finite number"),
-        ("0.65", "stages.measure.gate: is 0.65, wanted a table"),
-        ("[{figure='eval/x', min=1}, {figure='eval/y'}]", "stages.measure.gate.1: has no bound; wanted min, max or both"),
+        ("{figure='eval/x', min='high'}", "stages.measure.gate.min: expected a number, found 'high'"),
+        ("{figure='eval/x', min=nan}", "stages.measure.gate.min: expected a finite number, found nan"),
+        ("0.65", "stages.measure.gate: expected a table, found 0.65"),
+        ("[{figure='eval/x', min=1}, {figure='eval/y'}]", "stages.measure.gate.1: has no bound; expected min, max or both"),
     ],
 )
 def test_a_gate_that_can_not_be_read_is_a_fault_of_the_file(gated: Gated, gate: str, fault: str):

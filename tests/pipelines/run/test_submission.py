@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -144,6 +145,23 @@ def test_relative_paths_mean_what_they_meant_to_who_submitted(project: Path, sto
     assert again.file.store.root == str(store.root)
     assert again.file.tracking.uri == f"sqlite:///{tmp_path}/mine.db"
     assert again.file.cluster.address == "auto"
+
+
+def test_a_variant_is_frozen_with_what_it_extends_and_the_functions_of_both_folders(project: Path, store: Store, tmp_path: Path) -> None:
+    (project / "variants").mkdir()
+    (project / "variants" / "our_score.py").write_text(RULE.replace("rule", "score"))
+    (project / "line" / "small.toml").write_text(TOML.replace("../shared/own_cut.py:cut", "./own_rule_cut.py:cut"))
+    (project / "line" / "own_rule_cut.py").write_text(CUT)
+    variant = project / "variants" / "variant.toml"
+    variant.write_text('extends = "../line/small.toml"\nseed = 9\n[stages.cut]\nuses = "./own_cut.py:cut"\nby = "./our_score.py:score"\n')
+    (project / "variants" / "own_cut.py").write_text(CUT)
+    graph = graph_of(variant)
+    config = freeze_config(graph, store, freeze(graph, store), tmp_path / "elsewhere" / "submitted")
+    before = leaves(graph, store)
+    shutil.rmtree(project / "line")
+    shutil.rmtree(project / "variants")
+    assert leaves(graph_of(config), store) == before
+    assert (before["words"]["kind"], before["cut"]["config.by"]) == ("own_words.py:words", "./our_score.py:score")
 
 
 def test_a_config_near_the_root_puts_nothing_outside_its_folder(project: Path, store: Store, tmp_path: Path) -> None:
