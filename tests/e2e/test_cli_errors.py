@@ -52,7 +52,7 @@ def test_all_faults_are_reported_at_once_with_their_lines_and_nothing_is_written
         r"  bad\.toml, line 3: sed: unknown key; did you mean 'seed'\?",
         r"  bad\.toml, line 5: stages\.documents: .*missing\.txt",
         r"  bad\.toml, line 24: stages\.pretrain\.learning_rate: unknown key",
-        r"  bad\.toml, line 11: stages\.tokenizer\.inputs\.documents: 'tokenize' makes tokens, wanted documents",
+        r"  bad\.toml, line 11: stages\.tokenizer\.inputs\.documents: 'tokenize' makes tokens, expected documents",
     ):
         assert any(re.match(fault, line) for line in faults), f"{fault} is not in:\n{output}"
     assert "Traceback" not in output
@@ -67,7 +67,7 @@ def test_batch_arithmetic_a_cycle_and_a_wrong_artifact_type_are_reported_at_once
     for fault in (
         "stages.pretrain: global_batch_size = 8 is not a multiple of micro_batch_size * ranks = 3 * 2 = 6; the nearest that fit are 6",
         "stages: tokenizer reads tokenize reads tokenizer: a cycle",
-        "stages.pretrain.inputs.tokens: 'tokenizer' makes tokenizer, wanted tokens",
+        "stages.pretrain.inputs.tokens: 'tokenizer' makes tokenizer, expected tokens",
     ):
         assert fault in output
     assert not bad.store.root.exists()
@@ -85,7 +85,7 @@ def test_a_missing_file_names_the_nearest_one(bad):
 def test_a_wrong_set_and_a_wrong_stage_are_wrong_use(bad):
     (bad.folder / "bad.toml").write_text('pipeline = "ok"\n[stages.documents]\nuses = "ingest"\nsource = "text"\nfiles = ["bad.toml"]\n')
     assert "there is no stage 'documnts'; did you mean 'documents'?" in bad.run("plan", "bad.toml", "--set", "stages.documnts.x=1", code=2)
-    assert "no such stage; there are documents" in bad.run("run", "bad.toml", "--until", "tokens", code=2)
+    assert "no such stage; the stages are documents" in bad.run("run", "bad.toml", "--until", "tokens", code=2)
     assert "there is no stage 'tokens'; there are documents" in bad.run("rerun", "bad.toml", "tokens", code=2)
     assert "expected STAGE=REF" in bad.run("run", "bad.toml", "--use", "documents", code=2)
     assert not bad.store.root.exists()

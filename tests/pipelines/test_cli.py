@@ -20,6 +20,7 @@ from pipelines.plan.config import load
 from pipelines.plan.faults import ConfigError
 from pipelines.plan.graph import ROOT
 from pipelines.stage import StageFailure
+from pipelines.store.events import RunEnded, RunStarted
 from pipelines.store.journal import JournalWriter
 from pipelines.store.store import Store
 
@@ -166,8 +167,8 @@ def test_the_exit_code_says_what_happened(
 def test_a_sync_that_can_not_deliver_exits_with_3(store: Store, monkeypatch: pytest.MonkeyPatch):
     store.backend.put("runs/r1/run.json", b'{"run": "r1", "tracking": {"uri": "http://127.0.0.1:1"}}')
     journal = JournalWriter(store, "r1")
-    journal.write("run_started", run="r1", pipeline="p")
-    journal.write("run_ended", status="FINISHED", exit_code=0)
+    journal.write(RunStarted(run="r1", pipeline="p"))
+    journal.write(RunEnded(status="FINISHED", exit_code=0))
     monkeypatch.setattr("pipelines.observe.delivery.unreachable", lambda uri: "connection refused")
     found = gptline("sync", "--store", str(store.root))
     assert "MLflow http://127.0.0.1:1" in found.stdout

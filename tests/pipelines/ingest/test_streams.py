@@ -100,7 +100,7 @@ def test_an_archive_that_cannot_be_read_is_named(ingested, content, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"{}"), r"is gzip data: rename it so that it ends with \.gz"),
+        (gzip.compress(b"{}", mtime=0), r"is gzip data: rename it so that it ends with \.gz"),
         (zstd(b"{}"), r"is zstd data: rename it so that it ends with \.zst"),
         (lzma.compress(b"{}"), r"is xz data: rename it so that it ends with \.xz"),
         (zipped(a=b"{}"), r"is a zip archive: rename it so that it ends with \.zip"),

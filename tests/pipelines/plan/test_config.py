@@ -91,10 +91,10 @@ def test_a_valid_file_gives_stages_in_the_order_of_their_inputs(tmp_path: Path):
         ('["*.txt"]', '"a.txt"', "stages.documents.files: expected a list, found 'a.txt'"),
         ("seed = 1", "seed = 1\ntracking = 'sqlite'", "tracking: expected a table, found 'sqlite'"),
         ("steps = 10", "steps = 10\nresources.labels = ['big']", "stages.pretrain.resources.labels: expected a table, found ['big']"),
-        ('"ingest"', '"ingets"', "stages.documents.uses: no kind is called 'ingets'; did you mean 'ingest'?"),
-        ('"gpt2-nano"', '"gpt2-nanno"', "did you mean 'gpt2-nano'"),
+        ('"ingest"', '"ingets"', "stages.documents.uses: there is no stage kind 'ingets'; did you mean 'ingest'?"),
+        ('"gpt2-nano"', '"gpt2-nanno"', "Did you mean 'gpt2-nano'?"),
         ("tokens = ", "token = ", "stages.pretrain.inputs.token: unknown input; did you mean 'tokens'?"),
-        ('tokens = "tokenize"', 'tokens = "documents"', "'documents' makes documents, wanted tokens"),
+        ('tokens = "tokenize"', 'tokens = "documents"', "'documents' makes documents, expected tokens"),
         ('tokens = "tokenize"', 'tokens = "tokenise"', "there is no stage 'tokenise'; did you mean 'tokenize'?"),
         (
             '{ tokens = "tokenize" }',
@@ -110,7 +110,8 @@ def test_a_valid_file_gives_stages_in_the_order_of_their_inputs(tmp_path: Path):
         (
             '"tokenize"',
             '"sha:12"',
-            "is no reference; wanted a stage's name, sha256:<at least 8 digits>, run:<id>/<stage>, model:<pipeline>@newest or hf:<folder>",
+            "is not a reference; expected a stage's name, sha256:<at least 8 digits>, run:<id>/<stage>, model:<pipeline>@newest "
+            "or hf:<folder>",
         ),
     ],
 )
@@ -184,7 +185,7 @@ def test_faults_of_the_file_of_a_stages_settings_and_of_its_inputs_come_together
     ("sources", "expected"),
     [
         ("[Source('gone.txt', data / 'gone.txt')]", "stages.mine: there is no readable file"),
-        ("open(data / 'gone.txt')", "stages.mine: its sources can't be told: FileNotFoundError"),
+        ("open(data / 'gone.txt')", "stages.mine: its sources() failed: FileNotFoundError"),
     ],
 )
 def test_a_users_function_that_names_missing_files_is_a_fault(tmp_path: Path, sources: str, expected: str):
@@ -228,7 +229,7 @@ def test_two_neighbours_of_one_name_are_refused(tmp_path: Path):
             "def clean(stage: StageContext) -> Documents:\n    return words.WORD\n"
         )
         text += f'[stages.{name}]\nuses = "./{name}/clean_{name}.py:clean"\n'
-    assert any("have one name; call one something else" in each for each in faults(tmp_path, text))
+    assert any("have the same name; rename one" in each for each in faults(tmp_path, text))
 
 
 def test_a_cycle_is_reported_with_the_names_of_its_stages(tmp_path: Path):
@@ -259,15 +260,15 @@ def test_ranks_must_share_the_batch(tmp_path: Path):
     ("source", "expected"),
     [
         ("def clean(documents, stage: StageContext) -> Documents: ...", "parameter 'documents' of clean is annotated None"),
-        ("def clean(documents: Documents, stage: StageContext): ...", "must say which artifact it returns"),
-        ("def clean(documents: Documents, stage: StageContext) -> str: ...", "must say which artifact it returns"),
-        ("def other(documents: Documents) -> Documents: ...", "has no function 'clean'; it has other"),
-        ("def clean(documents: Documents, /) -> Documents: ...", "parameter 'documents' of clean can't be given by its name"),
-        ("def clean(*documents: Documents) -> Documents: ...", "parameter 'documents' of clean can't be given by its name"),
-        ("def clean(**documents: Documents) -> Documents: ...", "parameter 'documents' of clean can't be given by its name"),
+        ("def clean(documents: Documents, stage: StageContext): ...", "expected the artifact type that it makes"),
+        ("def clean(documents: Documents, stage: StageContext) -> str: ...", "expected the artifact type that it makes"),
+        ("def other(documents: Documents) -> Documents: ...", "has no function 'clean'; its functions: other"),
+        ("def clean(documents: Documents, /) -> Documents: ...", "parameter 'documents' of clean can't be passed by name"),
+        ("def clean(*documents: Documents) -> Documents: ...", "parameter 'documents' of clean can't be passed by name"),
+        ("def clean(**documents: Documents) -> Documents: ...", "parameter 'documents' of clean can't be passed by name"),
         (
             "def clean(a: C, documents: Documents, b: C) -> Documents: ...",
-            "2 parameters with a Settings class: a, b; a kind has one",
+            "2 parameters with a Settings class: a, b; expected one",
         ),
         (
             "def clean(a: StageContext, b: StageContext) -> Documents: ...",

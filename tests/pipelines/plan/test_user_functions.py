@@ -246,7 +246,7 @@ def test_a_reference_that_is_not_a_function_of_the_users_is_refused_with_the_rea
 def test_a_fault_in_a_list_names_the_index_and_a_number_is_refused(marks: Marks):
     (fault,) = marks.faults("stages.marked.others=['./reward.py:best', './reward.py:worst']")
     assert fault.startswith("stages.marked.others.1: './reward.py:worst': ./reward.py has no function 'worst'")
-    assert marks.faults("stages.marked.reward=3") == ["stages.marked.reward: is 3, wanted a string"]
+    assert marks.faults("stages.marked.reward=3") == ["stages.marked.reward: expected a string, found 3"]
 
 
 def test_two_files_of_one_name_in_two_folders_are_refused_for_functions_too(marks: Marks):
@@ -264,7 +264,7 @@ def test_a_stage_can_not_get_a_function_that_no_setting_names(marks: Marks):
     assert marks.run() == 1
     (last,) = _ended(marks, "plain")
     has = "./kinds.py:mark has ['./kinds.py:mark', './reward.py:best']"
-    assert last.error.startswith(f"ValueError: './reward.py:score' is not the value of a UserFunction setting; {has}")
+    assert last.error.startswith(f"ValueError: expected the value of a UserFunction setting, found './reward.py:score'; {has}")
 
 
 def _ended(marks: Marks, stage: str) -> list[StageEnded]:

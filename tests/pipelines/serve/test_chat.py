@@ -329,5 +329,5 @@ def test_an_assistant_of_another_format_is_not_exported(store: Store):
     from pipelines.stages.export import export
 
     stage: Any = None
-    with pytest.raises(StageFailure, match="speaks gptline-2, this gptline gptline-1"):
+    with pytest.raises(StageFailure, match="expected chat format gptline-1, found gptline-2"):
         export(publish(store, random_model(), chat_format="gptline-2"), stage)

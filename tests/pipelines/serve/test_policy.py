@@ -30,7 +30,7 @@ def test_without_a_reference_it_is_the_newest_model_with_a_chat_format_that_an_a
     record(store, newest_of_all, "third", "sft", 4_000)  # nothing points to it
     record(store, base, "fourth", "pretrain", 3_000)
     for pipeline, model in (("first", older), ("second", newer), ("fourth", base)):
-        store.point(pipeline, "newest", model.digest)
+        store.set_alias(pipeline, "newest", model.digest)
     chosen, name = find_chat_policy(store, None)
     assert chosen == newer
     assert name == f"second, sft: model {newer.digest[:12]}, 300 steps"
@@ -38,7 +38,7 @@ def test_without_a_reference_it_is_the_newest_model_with_a_chat_format_that_an_a
 
 
 def test_if_no_model_has_a_chat_format_the_message_names_the_stages_that_give_one(store: Store):
-    store.point("line", "newest", publish(store, random_model(), chat_format=None).digest)
+    store.set_alias("line", "newest", publish(store, random_model(), chat_format=None).digest)
     with pytest.raises(StageFailure, match=r"no model in the store .* was trained to answer in turns, as sft and rl stages do"):
         find_chat_policy(store, None)
 
@@ -50,7 +50,7 @@ def test_if_no_pipelines_newest_model_has_a_chat_format_the_message_names_the_la
         record(store, last, "line", "sft", started_ms)
     record(store, base, "line", "pretrain", 3_000)
     record(store, publish(store, random_model(), role="reward"), "line", "reward_model", 4_000)
-    store.point("line", "newest", base.digest)
+    store.set_alias("line", "newest", base.digest)
     named = rf"no pipeline's newest model .* answer in turns; `gptline chat sha256:{last.digest[:12]}` talks to .* \(line, sft\)"
     with pytest.raises(StageFailure, match=named):
         find_chat_policy(store, None)

@@ -73,7 +73,7 @@ def test_publishing_the_same_files_again_repairs_a_damaged_artifact(store: Store
 
 @pytest.mark.parametrize("name", ["manifest.json", "train.jsonl.tmp-1"])
 def test_a_file_name_that_readers_skip_is_refused(store: Store, name: str):
-    with pytest.raises(StageFailure, match=rf"{name}.* give .* another name"):
+    with pytest.raises(StageFailure, match=rf"{name} has .*; rename the file"):
         store.publish(folder(store, a="abc", **{name: "{}"}), "documents", {})
     assert store.digests() == []
 
