@@ -66,7 +66,7 @@ def _python() -> Iterator[Finding]:
 def _packages() -> Iterator[Finding]:
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
     wrong = []
-    for name in ("torch", "ray", "deepspeed", "mlflow", "tokenizers", "transformers", "datasets", "pydantic", "numpy"):
+    for name in ("torch", "ray", "deepspeed", "mlflow", "tokenizers", "transformers", "pyarrow", "pydantic", "numpy"):
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

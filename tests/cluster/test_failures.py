@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
-import ray
 import torch
 
 from cluster.failures import GangFailure, blocking_ranks, crash_log, describe_death, hang_of, loss_of, raised
@@ -45,6 +44,8 @@ def test_a_lost_connection_is_found_below_another_exception() -> None:
 
 
 def test_a_dead_actor_without_a_crash_log_was_killed_and_one_with_it_crashed(tmp_path: Path) -> None:
+    import ray  # not while tests are collected: Ray keeps the token mode that it finds when it is first imported
+
     log = crash_log(tmp_path, 1)
     killed = loss_of(1, LABEL, ray.exceptions.ActorDiedError(), step=70, crash_log=log)
     assert killed.sentence == f"{LABEL} was killed by SIGKILL at step 70"
@@ -54,6 +55,8 @@ def test_a_dead_actor_without_a_crash_log_was_killed_and_one_with_it_crashed(tmp
 
 
 def test_a_death_is_described_as_the_end_of_a_sentence() -> None:
+    import ray
+
     assert describe_death(ray.exceptions.NodeDiedError("node 4f is gone\nmore")) == "was lost with its node (node 4f is gone)"
     memory = describe_death(ray.exceptions.OutOfMemoryError("95 % used"))
     assert memory == "was ended by Ray's memory monitor, as its node ran out of memory: use fewer ranks or set memory_gib (95 % used)"

@@ -65,7 +65,7 @@ def test_an_address_in_the_config_runs_the_line_on_that_cluster(program: Any):
 def test_what_the_cluster_can_never_hold_is_said_at_once(program: Any):
     said = program.run("run", "there.toml", "--set", "stages.pretrain.resources.ranks=4", code=2)
     assert "stages.pretrain.resources: pretrain asks for 4 ranks" in said
-    assert "the cluster has room for 2 of them" in said
+    assert "room for only 2 of them" in said
     assert not program.store.runs()
 
 

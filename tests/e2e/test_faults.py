@@ -145,7 +145,7 @@ def test_who_waits_takes_over_when_the_one_it_waits_for_is_killed_and_sync_ends_
     said = program.finish(second)
     assert "resume: resumes at step 5 of 30" in said
     assert program.outputs()["pretrain"] == inline_undisturbed.outputs()["pretrain"]
-    assert f"{first_run}  ended as KILLED: its driver is gone" in program.run("sync")
+    assert f"{first_run}  ended as KILLED: its driver is gone" in program.run("sync", code=3)
     last = program.events(first_run)[-1]
     assert isinstance(last, RunEnded)
     assert last.status == "KILLED"

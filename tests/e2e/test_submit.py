@@ -86,8 +86,8 @@ def story(small: Any, new_program: Any, wait_for: Any, gone: Any, cluster: str, 
     wait_for((marks / "wait-0-12").exists, "step 12")
     driver = Watch(program.store, f"run-{told.runs[1]}").holder()
     assert driver is not None
-    os.kill(driver["pid"], signal.SIGKILL)
-    wait_for(lambda: gone(driver["pid"]), "the driver's end")
+    os.kill(driver.pid, signal.SIGKILL)
+    wait_for(lambda: gone(driver.pid), "the driver's end")
     told.said["killed"] = program.run("status", told.runs[1])
 
     submit()
