@@ -9,68 +9,29 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-from pipelines.plan.config import TrackingConfig, load
-from pipelines.plan.faults import ConfigError, did_you_mean, validate
+from pipelines.options import Config, Fresh, Inline, Root, RunId, Set, Until, Uri, Use, port_number, utf8_text
+from pipelines.plan.config import load
+from pipelines.plan.faults import ConfigError, did_you_mean
 from pipelines.plan.graph import Graph, build
 from pipelines.stage import StageFailure
 from pipelines.store.journal import Superseded
 from pipelines.store.store import Store
-
-EXIT_CODES = """\b
-Exit codes:
-  0    done
-  1    a stage failed, a gate is closed, or `doctor` found a fault
-  2    wrong use, a fault in the pipeline file, or a reference to something that does not exist
-  3    the store, the cluster, MLflow or a file could not be reached, read or written
-  130  interrupted by Ctrl-C; 143: by SIGTERM; 141: whoever read the output stopped reading
-"""
-UNREACHABLE = 3
-NOT_READ = 141
-SHOW_CURSOR = "\x1b[?25h"
-
-
-def _mlflow(uri: str | None) -> str | None:
-    """Check an address as a pipeline file's is checked."""
-    if uri is None:
-        return None
-    checked, faults = validate(TrackingConfig, {"uri": uri}, "")
-    for fault in faults:
-        raise StageFailure(f"--tracking: {fault.what}")
-    return checked.uri if checked else uri
+from pipelines.terminal import EXIT_CODES, UNREACHABLE, fail, nobody_reads, print_lines, restore_cursor_and_quit, write
 
 
 def _show_version(asked: bool) -> None:
     if asked:
         from pipelines.observe.doctor import gptline_version
 
-        _print(f"gptline {gptline_version()}")
+        print_lines(f"gptline {gptline_version()}")
         raise typer.Exit
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A pipeline file, such as configs/quickstart.toml.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="K=V", help="Override one setting: stages.pretrain.lr=3e-4. May be repeated.")
-]
-Use = Annotated[
-    list[str] | None, typer.Option("--use", metavar="STAGE=REF", help="Use this artifact as a stage's output. May be repeated.")
-]
-Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Run only this stage and what it needs.")]
-Fresh = Annotated[
-    list[str] | None, typer.Option("--fresh", metavar="STAGE", help="Rebuild this stage, even if its output exists. May be repeated.")
-]
-Inline = Annotated[bool, typer.Option("--inline", help="Run in this process, with one rank and plain torch: for a debugger.")]
-RunId = Annotated[str | None, typer.Argument(metavar="RUN", help="A run's id.", show_default=False)]
-Root = Annotated[Path, typer.Option("--store", metavar="DIR", help="The store's folder.")]
-Uri = Annotated[
-    str | None, typer.Option("--tracking", metavar="URI", callback=_mlflow, help="Use this MLflow, not each run's own: sqlite, http://...")
-]
 
 
 @app.callback(epilog=EXIT_CODES)
@@ -128,7 +89,7 @@ def plan(
         _print_resolved(graph)
         return
     planner = Planner(graph, _store_of(graph), ROOT, given=graph.use, until=until, fresh=fresh or [], inline=inline)
-    _print(*plan_lines(planner.plan(), graph.loaded.file.about_itself()))
+    print_lines(*plan_lines(planner.plan(), graph.loaded.file.about_itself()))
 
 
 @app.command()
@@ -141,7 +102,7 @@ def describe(
     from pipelines.plan.describe import describe as describe_one
     from pipelines.plan.describe import describe_all
 
-    _print(*(describe_all() if kind is None else describe_one(kind, Path.cwd())))
+    print_lines(*(describe_all() if kind is None else describe_one(kind, Path.cwd())))
 
 
 @app.command()
@@ -150,7 +111,7 @@ def overlap(config: Config, set_: Set = None) -> None:
     from pipelines.observe.overlap_report import overlap_lines
 
     graph = _graph(config, set_)
-    _print(*overlap_lines(graph, _store_of(graph)))
+    print_lines(*overlap_lines(graph, _store_of(graph)))
 
 
 @app.command()
@@ -175,8 +136,8 @@ def submit(
     run = send(graph, _store_of(graph), options, _pairs(use), jobs)
     root = graph.loaded.file.store.root
     there = "" if root == ".gptline" else f" --store {shlex.quote(root)}"
-    _print(f"submitted to {jobs.address}: {run}")
-    _print(*(f"  gptline {verb} {run}{more}{there}" for verb, more in (("status", ""), ("logs", " -f"), ("stop", ""))))
+    print_lines(f"submitted to {jobs.address}: {run}")
+    print_lines(*(f"  gptline {verb} {run}{more}{there}" for verb, more in (("status", ""), ("logs", " -f"), ("stop", ""))))
 
 
 @app.command()
@@ -186,7 +147,7 @@ def status(run: RunId = None, store: Root = Path(".gptline")) -> None:
     from pipelines.run.follow import status as lines
 
     opened = _store(store)
-    _print(*lines(opened, run and known(opened, run), connect))
+    print_lines(*lines(opened, run and known(opened, run), connect))
 
 
 @app.command()
@@ -216,7 +177,7 @@ def stop(run: RunId = None, store: Root = Path(".gptline")) -> None:
     opened = _store(store)
     chosen = _chosen(opened, run)
     try:
-        raise typer.Exit(not end(opened, chosen, _print, connect))
+        raise typer.Exit(not end(opened, chosen, print_lines, connect))
     except KeyboardInterrupt:
         sys.stderr.write(f"{chosen} is still stopping; `gptline status {chosen}` shows when it has ended\n")
         raise typer.Exit(130) from None
@@ -230,7 +191,7 @@ def sync(store: Root = Path(".gptline"), tracking: Uri = None) -> None:
     from pipelines.store.journal import dead_runs
 
     opened = _store(store)
-    _print(*deliver(opened, tracking, dead_runs(opened)))
+    print_lines(*deliver(opened, tracking, dead_runs(opened)))
     raise typer.Exit(UNREACHABLE if undelivered(opened, tracking) else 0)
 
 
@@ -238,14 +199,14 @@ def sync(store: Root = Path(".gptline"), tracking: Uri = None) -> None:
 def ui(
     store: Root = Path(".gptline"),
     tracking: Uri = None,
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", callback=_port)] = 5000,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", callback=port_number)] = 5000,
 ) -> None:
     """Open the MLflow UI on this store."""
     from pipelines.observe.mlflow_ui import serve_ui
     from pipelines.store.journal import dead_runs
 
     opened = _store(store)
-    raise typer.Exit(serve_ui(opened, tracking, port, _print, dead_runs(opened)))
+    raise typer.Exit(serve_ui(opened, tracking, port, print_lines, dead_runs(opened)))
 
 
 @app.command()
@@ -264,13 +225,13 @@ def lineage(
     traced = trace(opened, resolve(opened, ref))
     if html:
         html.write_text(as_html(traced), encoding="utf-8")
-    _print(as_mermaid(traced) if mermaid else as_text(traced))
+    print_lines(as_mermaid(traced) if mermaid else as_text(traced))
 
 
 @app.command()
 def sample(
     ref: Annotated[str, typer.Argument(metavar="REF", help="model:<pipeline>@newest, run:<id>/<stage>, sha256:<digest> or hf:<folder>")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.", callback=_utf8)] = "",
+    prompt: Annotated[str, typer.Option(help="The text to continue.", callback=utf8_text)] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Write at most this many tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
@@ -282,8 +243,8 @@ def sample(
 
     model = find_policy(_store(store), ref)
     for text in continue_prompt(model, prompt, tokens=tokens, temperature=temperature, seed=seed):
-        _write(text)
-    _print("")
+        write(text)
+    print_lines("")
 
 
 @app.command()
@@ -292,7 +253,7 @@ def chat(
         str | None,
         typer.Argument(metavar="[REF]", help="As for sample; without it, the newest model with a chat format.", show_default=False),
     ] = None,
-    system: Annotated[str, typer.Option(metavar="TEXT", help="A system message, which begins the conversation.", callback=_utf8)] = "",
+    system: Annotated[str, typer.Option(metavar="TEXT", help="A system message, which begins the conversation.", callback=utf8_text)] = "",
     tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens per answer.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Above temperature 0, the same seed gives the same answers.")] = 0,
@@ -309,7 +270,7 @@ def chat(
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except BrokenPipeError:
-        _nobody_reads()
+        nobody_reads()
     raise typer.Exit(0 if answered else 2)
 
 
@@ -319,7 +280,7 @@ def doctor(store: Root = Path(".gptline")) -> None:
     from pipelines.observe.doctor import examine
 
     findings = examine(Store(store.expanduser()))
-    _print(*(str(each) for each in findings))
+    print_lines(*(str(each) for each in findings))
     if any(each.wrong for each in findings):
         raise typer.Exit(1)
 
@@ -329,34 +290,19 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 shows what it can
-    signal.signal(signal.SIGQUIT, _quit)
+    signal.signal(signal.SIGQUIT, restore_cursor_and_quit)
     try:
         app(prog_name="gptline")
     except (ConfigError, StageFailure, ValueError) as error:
-        _fail(error, UNREACHABLE if isinstance(error.__cause__, OSError) else 2)
+        fail(error, UNREACHABLE if isinstance(error.__cause__, OSError) else 2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before any stage was started\n")
         sys.exit(130)
     except OSError as error:
-        _fail(error, UNREACHABLE, "can't continue: ")
+        fail(error, UNREACHABLE, "can't continue: ")
     except Superseded as error:
         sys.stderr.write(f"{error}, or `gptline sync` took it for dead and ended it; `gptline status` shows which\n")
         sys.exit(1)
-
-
-def _fail(error: Exception, code: int, prefix: str = "") -> None:
-    if os.environ.get("GPTLINE_DEBUG"):
-        raise error
-    sys.stderr.write(f"{prefix}{error}\n")
-    sys.exit(code)
-
-
-def _quit(number: int, frame: FrameType | None) -> None:
-    """Ctrl-\\ ends the program as always, but with the terminal's cursor back, which live progress hides."""
-    if sys.stdout.isatty():
-        os.write(sys.stdout.fileno(), SHOW_CURSOR.encode())
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
 
 
 def _print_resolved(graph: Graph) -> None:
@@ -364,7 +310,7 @@ def _print_resolved(graph: Graph) -> None:
     from pipelines.plan.toml_writer import write_toml
 
     folder = home(graph)
-    _write(write_toml(resolved(graph, folder)))
+    write(write_toml(resolved(graph, folder)))
     if folder != graph.user_folder():
         sys.stderr.write(f"save it in {folder}, which its functions are relative to\n")
 
@@ -400,7 +346,7 @@ def _chosen(store: Store, run: str | None) -> str:
     if run is not None:
         return known(store, run)
     chosen = newest(store)
-    _print(f"run {chosen}")
+    print_lines(f"run {chosen}")
     return chosen
 
 
@@ -427,38 +373,6 @@ def _pairs(items: list[str] | None) -> dict[str, str]:
             raise StageFailure(f"--use {item}: expected STAGE=REF, for example --use pretrain=sha256:1f0c...")
         pairs[name] = value
     return pairs
-
-
-def _port(port: int) -> int:
-    if not 0 < port < 2**16:
-        raise typer.BadParameter(f"expected a port from 1 to 65535, found {port}")
-    return port
-
-
-def _utf8(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise typer.BadParameter(f"expected UTF-8, found {text!a}") from error
-    return text
-
-
-def _print(*lines: str) -> None:
-    _write("".join(f"{line}\n" for line in lines))
-
-
-def _write(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _nobody_reads()
-
-
-def _nobody_reads() -> NoReturn:
-    """End quietly: whoever read the output, such as `head`, stopped. Python would report what is still buffered."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    raise typer.Exit(NOT_READ) from None
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ DOORS = {
     ],
     "datasets": [],
     "pyarrow": ["pipelines/ingest/parquet.py", "pipelines/ingest/streams.py"],
-    "typer": ["pipelines/cli.py"],
+    "typer": ["pipelines/cli.py", "pipelines/options.py", "pipelines/terminal.py"],
     "rich": ["pipelines/observe/progress.py"],
     "tokenizers": ["gpt/tokenizer.py"],
     "pyppmd": ["gpt/evaluation.py"],

@@ -74,6 +74,10 @@ class RunState:
     started: set[str] = field(default_factory=set)
     """Every stage whose task was submitted."""
 
+    def is_training(self) -> bool:
+        """Whether a stage is running that can finish its step and save a checkpoint."""
+        return any(each.stage.kind.trains() for each in self.running.values())
+
     def failed(self) -> list[str]:
         return [name for name, fate in self.fates.items() if fate == _FATE["failed"]]
 

@@ -129,7 +129,7 @@ def test_another_attention_reruns_pretraining_and_what_follows_and_names_it(plan
         ("pipelines/store/store.py", "        files = describe(folder)\n", "        files = list(describe(folder))\n"),
         ("cluster/room.py", "POLL_S = 0.2", "POLL_S = 0.3"),
         ("pipelines/observe/mlflow_session.py", "METRICS_PER_CALL = 1000", "METRICS_PER_CALL = 500"),
-        ("pipelines/run/runner.py", "LOOK_EVERY_S = 0.1", "LOOK_EVERY_S = 0.2"),
+        ("pipelines/run/supervisor.py", "LOOK_EVERY_S = 0.1", "LOOK_EVERY_S = 0.2"),
     ],
 )
 def test_an_edit_to_the_store_the_gang_tracking_or_the_runner_reruns_nothing(planned, copied_code, path, old, new):

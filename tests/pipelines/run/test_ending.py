@@ -8,7 +8,7 @@ import os
 import pytest
 
 from pipelines.run.recorder import Recorder
-from pipelines.run.runner import Run
+from pipelines.run.supervisor import Supervisor
 from pipelines.store.backend import FolderBackend
 from pipelines.store.store import Store
 from tests.pipelines.run.small import KINDS, TOML, Small
@@ -65,7 +65,7 @@ def test_whatever_fails_in_the_driver_the_run_has_its_last_word(small: Small, mo
     def unheard(*_: object) -> None:
         raise TypeError("Object of type int64 is not JSON serializable")
 
-    monkeypatch.setattr(Run, "_attend", unheard)
+    monkeypatch.setattr(Supervisor, "_attend", unheard)
     assert small.run() == (1, {"words": "stopped"})
     said = "TypeError: Object of type int64 is not JSON serializable"
     assert small.announced()[1] == f"can't go on: {said}"

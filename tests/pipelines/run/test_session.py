@@ -32,7 +32,7 @@ class Cluster:
         node = {"Alive": True, "NodeID": "4f", "NodeManagerHostname": "head", "Resources": {"CPU": 2.0, "memory": 2.0**31}}
         monkeypatch.setattr(ray, "nodes", lambda: [node])
         monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: {"4f": {"CPU": 1.0, "memory": 2.0**30}})
-        monkeypatch.setattr("pipelines.run.runner.WAIT_REPORTED_AFTER_S", 0.0)
+        monkeypatch.setattr("pipelines.run.supervisor.WAIT_REPORTED_AFTER_S", 0.0)
         monkeypatch.setattr("cluster.ray_session.submit", lambda function, job, **asked: LateTask(job, self))
 
     @contextlib.contextmanager

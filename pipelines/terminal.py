@@ -1,0 +1,56 @@
+"""The terminal that `gptline` writes to, and the exit codes it ends with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    a stage failed, a gate is closed, or `doctor` found a fault
+  2    wrong use, a fault in the pipeline file, or a reference to something that does not exist
+  3    the store, the cluster, MLflow or a file could not be reached, read or written
+  130  interrupted by Ctrl-C; 143: by SIGTERM; 141: whoever read the output stopped reading
+"""
+UNREACHABLE = 3
+NOT_READ = 141
+SHOW_CURSOR = "\x1b[?25h"
+
+
+def print_lines(*lines: str) -> None:
+    write("".join(f"{line}\n" for line in lines))
+
+
+def write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nobody_reads()
+
+
+def nobody_reads() -> NoReturn:
+    """End quietly: whoever read the output, such as `head`, stopped. Python would report what is still buffered."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise typer.Exit(NOT_READ) from None
+
+
+def fail(error: Exception, code: int, prefix: str = "") -> None:
+    if os.environ.get("GPTLINE_DEBUG"):
+        raise error
+    sys.stderr.write(f"{prefix}{error}\n")
+    sys.exit(code)
+
+
+def restore_cursor_and_quit(number: int, frame: FrameType | None) -> None:
+    """Ctrl-\\ ends the program as always, but with the terminal's cursor back, which live progress hides."""
+    if sys.stdout.isatty():
+        os.write(sys.stdout.fileno(), SHOW_CURSOR.encode())
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
