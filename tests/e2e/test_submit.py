@@ -120,7 +120,7 @@ def test_stop_in_the_middle_of_training_saves_the_step(story: Story) -> None:
     last = story.program.events(story.runs[0])[-1]
     assert isinstance(last, RunEnded)
     assert last.exit_code == 143
-    assert story.program.ended(story.runs[0])["pretrain"]["reason"] == "saved at step 8"
+    assert story.program.ended(story.runs[0])["pretrain"].reason == "saved at step 8"
 
 
 def test_an_edit_after_submit_changes_nothing(story: Story, read_json: Callable[[Path], Any]) -> None:
