@@ -74,6 +74,54 @@ def test_a_stage_knows_neither_other_stages_nor_the_line(path: Path):
     assert ours <= FOR_STAGES
 
 
+WINGS = {"store": 0, "plan": 1, "observe": 2, "run": 3, "serve": 3}
+"""The wings of pipelines/ by floor: a file imports its own wing and those on lower floors."""
+PUBLIC = {"artifacts", "stage"}
+"""What every file of pipelines/ may import."""
+
+
+def wing_of(path: Path) -> str:
+    """`plan` for pipelines/plan/graph.py, `cli` for pipelines/cli.py."""
+    return path.relative_to(ROOT / "pipelines").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.is_relative_to(ROOT / "pipelines")], ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_imports_between_wings_only_go_down(path: Path):
+    wing = wing_of(path)
+    allowed = {
+        **{name: PUBLIC | {wing for wing, floor in WINGS.items() if floor < WINGS[name]} | {name} for name in WINGS},
+        "artifacts": {"artifacts"},
+        "stage": PUBLIC,
+        "ingest": PUBLIC | {"ingest"},
+        "stages": PUBLIC | {"ingest"},
+    }
+    allowed["observe"] |= {"ingest"}  # the report of overlap compares records
+    for name in imports(path):
+        if name.startswith("pipelines.") and wing in allowed:
+            assert name.split(".")[1] in allowed[wing], f"{path} imports {name}"
+
+
+LONG_FUNCTIONS = {
+    "gpt/reward.py:train": "a training loop stays in one piece",
+    "gpt/rl/loop.py:train": "a training loop stays in one piece",
+}
+
+
+def test_no_file_class_or_function_is_too_long_to_read():
+    too_long = set()
+    for path in FILES:
+        place, text = path.relative_to(ROOT).as_posix(), path.read_text()
+        if text.count("\n") > 400:
+            too_long.add(place)
+        for node in ast.walk(ast.parse(text)):
+            limit = 250 if isinstance(node, ast.ClassDef) else 80 if isinstance(node, ast.FunctionDef) else None
+            if limit and node.end_lineno - node.lineno + 1 > limit:
+                too_long.add(f"{place}:{node.name}")
+    assert too_long == set(LONG_FUNCTIONS)
+
+
 def test_packages_are_empty_but_for_their_modules():
     # pipelines.ingest alone has a face: what stage authors import
     packages = {path.parent.relative_to(ROOT).as_posix() for path in FILES} - {"pipelines/ingest"}

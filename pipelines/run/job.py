@@ -70,7 +70,7 @@ def make_job(run: str, graph: Graph, stage: Stage, decision: Decision, store: Pa
         run=run,
         stage=stage.name,
         uses=moved.get(stage.kind.uses, stage.kind.uses),
-        user_folder=graph.user_folder() if snapshot is None else snapshot.user,
+        user_folder=graph.loaded.folder(stage.name) if snapshot is None else snapshot.user,
         functions={each.reference: moved.get(each.reference, each.reference) for each in stage.user_code},
         config=stage.config.model_dump(mode="json"),
         inputs=decision.inputs,

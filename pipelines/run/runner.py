@@ -11,7 +11,6 @@ from typing import Any
 
 from pipelines.observe.plan_rows import forecast
 from pipelines.observe.tracker import start_tracking
-from pipelines.plan.config import ConfigError
 from pipelines.plan.environment import ROOT, git_state, versions
 from pipelines.plan.graph import Graph
 from pipelines.plan.planner import Decision, Planner
@@ -69,7 +68,7 @@ class Run:
         plan = planner.plan()
         to_build = [self.graph.stages[each.stage] for each in plan if each.action != "reuse"]
         if faults := faults_here(to_build, self.graph, inline=self.options.inline):
-            raise ConfigError(self.graph.loaded.path, faults)
+            raise self.graph.loaded.error(faults)
         self.store.create()
         self.store.sweep()
         snapshot = freeze(self.graph, self.store)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from pipelines.plan.config import ConfigError, Fault
+from pipelines.plan.config import Fault
 from pipelines.plan.graph import Graph, Stage
 from pipelines.run.preflight import lacks_in_cluster, unshared
 from pipelines.store.store import Store
@@ -76,7 +76,7 @@ class Session:
             self._joined = True
             self._stack.enter_context(self._ray())
             if faults := [*lacks_in_cluster(stages), *(unshared(self._store) if self._is_remote() else [])]:
-                raise ConfigError(self._graph.loaded.path, faults)
+                raise self._graph.loaded.error(faults)
             self._handles_signals = False  # Ray installed a SIGTERM handler of its own
         if not self._handles_signals:
             self._handles_signals = True
@@ -101,7 +101,7 @@ class Session:
                 stack.enter_context(ray_session.start(address, code_path=self._code, environment=environment))
             except (OSError, RuntimeError, ValueError) as error:
                 what = f"{address!r} can't be joined: {error}" if address != "local" else f"Ray does not start here: {error}"
-                raise ConfigError(self._graph.loaded.path, [Fault("cluster.address", what)]) from error
+                raise self._graph.loaded.error([Fault("cluster.address", what)]) from error
             yield
 
 

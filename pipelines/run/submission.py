@@ -46,7 +46,7 @@ def submit(graph: Graph, store: Store, options: Options, use: dict[str, str], jo
     """
     Planner(graph, store, ROOT, given=options.use, until=options.until, fresh=options.fresh)  # raises if they are wrong
     if faults := not_freezable(graph):
-        raise ConfigError(graph.loaded.path, faults)
+        raise graph.loaded.error(faults)
     run = new_run_id(graph.loaded.file.pipeline)
     store.create()
     snapshot = freeze(graph, store)
