@@ -1,5 +1,6 @@
 """Write the pages that are made from the code: `python docs/generate.py`. A test fails when one of them is out of date.
 
+docs/maths.md      the links to lines; its text is written by hand
 docs/map.md        every module with the first sentence of its docstring
 docs/metrics.md    the table of metrics, from pipelines/observe/meanings.py; the text around it is written by hand
 docs/settings.md   every setting of every stage kind and table, as `gptline describe` shows it
@@ -138,7 +139,20 @@ def _table(settings: list[Setting]) -> str:
     return "\n".join(rows) + "\n"
 
 
-PAGES = {"docs/map.md": map_page, "docs/metrics.md": metrics_page, "docs/settings.md": settings_page}
+def maths_page() -> str:
+    """docs/maths.md: the page as it is, with each link to a definition leading to its line."""
+
+    def link(match: re.Match[str]) -> str:
+        name, path = match[1], match[2]
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        line = next(node.lineno for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name)
+        return f"[`{name}`](../{path}#L{line})"
+
+    page = (ROOT / "docs" / "maths.md").read_text(encoding="utf-8")
+    return re.sub(r"\[`(\w+)`\]\(\.\./([\w/.]+)#L\d+\)", link, page)
+
+
+PAGES = {"docs/maths.md": maths_page, "docs/map.md": map_page, "docs/metrics.md": metrics_page, "docs/settings.md": settings_page}
 
 
 def main() -> None:
