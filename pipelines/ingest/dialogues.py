@@ -274,7 +274,7 @@ def _score(value: Any, score_range: tuple[float, float]) -> float:
 
 
 def read_reference(record: Columns) -> str | None:
-    """Return the one right answer, or None. What is no text and no number would be compared as something that nobody wrote."""
+    """Return the one right answer, or None. Anything but text or a number would be compared as text that no one wrote."""
     value = record.optional("reference")
     if isinstance(value, list) and value and all(each == value[0] and isinstance(each, str | int | float) for each in value):
         value = value[0]  # also where several people gave the same answer

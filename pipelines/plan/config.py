@@ -135,7 +135,7 @@ class Gate(Settings):
         """NaN fails every bound."""
         return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 
-    def wanted(self) -> str:
+    def bounds(self) -> str:
         """The bounds in words: "at least 0.65 and at most 1"."""
         bounds = [f"{side} {bound:.15g}" for side, bound in (("at least", self.min), ("at most", self.max)) if bound is not None]
         return " and ".join(bounds)

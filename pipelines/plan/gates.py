@@ -21,6 +21,6 @@ def closed_gate(stage: Stage, action: Action) -> str | None:
             reasons.append(f"it has no figure {gate.figure} ({hint})")
         elif not gate.passes(value):
             shown = next(text for text in (f"{value:.6g}", repr(value)) if not gate.passes(float(text)))  # no rounding across the bound
-            reasons.append(f"{gate.figure} is {shown}, expected {gate.wanted()}")
+            reasons.append(f"{gate.figure} is {shown}, expected {gate.bounds()}")
             remedy = "train it longer or otherwise, or " if stage.kind.trains() else "change its settings or its inputs, or "
     return f"{stage.name}'s gate is closed: {', and '.join(reasons)}; {remedy}change the gate" if reasons else None
