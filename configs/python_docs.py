@@ -233,7 +233,7 @@ def prompts(config: HelpConfig, stage: StageContext) -> Prompts:
 
 
 def questions(config: HelpConfig, seed: int) -> dict[str, list[Question]]:
-    """The questions of each split: held-out phrasings for names that are taught, and names that are not taught. Every stage gets the same."""
+    """Questions by split: held-out phrasings for names that are taught, and names that are not taught. The same for every stage."""
     found: dict[str, list[Question]] = {"train": [], "held_out": []}
     for name, answer in taught(config.longest_summary).items():
         found["train"] += [Question(phrasing.format(name), name, answer, "taught") for phrasing in PHRASINGS]
