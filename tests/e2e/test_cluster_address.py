@@ -71,9 +71,9 @@ def test_what_the_cluster_can_never_hold_is_said_at_once(program: Any):
 
 def test_an_address_where_nothing_listens_is_a_fault_of_the_config(program: Any):
     said = program.run("run", "there.toml", "--set", "cluster.address=127.0.0.1:1", code=3)
-    assert "cluster.address: '127.0.0.1:1' can't be joined" in said
+    assert "--set cluster.address=127.0.0.1:1: '127.0.0.1:1' can't be joined" in said
 
 
 def test_a_host_that_nobody_knows_is_a_fault_of_the_config(program: Any):
     said = program.run("run", "there.toml", "--set", "cluster.address=no-such-host.invalid:6379", code=3)
-    assert "cluster.address: 'no-such-host.invalid:6379' can't be joined: [Errno -" in said
+    assert "'no-such-host.invalid:6379' can't be joined: [Errno -" in said
