@@ -251,7 +251,7 @@ def _under_way(stage: StageView, now_ms: int) -> str:
     parts = []
     if stage.step is not None:
         parts.append(f"step {stage.step:,}/{stage.steps:,}" if stage.steps else f"step {stage.step:,}")
-    elif stage.total:
+    if stage.total:
         parts.append(f"{stage.done:,.0f}/{stage.total:,.0f} {stage.unit}".rstrip())
     for label, metric, form in RL_FIGURES if stage.newest("reward/score_mean") is not None else FIGURES:
         value = stage.newest(metric)
@@ -260,6 +260,6 @@ def _under_way(stage: StageView, now_ms: int) -> str:
     left = seconds_left(stage, now_ms)
     if left is not None:
         parts.append(f"left {clock_time(left)}")
-    elif not parts and stage.started_ms is not None:
+    elif stage.step is None and stage.started_ms is not None:
         parts.append(clock_time((now_ms - stage.started_ms) / 1000))
     return "  ".join(parts)
