@@ -108,6 +108,24 @@ def test_training_reports_how_far_it_has_encoded_its_records_before_the_first_st
     ]
 
 
+def test_a_log_mentions_a_stage_that_has_reported_nothing_for_a_minute() -> None:
+    out, clock = io.StringIO(), Clock()
+    progress = Progress(out, clock=clock)
+    progress.show(started("tokenizer"))
+    progress.show(StageProgress(time_ms=0, stage="tokenizer", done=9, total=9, unit="documents read, learning merges"))
+    for second in range(1, 150):
+        clock.now_s = float(second)
+        progress.mention_quiet_stages()
+    progress.show(ended("tokenizer"))
+    clock.now_s = 500.0
+    progress.mention_quiet_stages()
+    assert out.getvalue().splitlines()[1:] == [
+        "tokenizer   9/9 documents read, learning merges  1:00",
+        "tokenizer   9/9 documents read, learning merges  2:00",
+        "tokenizer   made: 2.5 s  abababababab",
+    ]
+
+
 def test_a_slow_stage_reports_once_a_minute_even_before_a_tenth_is_done() -> None:
     out, clock = io.StringIO(), Clock()
     progress = Progress(out, clock=clock)
