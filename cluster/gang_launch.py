@@ -78,7 +78,8 @@ def launch(start: StartSpec, members: Sequence[Member], on_event: Callable[[Stag
     locations = _answers([member.actor.location.remote() for member in members], start, members)
     for member, location in zip(members, locations, strict=True):
         member.location = location
-    on_event(GangStarted(", ".join(member.label for member in members), tuple(location.pid for location in locations)))
+    labels = ", ".join(member.label for member in members)
+    on_event(GangStarted(f"started {labels}", tuple(location.pid for location in locations)))
     # Rank 0 listens on the port.
     ports = _answers([members[0].actor.free_port.remote()], start, members) if len(members) > 1 else [0]
     assignments = assign(locations, ports[0])

@@ -22,12 +22,13 @@ from torch import distributed as dist
 from cluster import rank_checkpoint
 from cluster.checkpoint import Checkpoint, step_folder
 from cluster.collectives import Collectives
-from cluster.events import CheckpointSaved, Curves, Notice, Point, Points, StageEvent
+from cluster.events import CheckpointSaved, Curves, Notice, Point, Points, Progress, StageEvent
 from cluster.metric_names import check_metric_name
 from cluster.rank_checkpoint import CheckpointNotWritten
 
 _ENGINE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _MISSES_IN_A_ROW = 3
+_PROGRESS_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class ProcessRank:
         """Name, deadline and start of the open sections; if none is open, of the time after the last one."""
         self._open = 0
         self._step = 0
+        self._shown_at_s = 0.0
+        """When progress was reported last."""
         self._logged: list[tuple[str, Point]] = []
         """Every point in the order in which it was logged, those before a resume included. Only rank 0 has them."""
         self._saves = 0
@@ -113,6 +116,11 @@ class ProcessRank:
     def warn(self, text: str) -> None:
         if self.rank == 0:
             self._on_event(Notice(text))
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        if self.rank == 0 and (done >= total or time.monotonic() - self._shown_at_s > _PROGRESS_EVERY_S):
+            self._shown_at_s = time.monotonic()
+            self._on_event(Progress(done, total, unit))
 
     @contextlib.contextmanager
     def section(self, name: str, deadline_s: float) -> Iterator[None]:

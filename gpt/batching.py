@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
@@ -126,19 +126,36 @@ class Window:
     stop: int
 
 
-def held_out_windows(n_tokens: Sequence[int], seq_len: int, stride: int) -> list[Window]:
-    """Windows that score every token except a file's first once, with at least seq_len - stride tokens of context if there are as many."""
-    if not 1 <= stride <= seq_len:
-        raise ValueError(f"expected stride from 1 to seq_len = {seq_len}, found {stride}: tokens between windows would never be scored")
-    windows = []
-    for file, n in enumerate(n_tokens):
-        scored = 1
-        while scored < n:
-            start = 0 if scored == 1 else scored - 1 - (seq_len - stride)
-            stop = min(start + seq_len + 1, n)
-            windows.append(Window(file, start, scored, stop))
-            scored = stop
-    return windows
+class HeldOutWindows(Sequence[Window]):
+    """Windows that score every token except a file's first once, with at least seq_len - stride tokens of context if there are as many.
+
+    They are computed when they are asked for, so their number costs no memory.
+    """
+
+    def __init__(self, n_tokens: Sequence[int], seq_len: int, stride: int) -> None:
+        if not 1 <= stride <= seq_len:
+            raise ValueError(f"expected stride from 1 to seq_len = {seq_len}, found {stride}: tokens between windows would never be scored")
+        self._n_tokens, self._seq_len, self._stride = n_tokens, seq_len, stride
+        # A file's first window scores seq_len tokens, each later one `stride` of them.
+        n_windows = [1 + max(0, -(-(n - 1 - seq_len) // stride)) if n > 1 else 0 for n in n_tokens]
+        self._first_window = [0, *accumulate(n_windows)]
+
+    def __len__(self) -> int:
+        return self._first_window[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Window: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Window]: ...
+    def __getitem__(self, index: int | slice) -> Window | list[Window]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        file = bisect_right(self._first_window, index) - 1
+        start = (index - self._first_window[file]) * self._stride
+        score_from = start + 1 + (self._seq_len - self._stride if start else 0)
+        return Window(file, start, score_from, min(start + self._seq_len + 1, self._n_tokens[file]))
 
 
 def held_out_batch(files: Sequence[np.ndarray], windows: Sequence[Window], seq_len: int) -> Batch:

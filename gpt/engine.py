@@ -80,6 +80,10 @@ class Rank(Protocol):
         """Show a sentence to the user. Only rank 0's is shown."""
         ...
 
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """Show how far work outside the steps is: `rank.progress(12_000, 52_000, "conversations encoded")`. Only rank 0's is shown."""
+        ...
+
     def section(self, name: str, deadline_s: float) -> AbstractContextManager[None]:
         """Enclose work that must end within `deadline_s` seconds. Otherwise the gang counts as dead, and its stacks are printed."""
         ...

@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from gpt.batching import held_out_batch, held_out_windows
+from gpt.batching import HeldOutWindows, held_out_batch
 from gpt.model import GPT
 
 PPMD_ORDER = 6
@@ -38,7 +38,7 @@ def held_out_nats(
     assert not model.training, "call model.eval() before an evaluation"
     seq_len = model.config.seq_len
     device = model.token_embedding.weight.device
-    windows = held_out_windows([len(tokens)], seq_len, stride or max(1, seq_len // 2))
+    windows = HeldOutWindows([len(tokens)], seq_len, stride or max(1, seq_len // 2))
     nats, count = 0.0, 0
     for first in range(0, len(windows), micro_batch_size):
         batch = held_out_batch([tokens], windows[first : first + micro_batch_size], seq_len).to(device)

@@ -25,20 +25,24 @@ def read_records(folders: Sequence[Path], split: str) -> Iterator[dict[str, Any]
             yield from map(json.loads, lines)
 
 
-def records_in_sections(rank: Rank, folders: Sequence[Path], split: str, deadline_s: float) -> Iterator[dict[str, Any]]:
-    """Yield the records of a split, with a deadline for every 1,000 of them rather than for all.
+def records_in_sections(rank: Rank, folders: Sequence[Path], split: str, unit: str, deadline_s: float) -> Iterator[dict[str, Any]]:
+    """Yield the records of a split, with a deadline for every 1,000 of them rather than for all. `unit` names them: "conversations".
 
     What the caller does with a record counts towards its section, so encoding may take hours as long as it moves on.
     """
+    with rank.section("encode", deadline_s):
+        total = sum(map(_count_lines, (folder / f"{split}.jsonl" for folder in folders)))
     records = read_records(folders, split)
-    while True:
+    for first in range(0, total, RECORDS_PER_SECTION):
         with rank.section("encode", deadline_s):
-            n = 0
-            for record in islice(records, RECORDS_PER_SECTION):
+            for done, record in enumerate(islice(records, RECORDS_PER_SECTION), start=first + 1):
                 yield record
-                n += 1
-        if n < RECORDS_PER_SECTION:
-            return
+                rank.progress(done, total, f"{unit} encoded")
+
+
+def _count_lines(path: Path) -> int:
+    with open(path, "rb") as lines:
+        return sum(1 for _ in lines)
 
 
 def save_trained(

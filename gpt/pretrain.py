@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt.batching import TrainingBatches, evenly, held_out_batch, held_out_windows, open_tokens
+from gpt.batching import HeldOutWindows, TrainingBatches, evenly, held_out_batch, open_tokens
 from gpt.engine import Engine, Rank
 from gpt.folders import save_trained
 from gpt.loop import Trained, check_grad_norm, log_is_due, new_engine, own_rows, save_or_stop
@@ -93,10 +93,10 @@ def train(
 @torch.no_grad()
 def evaluate(rank: Rank, config: PretrainSettings, engine: Engine, files: Sequence[np.ndarray], seq_len: int, step: int) -> None:
     """Log val/loss in nats per token, over the same evenly spaced held-out windows each time. The ranks share them."""
-    windows = held_out_windows([len(tokens) for tokens in files], seq_len, stride=seq_len)
-    if not windows:
+    all_windows = HeldOutWindows([len(tokens) for tokens in files], seq_len, stride=seq_len)
+    if not all_windows:
         return
-    windows = evenly(windows, max(1, config.eval_tokens // seq_len))
+    windows = evenly(all_windows, max(1, config.eval_tokens // seq_len))
     global_count = sum(window.stop - window.score_from for window in windows)
     with rank.section("evaluate", config.step_deadline_s):
         engine.module.eval()

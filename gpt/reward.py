@@ -81,7 +81,10 @@ def train(
         model = _first_model(config, policy, seed)
 
     def read(split: str) -> tuple[list[Item], dict[str, int]]:
-        pairs, rated = (records_in_sections(rank, folders, split, config.start_deadline_s) for folders in (preferences, ratings))
+        pairs, rated = (
+            records_in_sections(rank, folders, split, unit, config.start_deadline_s)
+            for folders, unit in ((preferences, "pairs"), (ratings, "ratings"))
+        )
         return read_items(tokenizer, pairs, rated, model.config.seq_len)
 
     items, counts = read("train")
@@ -216,6 +219,7 @@ def all_scores(rank: Rank, config: RewardSettings, model: Callable[[Tensor], Ten
             scores_of_pass = end_scores(model, rows[rows_of_pass], rank.device)
             if own < len(passes):
                 scores[rows_of_pass] = scores_of_pass.double().cpu()
+            rank.progress(min(len(rows), (first + rank.world_size) * ROWS_PER_PASS), len(rows), "responses scored")
     return rank.all_sum(scores)  # one rank has scored each row, which is 0 on the others
 
 

@@ -41,8 +41,12 @@ def train(rank: Rank, config: SftSettings, policy: Path, conversations: Sequence
         pad_id = tokenizer.special["pad"]
         model = _first_model(config, policy)
     max_tokens = model.config.seq_len + 1  # the last token is only a target
-    examples, n_too_long = encode(tokenizer, records_in_sections(rank, conversations, "train", config.start_deadline_s), max_tokens)
-    held_out, _ = encode(tokenizer, records_in_sections(rank, conversations, "held_out", config.start_deadline_s), max_tokens)
+
+    def read(split: str) -> tuple[list[Conversation], int]:
+        records = records_in_sections(rank, conversations, split, "conversations", config.start_deadline_s)
+        return encode(tokenizer, records, max_tokens)
+
+    (examples, n_too_long), (held_out, _) = read("train"), read("held_out")
     n_all, n_cut = len(examples) + n_too_long, sum(each.cut for each in examples)
     if not examples:
         raise ValueError(

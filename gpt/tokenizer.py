@@ -13,7 +13,6 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ MIN_VOCAB_SIZE = 256 + len(SPECIAL_NAMES)
 MAX_TRAINED_WORD_BYTES = 1024
 """Longer unbroken words are cut into pieces of this size while merges are learned, since that takes time quadratic in a word's length.
 Only tokens longer than this are lost by it."""
+MAX_BATCH_CHARS = 1 << 20
+"""A batch of texts is full at this size; a longer text is a batch by itself. Encoding takes up to 150 bytes of memory a character."""
 
 
 class Tokenizer:
@@ -74,10 +75,16 @@ class Tokenizer:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_stream(self, texts: Iterable[str], batch_size: int) -> Iterator[tuple[str, list[int]]]:
-        """Yield each text with its ids, encoding `batch_size` texts at a time."""
-        texts = iter(texts)
-        while batch := list(islice(texts, batch_size)):
-            yield from zip(batch, self.encode_batch(batch), strict=True)
+        """Yield each text with its ids, encoding at most `batch_size` texts at a time, fewer if they are long."""
+        batch: list[str] = []
+        n_chars = 0
+        for text in texts:
+            batch.append(text)
+            n_chars += len(text)
+            if len(batch) == batch_size or n_chars >= MAX_BATCH_CHARS:
+                yield from zip(batch, self.encode_batch(batch), strict=True)
+                batch, n_chars = [], 0
+        yield from zip(batch, self.encode_batch(batch), strict=True)
 
     def decode_bytes(self, token_ids: Iterable[int]) -> bytes:
         return b"".join(self._bytes[token_id] for token_id in token_ids)

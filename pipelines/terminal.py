@@ -20,6 +20,8 @@ Exit codes:
 """
 UNREACHABLE = 3
 NOT_READ = 141
+_BRANCHES = "│├└─"
+"""What trees are drawn with; a terminal without these characters gets others."""
 SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -28,6 +30,10 @@ def print_lines(*lines: str) -> None:
 
 
 def write(text: str) -> None:
+    try:
+        _BRANCHES.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = text.translate(str.maketrans(_BRANCHES, "|+`-"))
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -52,7 +52,7 @@ class Rollouts:
 def read_prompts(rank: Rank, config: RlSettings, tokenizer: Tokenizer, folders: Sequence[Path], seq_len: int) -> tuple[list[Prompt], int]:
     """Encode the training prompts that leave room for a response, and count the others; ValueError if all are too long."""
     usable, n_too_long = [], 0
-    for record in records_in_sections(rank, folders, "train", config.start_deadline_s):
+    for record in records_in_sections(rank, folders, "train", "prompts", config.start_deadline_s):
         token_ids = encode_prompt(tokenizer, record["prompt"])
         if len(token_ids) <= seq_len - config.max_response_tokens:
             usable.append(Prompt(record, token_ids))

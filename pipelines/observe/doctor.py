@@ -143,7 +143,8 @@ def _ray_folder(folder: str) -> Finding:
 def _python_path(path: str, ray: ModuleSpec | None) -> Finding:
     """Workers get a PYTHONPATH of their own, the run's code: what is found only through this one is not found there."""
     origin = Path(ray.origin or "") if ray else None
-    through = [each for each in path.split(os.pathsep) if each and origin and origin.is_relative_to(Path(each).resolve())]
+    own = origin is not None and origin.is_relative_to(sys.prefix)  # a virtual environment may lie in a folder of the path
+    through = [each for each in path.split(os.pathsep) if each and origin and not own and origin.is_relative_to(Path(each).resolve())]
     found = f"PYTHONPATH = {path}; workers get the run's code in its place"
     return Finding("python path", found, f"ray is imported from {through[0]}: install it into this Python" if through else "")
 

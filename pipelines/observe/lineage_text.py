@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -135,7 +136,8 @@ def _making(action: Action) -> str:
     """When an action was carried out, by which run, in what time, on what."""
     started = time.strftime("%Y-%m-%d %H:%M", time.localtime(action.started_ms / 1000))
     ranks = action.operational.get("ranks")
-    engine = [f"{name} {action.operational[name]}" for name in ("engine", "zero_stage") if action.operational.get(name) is not None]
+    names = ("engine",) if action.operational.get("engine") == "torch" else ("engine", "zero_stage")  # torch has no ZeRO
+    engine = [f"{name} {action.operational[name]}" for name in names if action.operational.get(name) is not None]
     parts = [f"{started} by run {action.run}", f"{action.seconds:.1f} s"]
     return ", ".join([*parts, *([f"{ranks} ranks"] if isinstance(ranks, int) and ranks > 1 else []), *engine])
 
@@ -143,7 +145,7 @@ def _making(action: Action) -> str:
 def _changes(newest: Action, other: Action) -> str:
     """What was different when `other` made what `newest` made too."""
     names = [name for name in sorted(set(newest.leaves) | set(other.leaves)) if newest.leaves.get(name) != other.leaves.get(name)]
-    settings = [f"{name.removeprefix('config.')} {other.leaves.get(name)}" for name in names if name.startswith("config.")]
+    settings = [_setting(name.removeprefix("config."), other.leaves.get(name)) for name in names if name.startswith("config.")]
     code = sum(name.startswith("code.") for name in names)
     return ", ".join([*settings[:MOST_SETTINGS], *([f"other code in {code} definition{'s' if code != 1 else ''}"] if code else [])])
 
@@ -151,12 +153,17 @@ def _changes(newest: Action, other: Action) -> str:
 def _settings(action: Action) -> str:
     """The settings in the key that have a value, on one line."""
     settings = [
-        f"{name} {value}"
+        _setting(name, value)
         for name, value in leaves(action, "config.").items()
         if value not in (None, False, "", [], {}) and name.split(".")[0] not in _SOURCE_SETTINGS
     ]
     more = len(settings) - MOST_SETTINGS
     return ", ".join(settings[:MOST_SETTINGS]) + (f" and {more} more" if more > 0 else "")
+
+
+def _setting(name: str, value: Any) -> str:
+    """`lr = 0.001`, `delimiter = ","`: nearly as in a pipeline file."""
+    return f"{name} = {json.dumps(value, ensure_ascii=False)}"
 
 
 def _sources(node: Node) -> list[tuple[str, str]]:
@@ -173,7 +180,8 @@ def _details(node: Node) -> str:
         for name, value in node.metadata.items()
         if isinstance(value, int) and not isinstance(value, bool) and name not in _COUNTED
     ]
-    further = [each for each in counts if not counted.startswith(each)][:MOST_COUNTS]
+    known = [part.partition(" (")[0] for part in counted.split(", ")]
+    further = [each for each in counts if each not in known][:MOST_COUNTS]
     formats = [f"{name.replace('_', ' ')} {node.metadata[name]}" for name in ("dtype", "chat_format") if name in node.metadata]
     return ", ".join(part for part in (counted, *further, *formats) if part)
 

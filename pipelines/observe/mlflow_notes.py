@@ -6,21 +6,57 @@ import re
 import shlex
 from collections.abc import Mapping
 
+from pipelines.observe.notation import shortened
 from pipelines.observe.view import RunView, StageView
 
 NOTE_CHARS = 7900
+NAME_CHARS = 120
+SLASH = "\N{DIVISION SLASH}"
 
 
 def source_name(command: str) -> str:
-    """The command with the folders left out of its words: MLflow's list shows only what follows the last slash.
+    """The command without a slash, since MLflow's list shows only what follows the last one.
 
-    `gptline run configs/small/line.toml --set tracking.uri=http://host:5000` becomes `gptline run line.toml --set tracking.uri=host:5000`.
+    Folders are left out of paths, so that the file's name comes early; elsewhere the slash becomes a character that looks like it:
+    `gptline run configs/line.toml --set tracking.uri=http://host:5000` becomes `gptline run line.toml --set tracking.uri=http:∕∕host:5000`.
     """
     try:
         words = shlex.split(command)
     except ValueError:
         words = command.split()
-    return " ".join(re.sub(r"[^=/]*/", "", word.rstrip("/")) for word in words)
+    return " ".join(_without_slash(word) for word in words)
+
+
+def _without_slash(word: str) -> str:
+    name, equals, value = word.rpartition("=")
+    is_path = re.fullmatch(r"[^\[\]{}\"',:]+", value)
+    short = value.rstrip("/").rpartition("/")[2] if is_path else value
+    return f"{name}{equals}{short}".replace("/", SLASH)
+
+
+def run_name(view: RunView) -> str:
+    """`6415cc net lr: 0.001 -> 0.0005`: the end of the run's id, by which `gptline status` knows it, and what made it differ.
+
+    The id by itself would not do: it begins with the date and the pipeline, and MLflow's list cuts it there.
+    """
+    planned = [stage for stage in view.stages.values() if stage.decision not in ("", "reuse", "blocked")]
+    causes = [stage for stage in planned if not stage.reason.startswith("its input ")]
+    if not causes:
+        why = "all reused" if view.stages else ""
+    elif len(causes) > 1 and len({stage.reason for stage in causes}) == 1:
+        why = f"{len(causes)} stages {causes[0].reason}"
+    else:
+        why = f"{causes[0].name} {causes[0].reason}" + (f", and {len(causes) - 1} more" if len(causes) > 1 else "")
+    return shortened(f"{_tail(view)} {why}".rstrip(), NAME_CHARS)
+
+
+def stage_name(view: RunView, stage: str) -> str:
+    """`net 6415cc`, or `net 6415cc (reused)`: runs of one stage are compared side by side, where their parents aren't shown."""
+    return f"{stage} {_tail(view)}" + (" (reused)" if view.stage(stage).status == "reused" else "")
+
+
+def _tail(view: RunView) -> str:
+    return view.run.rpartition("-")[2]
 
 
 def stage_table(view: RunView, experiment: str, run_ids: Mapping[str, str | None]) -> str:

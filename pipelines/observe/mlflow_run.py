@@ -23,7 +23,7 @@ from pipelines.observe.lineage import trace_all
 from pipelines.observe.lineage_text import as_html, as_mermaid
 from pipelines.observe.mlflow_action import ActionsInMlflow
 from pipelines.observe.mlflow_address import unreachable
-from pipelines.observe.mlflow_notes import link, source_name, stage_note, stage_table
+from pipelines.observe.mlflow_notes import link, run_name, source_name, stage_name, stage_note, stage_table
 from pipelines.observe.mlflow_session import Measure, MlflowSession, flat
 from pipelines.observe.page import render
 from pipelines.observe.summary import summary_of
@@ -152,7 +152,7 @@ class RunInMlflow:
                 "mlflow.source.git.dirty": None if git.get("dirty") is None else str(git["dirty"]).lower(),
             }
             started_ms = self._view.started_ms or record.started_ms
-            self._ids[""] = self._session.create_run(self._pipeline, self._view.run, started_ms, tags)
+            self._ids[""] = self._session.create_run(self._pipeline, run_name(self._view), started_ms, tags)
         return self._ids[""]
 
     def _child(self, stage: str) -> str | None:
@@ -166,7 +166,8 @@ class RunInMlflow:
                 "mlflow.source.name": source_name(self._view.command),
                 "mlflow.source.type": "LOCAL",
             }
-            self._ids[stage] = self._session.create_run(self._pipeline, stage, known.started_ms or known.ended_ms, tags)
+            name = stage_name(self._view, stage)
+            self._ids[stage] = self._session.create_run(self._pipeline, name, known.started_ms or known.ended_ms, tags)
         return self._ids[stage]
 
     def _stage_params(self, stage: str) -> dict[str, str]:

@@ -25,6 +25,8 @@ EVERY_S = 10.0
 """In plain lines, a running stage reports again after this time ..."""
 EVERY_SHARE = 0.1
 """... and after this share of its work, whichever comes later."""
+QUIET_S = 60.0
+"""In plain lines, a running stage that reports nothing is mentioned again after this time."""
 LIVE_PER_S = 4
 NARROWEST_NAME = 10
 FIGURES = (("loss", "train/loss", ".3f"), ("val", "val/loss", ".3f"), ("tokens/s", "train/tokens_per_s", ",.0f"))
@@ -67,10 +69,13 @@ class Progress:
         self._summaries: dict[str, str] = {}
         self._reported: dict[str, tuple[float, float]] = {}
         """Stage to when it reported last, and the share of its work that was done then."""
-        self._lock = threading.Lock()  # rich draws from a thread of its own
+        self._lock = threading.Lock()  # rich draws from a thread of its own, and so do we after a quiet minute
+        self._closed = threading.Event()
         self._live = self._start_live() if (self._out.can_redraw() if live is None else live) else None
 
     def __enter__(self) -> Progress:
+        if self._live is None:
+            threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,7 +94,8 @@ class Progress:
             case Note():
                 self.say(self._aligned(event.stage, event.text))
             case _ if self._live is None:
-                self._add_line(event)
+                with self._lock:
+                    self._add_line(event)
 
     def say(self, text: str) -> None:
         """Print a sentence of its own, above the rows."""
@@ -100,8 +106,18 @@ class Progress:
 
             self._live.console.print(Text(printable(text)))
 
+    def mention_quiet_stages(self) -> None:
+        """Print a line for each running stage that has had none for a minute, so that a log shows what the run is waiting for."""
+        with self._lock:
+            for stage in self.view.stages.values():
+                reported_s, share = self._reported.get(stage.name, (self._clock(), 0.0))
+                if stage.status == "running" and self._clock() - reported_s >= QUIET_S:
+                    self._reported[stage.name] = (self._clock(), share)
+                    self._stage_line(stage, _under_way(stage, self._now_ms()))
+
     def close(self) -> None:
         """Leave the rows in their last state, and print what became of the run."""
+        self._closed.set()
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -165,6 +181,10 @@ class Progress:
 
     def _stage_line(self, stage: StageView, text: str) -> None:
         self._line(self._aligned(stage.name, text))
+
+    def _watch(self) -> None:
+        while not self._closed.wait(1.0):
+            self.mention_quiet_stages()
 
     def _aligned(self, stage: str, text: str) -> str:
         width = max([NARROWEST_NAME, *(len(name) for name in self.view.stages)])
@@ -251,7 +271,7 @@ def _under_way(stage: StageView, now_ms: int) -> str:
     parts = []
     if stage.step is not None:
         parts.append(f"step {stage.step:,}/{stage.steps:,}" if stage.steps else f"step {stage.step:,}")
-    elif stage.total:
+    if stage.total:
         parts.append(f"{stage.done:,.0f}/{stage.total:,.0f} {stage.unit}".rstrip())
     for label, metric, form in RL_FIGURES if stage.newest("reward/score_mean") is not None else FIGURES:
         value = stage.newest(metric)
@@ -260,6 +280,6 @@ def _under_way(stage: StageView, now_ms: int) -> str:
     left = seconds_left(stage, now_ms)
     if left is not None:
         parts.append(f"left {clock_time(left)}")
-    elif not parts and stage.started_ms is not None:
+    elif stage.step is None and stage.started_ms is not None:
         parts.append(clock_time((now_ms - stage.started_ms) / 1000))
     return "  ".join(parts)

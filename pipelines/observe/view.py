@@ -45,6 +45,11 @@ class StageView:
     done: float = 0
     total: float | None = None
     unit: str = ""
+    """How far it is; in training, how far the work outside its steps is that goes on now."""
+    since_ms: int | None = None
+    """When the work that `done` counts began: a stage may do one thing after the other."""
+    reported_ms: int | None = None
+    """When it last reported how far it is."""
     notes: list[str] = field(default_factory=list)
     curves: Curves = field(default_factory=dict)
     """The points in the journal. A reused stage has none there: its curves are in its action record."""
@@ -104,11 +109,16 @@ class RunView:
                 stage.key, stage.steps = event.key, event.steps
             case StageProgress():
                 stage = self.stage(event.stage)
+                if event.unit != stage.unit or event.done < stage.done:
+                    stage.since_ms = stage.reported_ms or stage.started_ms
                 stage.done, stage.total, stage.unit = event.done, event.total, event.unit
+                stage.reported_ms = event.time_ms
             case StagePoints():
                 stage = self.stage(event.stage)
                 for metric, points in event.curves.items():
                     stage.curves.setdefault(metric, []).extend(points)
+                if stage.steps:
+                    stage.done, stage.total, stage.unit = 0, None, ""  # what it did before this step is over
             case Note() if event.stage:
                 self.stage(event.stage).notes.append(event.text)
             case StageEnded():
@@ -133,12 +143,10 @@ def run_view(store: Store, run: str) -> RunView:
 
 
 def share_done(stage: StageView) -> float | None:
-    """The share of a stage's work that is done, from 0 to 1; None if the total is unknown."""
-    if stage.total:
-        return min(1.0, stage.done / stage.total)
-    if stage.steps and stage.step is not None:
-        return min(1.0, stage.step / stage.steps)
-    return None
+    """The share of a stage's work that is done, from 0 to 1; None if it is unknown, as before the first step of training."""
+    if stage.steps:
+        return None if stage.step is None else min(1.0, stage.step / stage.steps)
+    return min(1.0, stage.done / stage.total) if stage.total else None
 
 
 def seconds_left(stage: StageView, now_ms: int) -> float | None:
@@ -148,9 +156,9 @@ def seconds_left(stage: StageView, now_ms: int) -> float | None:
     """
     if not stage.steps or stage.step is None:
         share = share_done(stage)
-        if not share or share >= 1 or stage.started_ms is None:
+        if not share or share >= 1 or stage.since_ms is None:
             return None
-        return (now_ms - stage.started_ms) / 1000 * (1 - share) / share
+        return (now_ms - stage.since_ms) / 1000 * (1 - share) / share
     curves = [[point for point in points if point.time_ms >= (stage.started_ms or 0)] for points in stage.curves.values()]
     times = [(points[0], points[-1]) for points in curves if len(points) > 1]
     if not times:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,7 @@ from gpt.settings import TrainSettings
 from pipelines.plan.code import Code
 from pipelines.plan.config import Fault
 from pipelines.plan.environment import versions
+from pipelines.plan.forecast import expected_s
 from pipelines.plan.gates import closed_gate
 from pipelines.plan.graph import Graph, Stage
 from pipelines.plan.key import differences, flat, key_of
@@ -42,8 +43,10 @@ class Decision:
     output: str | None = None
     series: int = 1
     forced: bool = False
+    start: int = 0
+    """The finished steps that a resume begins with."""
     expected_s: float | None = None
-    """Seconds that it is expected to take, from the last time; None if unknown."""
+    """Seconds that it is expected to take; None if unknown. Only a whole plan has it."""
     notes: tuple[str, ...] = ()
     closed: str | None = None
     """Why no stage may read the reused output: a gate is closed."""
@@ -105,7 +108,7 @@ class Planner:
                 decisions[stage.name] = self._not_yet(stage, decisions[(blocked or pending)[0]])
             else:
                 decisions[stage.name] = self.decide(stage, {name: each.output for name, each in decisions.items() if each.output})
-        return list(decisions.values())
+        return [replace(each, expected_s=self._expected_s(each)) for each in decisions.values()]
 
     def upstream(self, stage: Stage) -> list[str]:
         """The stages that must have an output before a stage can be decided; none if its own output is given."""
@@ -115,7 +118,7 @@ class Planner:
         """Decide one stage, all of whose inputs exist. `held`: the caller holds its lease, so there is no other run to wait for."""
         if stage.name in self.given:
             digest = self.given[stage.name]
-            return Decision(stage.name, "reuse", f"--use names artifact {digest[:12]}", output=digest, expected_s=0.0)
+            return Decision(stage.name, "reuse", f"--use names artifact {digest[:12]}", output=digest)
         inputs = {name: [self.digest(each, outputs) for each in references] for name, references in stage.inputs.items()}
         try:
             leaves = self.leaves(stage, inputs)
@@ -126,7 +129,7 @@ class Planner:
             return Decision(stage.name, "blocked", f"its source {gone[0]} can't be read ({error.strerror}); put it back")
         key = key_of(leaves)
         actions = self.store.actions(key)
-        common: dict[str, Any] = {"key": key, "leaves": leaves, "inputs": inputs, "expected_s": self._seconds(stage)}
+        common: dict[str, Any] = {"key": key, "leaves": leaves, "inputs": inputs}
         last = actions[-1].number if actions else 0
         newest_series = max(self._series(key), default=0)
         if stage.name in self.fresh:
@@ -136,7 +139,6 @@ class Planner:
         for action in reversed(actions if not rerun_interrupted else []):
             damage = self.store.damage(action.output)
             if damage is None:
-                common["expected_s"] = 0.0
                 closed = closed_gate(stage, action)
                 notes = (*_notes(action, stage), *([closed] if closed else []))
                 reason = f"made by run {action.run}"
@@ -153,7 +155,8 @@ class Planner:
                     other_way = "without --inline" if self.inline else "with --inline"
                     advice = f". Or continue {other_way}" if checkpoint.fits(identity(stage, inline=not self.inline)) is None else ""
                     return Decision(stage.name, "blocked", f"{misfit} (--fresh {stage.name}){advice}", **common)
-                return Decision(stage.name, "resume", f"resumes at step {checkpoint.step} of {stage.config.steps}", **common)
+                why = f"resumes at step {checkpoint.step} of {stage.config.steps}"
+                return Decision(stage.name, "resume", why, start=checkpoint.step, **common)
         why = damage or ("a requested rerun was interrupted" if rerun_interrupted else self._why(stage, leaves))
         return Decision(stage.name, "run", why, **common)
 
@@ -194,7 +197,7 @@ class Planner:
             return Decision(stage.name, "run", "not built here before")
         action: DecisionName = "blocked" if above.action == "blocked" else "run"
         why = {"run": "will be rebuilt", "resume": "will be resumed first", "wait": "is being built", "blocked": "can't be built"}
-        return Decision(stage.name, action, f"its input {above.stage} {why[above.action]}", expected_s=self._seconds(stage))
+        return Decision(stage.name, action, f"its input {above.stage} {why[above.action]}")
 
     def _why(self, stage: Stage, leaves: dict[str, Any]) -> str:
         """Say why there is nothing to reuse: how this key differs from the one that the stage had last."""
@@ -205,14 +208,12 @@ class Planner:
         shown = "; ".join(found[:3])
         return shown + (f"; and {len(found) - 3} more" if len(found) > 3 else "") or "its output is gone"
 
-    def _seconds(self, stage: Stage) -> float | None:
-        """How long the stage took last time, scaled to the number of steps that it has now."""
-        latest = self.store.latest(self.graph.loaded.file.pipeline, stage.name)
-        if latest is None:
-            return None
-        if isinstance(stage.config, TrainSettings) and (steps := latest.leaves.get("config.steps")):
-            return latest.seconds * stage.config.steps / steps
-        return latest.seconds
+    def _expected_s(self, decision: Decision) -> float | None:
+        if decision.action in ("reuse", "blocked"):
+            return 0.0
+        stage = self.graph.stages[decision.stage]
+        leaves = decision.leaves or dict(flat(stage.semantic(), "config"))
+        return expected_s(self.store, self.graph.loaded.file.pipeline, stage, leaves, decision.key, decision.start)
 
     def _series(self, key: str) -> list[int]:
         work = self.store.work(key)

@@ -107,7 +107,7 @@ def _evaluate_text(config: EvaluateConfig, model: Model, documents: list[Documen
         path = Path(folder, "held_out.bin")
         n_documents, n_bytes = _write_tokens(encoder, documents, path, stage)
         tokens = np.memmap(path, np.dtype("<u4"), mode="r")
-        nats, count = held_out_nats(network, tokens, stride=config.stride, on_progress=partial(_show, stage, "tokens"))
+        nats, count = held_out_nats(network, tokens, stride=config.stride, on_progress=partial(_show, stage, "tokens scored"))
         del tokens
     figures = {"eval/loss": nats / count, "eval/bits_per_byte": bits_per_byte(nats, n_bytes)}
     if config.compressors:
@@ -143,7 +143,7 @@ def _write_tokens(encoder: Any, documents: list[Documents], path: Path, stage: S
                 np.array([*token_ids, end], "<u4").tofile(file)
                 n_documents += 1
                 n_bytes += len(text.encode())
-                stage.progress(n_documents, _count(documents, "held_out"), "documents")
+                stage.progress(n_documents, _count(documents, "held_out"), "documents encoded")
     return n_documents, n_bytes
 
 
@@ -153,7 +153,7 @@ def _bytes_of(documents: list[Documents], split: str, stage: StageContext) -> It
         for text in each.texts(split):
             yield text.encode()
             done += 1
-            stage.progress(done, _count(documents, split), "documents")
+            stage.progress(done, _count(documents, split), f"{split.replace('_', '-')} documents compressed")
 
 
 def _count(documents: list[Documents], split: str) -> int:

@@ -13,7 +13,7 @@ from pipelines.stage import StageConfig, StageContext
 
 class TokenizeConfig(StageConfig):
     documents_per_batch: Operational[int] = Field(default=256, ge=1)
-    """Documents that are encoded together."""
+    """Most documents that are encoded together; long ones are fewer."""
 
 
 def tokenize(config: TokenizeConfig, documents: list[Documents], tokenizer: Tokenizer, stage: StageContext) -> Tokens:

@@ -54,6 +54,7 @@ def tokenizer(config: TokenizerConfig, documents: list[Documents], stage: StageC
                 yield text
                 done += 1
                 stage.progress(done, total, "documents")
+        stage.progress(total, total, "documents read, learning merges")
 
     if config.algorithm == "bytes" or config.vocab_size is None:
         learned = byte_tokenizer()

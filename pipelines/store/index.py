@@ -3,6 +3,7 @@
     index/output/<digest>/<key>       an action under this key made the artifact
     index/input/<digest>/<key>        an action under this key was given it
     index/sources/<digest>/<key>      an action under this key read exactly these outside files
+    index/stage/<digest>/<time>-<key> an action of this pipeline's stage, under this key, began then
 
 An entry is an empty object, written before the action's record. It only says where to look: the records decide. A store from before the
 index is indexed once, when it is first asked; one that can't be written is read as a whole instead.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from cluster.commit import canonical_json
@@ -40,7 +41,7 @@ class ActionIndex:
         self._records = records
         self._complete = False
         self._in_memory: dict[str, set[str]] | None = None
-        """Name of a folder of the index to keys, for a store that can't be written."""
+        """Name of a folder of the index to its entries, for a store that can't be written."""
 
     def makers(self, digest: str) -> list[Action]:
         """The actions that made an artifact, newest first."""
@@ -55,11 +56,21 @@ class ActionIndex:
         expected = sorted(sources)
         return self._actions(f"sources/{_digest(expected)}", lambda action: sorted(action.sources().values()) == expected)
 
+    def newest(self, pipeline: str, stage: str, at_most: int) -> list[Action]:
+        """The last actions of a pipeline's stage, newest first.
+
+        It only lists: a plan writes nothing, so what was recorded before the index had stages is not found.
+        """
+        names = self._records.backend.list(f"index/{_stage_folder(pipeline, stage)}/")
+        keys = [name.rpartition("/")[2].partition("-")[2] for name in reversed(names)]
+        found = [action for key in dict.fromkeys(keys[:at_most]) for action in self._records.actions(key)]
+        return _newest_first(action for action in found if (action.pipeline, action.stage) == (pipeline, stage))[:at_most]
+
     def add(self, action: Action) -> None:
         """Write an action's entries; call it before the record is written."""
         self._ensure_complete()
-        for folder in _folders(action):
-            self._records.backend.put(f"index/{folder}/{action.key}", b"")
+        for folder, entry in _entries(action):
+            self._records.backend.put(f"index/{folder}/{entry}", b"")
 
     def _actions(self, folder: str, belongs: Callable[[Action], bool]) -> list[Action]:
         self._ensure_complete()
@@ -67,8 +78,7 @@ class ActionIndex:
             keys = sorted(self._in_memory.get(folder, ()))
         else:
             keys = [name.rpartition("/")[2] for name in self._records.backend.list(f"index/{folder}/")]
-        found = [action for key in keys for action in self._records.actions(key) if belongs(action)]
-        return sorted(found, key=lambda action: (action.started_ms, action.number), reverse=True)
+        return _newest_first(action for key in keys for action in self._records.actions(key) if belongs(action))
 
     def _ensure_complete(self) -> None:
         if self._complete or self._records.backend.get(_COMPLETE) is not None:
@@ -76,26 +86,37 @@ class ActionIndex:
             return
         entries: dict[str, set[str]] = defaultdict(set)
         for action in self._records.all_actions():
-            for folder in _folders(action):
-                entries[folder].add(action.key)
+            for folder, entry in _entries(action):
+                entries[folder].add(entry)
         try:
-            for folder, keys in entries.items():
-                for key in keys:
-                    self._records.backend.put(f"index/{folder}/{key}", b"")
+            for folder, names in entries.items():
+                for name in names:
+                    self._records.backend.put(f"index/{folder}/{name}", b"")
             self._records.backend.put(_COMPLETE, canonical_json({"schema": 1}))
         except OSError:
             self._in_memory = entries
         self._complete = True
 
 
-def _folders(action: Action) -> list[str]:
+def _newest_first(actions: Iterable[Action]) -> list[Action]:
+    return sorted(actions, key=lambda action: (action.started_ms, action.number), reverse=True)
+
+
+def _entries(action: Action) -> list[tuple[str, str]]:
+    """The folder and the name of each entry."""
     used = {digest for given in action.inputs.values() for digest in given}
     sources = sorted(action.sources().values())
-    return [
+    folders = [
         f"output/{action.output}",
         *(f"input/{digest}" for digest in sorted(used)),
         *([f"sources/{_digest(sources)}"] if sources else []),
     ]
+    began = (_stage_folder(action.pipeline, action.stage), f"{action.started_ms:015}-{action.key}")
+    return [*((folder, action.key) for folder in folders), began]
+
+
+def _stage_folder(pipeline: str, stage: str) -> str:
+    return f"stage/{_digest([pipeline, stage])}"
 
 
 def _digest(sources: list[str]) -> str:

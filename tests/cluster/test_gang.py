@@ -15,7 +15,7 @@ import torch
 
 from cluster import checkpoint
 from cluster.deepspeed_engine import DeepSpeedEngine
-from cluster.events import Curves, Notice, Points, Restart, Stacks, StageEvent, Waiting
+from cluster.events import Curves, GangStarted, Notice, Points, Restart, Stacks, StageEvent, Waiting
 from cluster.failures import GangFailure
 from cluster.gang import run_gang, run_inline
 from cluster.gang_spec import GangResult, GangSpec
@@ -76,6 +76,7 @@ def test_two_ranks_sum_1_and_2_to_3_and_each_uses_the_threads_requested(tmp_path
     assert (result.value["threads"], result.value["omp"]) == (1, "1")
     assert values(result.history) == {"eval/ranks": [(1, 2.0)], "eval/first": [(1, 7.0)]}
     assert [event.curves for event in gang.events if isinstance(event, Points)] == [result.history]
+    assert re.fullmatch(r"started rank 0 \(pid \d+, node \S+\), rank 1 \(pid \d+, node \S+\)", gang.notices(GangStarted)[0])
     assert all_cpus_are_free()
 
 

@@ -13,7 +13,7 @@ import rank_functions
 import torch
 
 from cluster import checkpoint
-from cluster.events import Curves, Notice, Points, StageEvent
+from cluster.events import Curves, Notice, Points, Progress, StageEvent
 from cluster.failures import GangFailure
 from cluster.gang import run_inline
 from cluster.gang_spec import GangResult, GangSpec
@@ -206,6 +206,19 @@ def test_only_rank_0_reports_a_warning(tmp_path: Path) -> None:
     rank.rank = 1
     rank.warn("nothing was learned")
     assert events == [Notice("nothing was learned")]
+
+
+def test_rank_0_reports_progress_at_most_twice_a_second_and_always_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[StageEvent] = []
+    rank = single_rank(tmp_path, on_event=events.append)
+    now_s = 100.0
+    monkeypatch.setattr("cluster.rank.time.monotonic", lambda: now_s)
+    for done in range(1, 15):
+        rank.progress(done, 14, "pairs encoded")
+        now_s += 0.25
+    rank.rank = 1
+    rank.progress(14, 14, "pairs encoded")
+    assert [event.done for event in events if isinstance(event, Progress)] == [1, 4, 7, 10, 13, 14]
 
 
 @pytest.mark.parametrize("name", ["loss", "train/Loss", "memory/peak_gib", "train/tokens(tps)", "eval/pass@k"])

@@ -38,6 +38,8 @@ class FakeRank:
         self.points: list[tuple[str, int, float]] = []
         self.warnings: list[str] = []
         self.sections: list[str] = []
+        self.shown: list[tuple[int, int, str]] = []
+        """Each call of `progress`."""
         self.saved: list[int] = []
         self.killed_in: tuple[str, int] | None = None
         """The name of the section in which it is killed, and the last saved step at that time."""
@@ -67,6 +69,9 @@ class FakeRank:
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        self.shown.append((done, total, unit))
 
     @contextlib.contextmanager
     def section(self, name: str, deadline_s: float) -> Iterator[None]:

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.batching import ShuffledRows, TrainingBatches, evenly, held_out_batch, held_out_windows, micro_batch_rows, open_tokens, padded
+from gpt.batching import (
+    HeldOutWindows,
+    ShuffledRows,
+    TrainingBatches,
+    Window,
+    evenly,
+    held_out_batch,
+    micro_batch_rows,
+    open_tokens,
+    padded,
+)
 from gpt.random_streams import permutation, stream_seed
 
 
@@ -109,16 +119,24 @@ def test_an_empty_file_has_no_tokens(tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(0, 40), max_size=3), stride=st.integers(1, 6))
 def test_held_out_windows_score_every_token_except_a_files_first_once(lengths, stride):
-    windows = held_out_windows(lengths, 6, stride)
+    windows = HeldOutWindows(lengths, 6, stride)
     scored = Counter((w.file, place) for w in windows for place in range(w.score_from, w.stop))
     assert scored == Counter((file, place) for file, n in enumerate(lengths) for place in range(1, n))
     assert all(w.stop - w.start <= 7 for w in windows)
     assert all(w.score_from - w.start >= 7 - stride for w in windows if w.start)
 
 
+def test_held_out_windows_are_computed_when_asked_for():
+    windows = HeldOutWindows([0, 10**15, 3], 1000, 500)
+    assert len(windows) == 1 + (10**15 - 1001) // 500 + 1 + 1  # the first scores 1,000 tokens, each later one 500; one for the last file
+    assert windows[0] == Window(1, 0, 1, 1001)
+    assert windows[1:3] == [Window(1, 500, 1001, 1501), Window(1, 1000, 1501, 2001)]
+    assert windows[len(windows) - 1] == Window(2, 0, 1, 3)
+
+
 def test_only_the_tokens_that_a_window_scores_count_in_its_row():
     tokens = np.arange(10, 20)
-    windows = held_out_windows([10], 4, 2)
+    windows = HeldOutWindows([10], 4, 2)
     batch = held_out_batch([tokens], windows, 4)
     assert batch.targets[batch.loss_mask].tolist() == list(range(11, 20))
     assert batch.token_ids[0].tolist() == [10, 11, 12, 13]

@@ -41,7 +41,22 @@ def test_every_thousand_records_have_a_deadline_of_their_own(make_rank, tmp_path
         (tmp_path / name / "train.jsonl").write_text("".join(f'{{"n": {number}}}\n' for number in range(n)))
     folders = [tmp_path / "one", tmp_path / "two"]
     rank = make_rank()
-    sections_at = [len(rank.sections) for _ in records_in_sections(rank, folders, "train", 60.0)]
-    assert sections_at == [1] * RECORDS_PER_SECTION + [2] * 6
+    sections_at = [len(rank.sections) for _ in records_in_sections(rank, folders, "train", "pairs", 60.0)]
+    assert sections_at == [2] * RECORDS_PER_SECTION + [3] * 6  # the first one counts the records
     assert set(rank.sections) == {"encode"}
-    assert list(records_in_sections(make_rank("again"), folders, "train", 60.0)) == list(read_records(folders, "train"))
+    assert list(records_in_sections(make_rank("again"), folders, "train", "pairs", 60.0)) == list(read_records(folders, "train"))
+
+
+def test_each_record_is_reported_once_its_reader_has_encoded_it(make_rank, tmp_path: Path):
+    (tmp_path / "held_out.jsonl").write_text('{"n": 1}\n{"n": 2}')  # the last line may lack its end
+    rank = make_rank()
+    shown_at = [len(rank.shown) for _ in records_in_sections(rank, [tmp_path], "held_out", "pairs", 60.0)]
+    assert shown_at == [0, 1]
+    assert rank.shown == [(1, 2, "pairs encoded"), (2, 2, "pairs encoded")]
+
+
+def test_a_split_without_records_reports_nothing(make_rank, tmp_path: Path):
+    (tmp_path / "held_out.jsonl").touch()
+    rank = make_rank()
+    assert list(records_in_sections(rank, [tmp_path], "held_out", "pairs", 60.0)) == []
+    assert rank.shown == []

@@ -285,6 +285,16 @@ def test_records_that_are_left_out_are_reported(policy, make_records, make_rank,
     ]
 
 
+def test_encoding_before_the_first_step_and_scoring_after_the_last_one_are_reported(policy, make_records, make_rank, tmp_path):
+    rank = make_rank()
+    pairs, ratings = make_records(PAIRS[:6], PAIRS[:2], name="pairs"), make_records(RATINGS[:4], name="ratings")
+    train(rank, settings(eval_every=100), policy, [pairs], [ratings], 1, tmp_path / "model")
+    last = [shown for shown in rank.shown if shown[0] == shown[1]]
+    encoded = [(6, 6, "pairs encoded"), (4, 4, "ratings encoded"), (2, 2, "pairs encoded")]
+    # Two held-out pairs have 4 responses, and are scored for val/loss and for the figures; 6 pairs and 4 ratings have 16.
+    assert last == [*encoded, *[(4, 4, "responses scored")] * 2, (16, 16, "responses scored")]
+
+
 def test_records_that_are_all_unusable_are_refused_with_their_counts(policy, make_records, make_rank, tmp_path):
     records = make_records([pair("q", "a" * 12, "b"), pair("q", "a", "a")])
     with pytest.raises(ValueError, match="1 are longer than the policy's seq_len = 16 tokens, and 1 are pairs of equal responses"):

@@ -266,6 +266,7 @@ def test_what_is_logged_and_when_and_the_metadata_of_the_model(make_rank, make_p
     for step in (2, 4, 6):  # both conversations in every step: 12 tokens
         assert rank.curve("train/tokens_per_s")[step] == pytest.approx(12 / rank.curve("time/step_s")[step])
     assert set(rank.sections) == {"start", "encode", "step", "checkpoint", "evaluate"}
+    assert rank.shown == [(done, 3, "conversations encoded") for done in (1, 2, 3)] + [(1, 1, "conversations encoded")]
 
 
 def test_conversations_of_which_none_fits_are_refused(make_rank, make_policy, make_conversations, tmp_path):

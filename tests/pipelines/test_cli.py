@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import os
 import pty
 import signal
@@ -23,6 +24,7 @@ from pipelines.stage import StageFailure
 from pipelines.store.events import RunEnded, RunStarted
 from pipelines.store.journal import JournalWriter
 from pipelines.store.store import Store
+from pipelines.terminal import write
 
 PIPELINE = 'pipeline = "p"\n[stages.documents]\nuses = "ingest"\nsource = "text"\nfiles = ["a.txt"]\n'
 
@@ -189,6 +191,14 @@ def test_a_terminal_without_utf8_shows_what_it_can(pipeline: Path):
     found = program("plan", "p.toml", "--config", folder=pipeline.parent, PYTHONIOENCODING="ascii")
     assert found.returncode == 0
     assert b'about = "\\u6708"\n' in found.stdout
+
+
+def test_a_terminal_without_lines_draws_trees_in_ascii(monkeypatch: pytest.MonkeyPatch):
+    for encoding, expected in (("ascii", "|  +- a\n`- b\n"), ("utf-8", "│  ├─ a\n└─ b\n")):
+        out = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr(sys, "stdout", out)
+        write("│  ├─ a\n└─ b\n")
+        assert out.buffer.getvalue().decode(encoding) == expected  # type: ignore[attr-defined]
 
 
 def test_ctrl_backslash_ends_the_program_with_the_cursor_shown(tmp_path: Path):

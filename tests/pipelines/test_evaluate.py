@@ -92,7 +92,8 @@ def test_held_out_text_is_read_as_a_stream_that_shows_its_progress_and_leaves_no
     config = EvaluateConfig(prompts=())
     run(config, saved_model(tmp_path / "model", 1), bench, documents=[documents(tmp_path / "documents", texts)])
     # Each text is followed by <|document|>: 3 + 1 + 4 = 8 tokens. PPMd reads the training text, then both.
-    assert bench.shown == {"documents": (3, 3), "tokens": (8, 8)}
+    compressed = {"train documents compressed": (1, 1), "held-out documents compressed": (3, 3)}
+    assert bench.shown == {"documents encoded": (3, 3), "tokens scored": (8, 8)} | compressed
     assert {path.name for path in tmp_path.iterdir()} == {"model", "documents", "report.json"}
     assert bench.figures["eval/xz_bits_per_byte"] == 8 * len(lzma.compress(b"abcde", preset=9 | lzma.PRESET_EXTREME)) / 5
 

@@ -50,6 +50,8 @@ class OneRank:
 
     def log(self, step: int, **values: Any) -> None: ...
 
+    def progress(self, done: int, total: int, unit: str) -> None: ...
+
     def should_stop(self) -> bool:
         return False
 

@@ -22,8 +22,10 @@ class Bench:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.notes: list[str] = []
+        self.shown: list[tuple[int, int, str]] = []
 
-    def progress(self, done: int, total: int, unit: str) -> None: ...
+    def progress(self, done: int, total: int, unit: str) -> None:
+        self.shown.append((done, total, unit))
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -47,6 +49,7 @@ def test_a_vocabulary_far_below_the_requested_size_is_reported(tmp_path: Path, v
     documents = Documents(tmp_path, "d" * 64, {"train": {"documents": 1}})
     made = tokenizer(TokenizerConfig(vocab_size=vocab_size), [documents], bench)  # type: ignore[arg-type]
     assert made.metadata["vocab_size"] == 264
+    assert bench.shown == [(1, 1, "documents"), (1, 1, "documents read, learning merges")]
     assert [note[: len(start)] for note, start in zip(bench.notes, notes, strict=True)] == notes
 
 

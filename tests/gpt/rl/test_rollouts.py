@@ -132,6 +132,7 @@ def test_prompts_that_leave_no_room_for_a_response_are_left_out_and_counted(make
     assert trained.metadata["prompts"] == {"train": 2, "too_long": 2}
     assert rank.warnings[0].startswith("2 of 4 prompts are left out: they leave no room for max_response_tokens = ")
     assert {len(rollout.prompt_ids) for rollout in scorer.seen} == {8, 4}
+    assert rank.shown == [(done, 4, "prompts encoded") for done in (1, 2, 3, 4)]
 
 
 def test_prompts_of_which_none_fits_are_refused(make_rank, policy, make_prompts, tmp_path):

@@ -45,3 +45,9 @@ def test_a_ray_that_only_pythonpath_leads_to_is_a_fault_since_workers_do_not_get
     ray = ModuleSpec("ray", None, origin=str(tmp_path / "ray" / "__init__.py"))
     assert _python_path(str(tmp_path), ray).advice == f"ray is imported from {tmp_path}: install it into this Python"
     assert not _python_path(str(tmp_path / "other"), ray).wrong
+
+
+def test_a_virtual_environment_inside_a_folder_of_the_python_path_is_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.prefix", str(tmp_path / ".venv"))
+    ray = ModuleSpec("ray", None, origin=str(tmp_path / ".venv" / "lib" / "ray" / "__init__.py"))
+    assert not _python_path(str(tmp_path), ray).wrong

@@ -128,8 +128,20 @@ def test_a_model_is_traced_down_to_its_documents_their_files_and_their_licence(s
     assert "1,812 documents, 20,000,000 bytes" in text
     assert "licence CC0-1.0" in text
     assert f"source books/emma.jsonl  sha256 {'e' * 12}" in text
-    assert "config steps 800" in text
+    assert "config steps = 800" in text
     assert f"code {code_digest(line['pretrain'])[:12]} (2 definitions), torch 2.13.0" in text
+
+
+def test_settings_are_written_as_in_a_pipeline_file_and_no_count_twice(store: Store) -> None:
+    config = {"config.delimiter": ",", "config.deduplicate": True, "config.lr": 0.001}
+    plain = {"engine": "torch", "zero_stage": 1, "ranks": 1}
+    report = made(
+        store, "evaluate", "report", {}, metadata={"documents": 21, "tokens": 290, "bytes": 1015}, leaves=config, operational=plain
+    )
+    facts = as_text(trace(store, report.output)).splitlines()[1:]
+    assert facts[0].strip() == "21 documents, 290 tokens, 1,015 bytes"
+    assert facts[1].endswith("2.5 s, engine torch")
+    assert facts[2].strip() == 'config deduplicate = true, delimiter = ",", lr = 0.001'
 
 
 def test_the_other_direction_shows_what_was_made_from_it(store: Store, line: dict[str, Action]) -> None:
@@ -165,7 +177,7 @@ def test_two_makers_of_one_artifact_are_both_shown_the_newest_first(store: Store
     )
     text = as_text(trace(store, line["pretrain"].output))
     assert text.index("by run r2") < text.index("by run r1")
-    assert "with steps 800, other code in 2 definitions" in text
+    assert "with steps = 800, other code in 2 definitions" in text
 
 
 def test_a_mermaid_label_can_not_break_out_of_its_quotes(store: Store) -> None:

@@ -12,7 +12,17 @@ import pytest
 
 from cluster.events import Point
 from pipelines.observe.progress import Progress
-from pipelines.store.events import Announcement, Note, RunEnded, RunStarted, StageEnded, StagePlanned, StagePoints, StageStarted
+from pipelines.store.events import (
+    Announcement,
+    Note,
+    RunEnded,
+    RunStarted,
+    StageEnded,
+    StagePlanned,
+    StagePoints,
+    StageProgress,
+    StageStarted,
+)
 
 
 def started(stage: str, **fields: Any) -> StageStarted:
@@ -79,6 +89,41 @@ def test_reinforcement_learning_reports_its_score_and_not_its_loss() -> None:
     values = {"train_loss": -0.0, "reward_score_mean": 0.54, "rollout_kl_k1_nats_per_response": 0.031, "rollout_tokens_per_s": 2190.0}
     progress.show(points("rl", 12, 60_000, **values))
     assert out.getvalue().splitlines()[-1] == "rl          step 12/24  score 0.540  KL 0.03  tokens/s 2,190"
+
+
+def test_training_reports_how_far_it_has_encoded_its_records_before_the_first_step() -> None:
+    out, clock = io.StringIO(), Clock()
+    progress = Progress(out, clock=clock)
+    progress.show(started("sft", steps=100))
+    for second in (5, 12, 26):
+        clock.now_s = second
+        done = 2_000 * second
+        progress.show(StageProgress(time_ms=1000 * second, stage="sft", done=done, total=52_000, unit="conversations encoded"))
+    clock.now_s = 37
+    progress.show(points("sft", 10, 37_000, train_loss=3.0))
+    assert out.getvalue().splitlines()[1:] == [
+        "sft         24,000/52,000 conversations encoded  0:12",
+        "sft         52,000/52,000 conversations encoded  0:26",
+        "sft         step 10/100  loss 3.000",
+    ]
+
+
+def test_a_log_mentions_a_stage_that_has_reported_nothing_for_a_minute() -> None:
+    out, clock = io.StringIO(), Clock()
+    progress = Progress(out, clock=clock)
+    progress.show(started("tokenizer"))
+    progress.show(StageProgress(time_ms=0, stage="tokenizer", done=9, total=9, unit="documents read, learning merges"))
+    for second in range(1, 150):
+        clock.now_s = float(second)
+        progress.mention_quiet_stages()
+    progress.show(ended("tokenizer"))
+    clock.now_s = 500.0
+    progress.mention_quiet_stages()
+    assert out.getvalue().splitlines()[1:] == [
+        "tokenizer   9/9 documents read, learning merges  1:00",
+        "tokenizer   9/9 documents read, learning merges  2:00",
+        "tokenizer   made: 2.5 s  abababababab",
+    ]
 
 
 def test_a_slow_stage_reports_once_a_minute_even_before_a_tenth_is_done() -> None:

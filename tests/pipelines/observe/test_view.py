@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cluster.events import Point
-from pipelines.observe.view import RunView, StageView, seconds_left
-from pipelines.store.events import RunEnded, RunStarted
+from pipelines.observe.view import RunView, StageView, seconds_left, share_done
+from pipelines.store.events import RunEnded, RunStarted, StagePoints, StageProgress, StageStarted
 
 
 def test_the_time_left_follows_from_the_pace_of_steps_without_the_gangs_start() -> None:
@@ -36,3 +36,27 @@ def test_a_run_that_ended_before_it_started_by_another_machines_clock_has_no_dur
     assert view.seconds() is None
     view.add(RunEnded(time_ms=7_202_500, status="KILLED"))
     assert view.seconds() == 2.5
+
+
+def test_the_time_left_of_a_stage_that_does_one_thing_after_the_other_is_that_of_what_it_does_now() -> None:
+    view = RunView("r1")
+    view.add(StageStarted(time_ms=0, stage="evaluate", decision="run"))
+    view.add(StageProgress(time_ms=10_000, stage="evaluate", done=25, total=100, unit="tokens scored"))
+    assert seconds_left(view.stage("evaluate"), now_ms=10_000) == 30.0
+    view.add(StageProgress(time_ms=40_000, stage="evaluate", done=100, total=100, unit="tokens scored"))
+    assert seconds_left(view.stage("evaluate"), now_ms=40_000) is None
+    view.add(StageProgress(time_ms=41_000, stage="evaluate", done=1, total=5, unit="documents compressed"))
+    assert seconds_left(view.stage("evaluate"), now_ms=41_000) == 4.0  # one second each, however long scoring took
+    view.add(StageProgress(time_ms=45_000, stage="evaluate", done=5, total=5, unit="documents compressed"))
+    view.add(StageProgress(time_ms=47_000, stage="evaluate", done=1, total=5, unit="documents compressed"))
+    assert seconds_left(view.stage("evaluate"), now_ms=47_000) == 8.0  # once more
+
+
+def test_encoding_before_the_first_step_is_shown_until_then_and_is_no_share_of_the_training() -> None:
+    view = RunView("r1")
+    view.add(StageStarted(time_ms=0, stage="sft", decision="run", steps=100))
+    view.add(StageProgress(time_ms=1_000, stage="sft", done=52_000, total=52_000, unit="conversations encoded"))
+    stage = view.stage("sft")
+    assert (stage.done, stage.unit, share_done(stage)) == (52_000, "conversations encoded", None)
+    view.add(StagePoints(time_ms=2_000, stage="sft", curves={"train/loss": [Point(10, 1.0, 2_000)]}))
+    assert (stage.total, share_done(stage)) == (None, 0.1)
