@@ -147,7 +147,7 @@ def test_what_a_plan_imports_is_light(module: str):
     assert done.stdout.strip() == "[]"
 
 
-def test_a_plan_of_every_kind_is_light(tmp_path: Path):
+def test_loading_every_stage_kind_is_light(tmp_path: Path):
     script = (
         "import sys; from pathlib import Path; from pipelines.plan.kinds import load_kind;"
         "[load_kind(path.stem, Path('.')) for path in Path('pipelines/stages').glob('*.py') if path.stem != '__init__'];"

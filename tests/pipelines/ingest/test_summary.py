@@ -1,4 +1,4 @@
-"""One line says what ingest made, from metadata of any age."""
+"""One line summarises what ingest made, from metadata of any version."""
 
 import json
 
@@ -29,12 +29,12 @@ from pipelines.ingest.summary import summary_of
         ({}, ""),
     ],
 )
-def test_a_row_counts_what_was_made_and_what_was_left_out(metadata, line):
+def test_a_row_counts_the_records_and_what_was_left_out(metadata, line):
     assert summary_of(metadata) == line
 
 
-def test_a_held_out_share_far_from_what_was_asked_is_reported(ingested):
-    # five books, of which one is 92 of 100 records: whichever side it falls on, the share is far from a half
+def test_a_held_out_share_far_from_the_requested_one_is_reported(ingested):
+    # one of five books has 92 of 100 records, so whichever side it is on, the share is far from a half
     books = ["long"] * 92 + ["a", "a", "b", "b", "c", "c", "d", "d"]
     rows = "".join(json.dumps({"text": f"text {number}", "book": book}) + "\n" for number, book in enumerate(books)).encode()
     result = ingested({"a.jsonl": rows}, source="json", hold_out={"share": 0.5, "by": "book"})
@@ -46,6 +46,6 @@ def test_a_held_out_share_far_from_what_was_asked_is_reported(ingested):
     )
 
 
-def test_a_share_near_what_was_asked_is_not_mentioned(ingested):
+def test_a_share_near_the_requested_one_is_not_mentioned(ingested):
     rows = "".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(1000)).encode()
     assert "hold_out" not in ingested({"a.jsonl": rows}, source="json", hold_out={"share": 0.1}).documents.metadata
