@@ -34,7 +34,7 @@ def moon(store: Store) -> Model:
 
 @pytest.fixture
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The prompts that the model is given; it answers "ab", cut off where that is too long."""
+    """Record the prompts that the model is given; it answers "ab", truncated if that is too long."""
     seen: list[list[int]] = []
 
     def scripted(model: GPT, prompt: list[int], *, max_tokens: int, **settings: Any) -> Iterator[int]:
@@ -71,7 +71,7 @@ class Terminal(io.StringIO):
 
 
 def type_in(chat: Chat, monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> tuple[bool, str, str]:
-    """Talk on a terminal, where each line is typed or Ctrl-C is pressed (KeyboardInterrupt); it ends with Ctrl-D."""
+    """Talk on a terminal: each line is typed, or is Ctrl-C (KeyboardInterrupt); Ctrl-D follows the last one."""
     waiting = iter(lines)
 
     def typed(prompt: str) -> str:

@@ -1,4 +1,4 @@
-"""Which model a reference means, and which models are refused."""
+"""Which model a reference names, and which models are refused."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_if_no_pipelines_newest_model_has_a_chat_format_the_message_names_the_la
         ({}, flip_a_byte, " is damaged: model.safetensors has sha256 "),
     ],
 )
-def test_a_model_that_can_not_chat_is_refused(store: Store, metadata: dict[str, Any], harm: Callable[[Model], None] | None, fault: str):
+def test_a_model_that_cannot_chat_is_refused(store: Store, metadata: dict[str, Any], harm: Callable[[Model], None] | None, fault: str):
     model = publish(store, random_model(), **metadata)
     if harm:
         harm(model)
