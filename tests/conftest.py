@@ -25,7 +25,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give workers whole modules, whose fixtures are costly, and one of them all of tests/cluster: a process keeps Ray's first token mode."""
+    """Give workers whole modules, whose fixtures are costly, and all of tests/cluster to one: a process keeps Ray's first token mode."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Modules(LoadScopeScheduling):

@@ -76,7 +76,13 @@ def test_exactly_the_logged_metrics_are_explained():
     assert {name for name in explained - logged if not name.startswith("eval/")} == set()
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/architecture.md", "docs/metrics.md", "configs/README.md", "benchmarks/README.md"])
+def test_the_chinese_readme_has_the_commands_and_links_of_the_english_one():
+    chinese = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+    for pattern in (r"`(gptline [^`]+)`", r"\]\(([^)]+)\)", r"(?m)^([$>].*)$"):
+        assert set(re.findall(pattern, README)) - {"README.zh.md"} == set(re.findall(pattern, chinese)) - {"README.md"}
+
+
+@pytest.mark.parametrize("path", [path for path in tracked("*.md") if "fixtures" not in path])
 def test_links_between_our_own_pages_lead_somewhere(path: str):
     text = (ROOT / path).read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
