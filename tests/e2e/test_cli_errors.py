@@ -86,7 +86,7 @@ def test_an_unknown_stage_or_malformed_option_exits_with_2(bad):
     (bad.folder / "bad.toml").write_text('pipeline = "ok"\n[stages.documents]\nuses = "ingest"\nsource = "text"\nfiles = ["bad.toml"]\n')
     assert "there is no stage 'documnts'; did you mean 'documents'?" in bad.run("plan", "bad.toml", "--set", "stages.documnts.x=1", code=2)
     assert "no such stage; the stages are documents" in bad.run("run", "bad.toml", "--until", "tokens", code=2)
-    assert "there is no stage 'tokens'; there are documents" in bad.run("rerun", "bad.toml", "tokens", code=2)
+    assert "there is no stage 'tokens'; the stages are documents" in bad.run("rerun", "bad.toml", "tokens", code=2)
     assert "expected STAGE=REF" in bad.run("run", "bad.toml", "--use", "documents", code=2)
     assert not bad.store.root.exists()
 

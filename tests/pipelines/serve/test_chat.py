@@ -131,10 +131,10 @@ def test_an_answer_without_an_end_is_reported_as_cut_off_with_the_reason(store: 
     model = publish(store, after_the_last([*b"abab"], 16))
     found = ask(store, "0123456\n", f"sha256:{model.digest}", "--tokens", "4")
     assert found.stdout == "abab\n"
-    assert found.stderr.endswith("(cut off after 4 tokens; --tokens allows more)\n")
+    assert found.stderr.endswith("(cut off after 4 tokens; raise --tokens for more)\n")
     found = ask(store, "0123456789\n", f"sha256:{model.digest}", "--tokens", "4")  # with its three special tokens 13 of 16
     assert found.stdout == "aba\n"
-    assert found.stderr.endswith("(cut off after 3 tokens: this model's context is 16 tokens, the conversation included)\n")
+    assert found.stderr.endswith("(cut off after 3 tokens: with the conversation, this model's context of 16 tokens is full)\n")
 
 
 # ---- the conversation ----
@@ -174,7 +174,7 @@ def test_a_question_that_is_too_long_is_refused_and_the_conversation_is_kept(moo
     if fits:  # 60 and its three special tokens leave room for 1 of 64
         assert "".join(chat.answer("q" * length)) == ""
     else:
-        with pytest.raises(ValueError, match="found 64 tokens, and this model's context is 64 tokens, the answer included"):
+        with pytest.raises(ValueError, match="found 64 tokens, and this model's context is 64 tokens including the answer"):
             chat.answer("q" * length)
         assert chat.turns == before
 

@@ -59,7 +59,11 @@ def test_if_no_pipelines_newest_model_has_a_chat_format_the_message_names_the_la
 @pytest.mark.parametrize(
     ("metadata", "harm", "fault"),
     [
-        ({"chat_format": None}, None, " continues text and has no chat format: .* `gptline sample sha256:{digest}` lets it write"),
+        (
+            {"chat_format": None},
+            None,
+            " continues text and has no chat format: .* `gptline sample sha256:{digest}` continues a text with it",
+        ),
         ({"chat_format": "gptline-2"}, None, ": expected the chat format gptline-1, found gptline-2"),
         ({"role": "reward"}, None, ": expected a policy, which writes text, found a model with the role reward"),
         ({}, flip_a_byte, " is damaged: model.safetensors has sha256 "),
