@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,16 @@ def test_imports_between_wings_only_go_down(path: Path):
     for name in imports(path):
         if name.startswith("pipelines.") and wing in allowed:
             assert name.split(".")[1] in allowed[wing], f"{path} imports {name}"
+
+
+def test_no_file_imports_itself_through_others():
+    """Imports under TYPE_CHECKING count: two files that name each other's types have to be read together."""
+    modules = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in FILES}
+    below = {
+        name: {target for each in imports(path) for target in (each, each.rpartition(".")[0]) if target in modules}
+        for name, path in modules.items()
+    }
+    graphlib.TopologicalSorter(below).prepare()  # CycleError names the files of a circle
 
 
 LONG_FUNCTIONS = {

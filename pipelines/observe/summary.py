@@ -16,6 +16,7 @@ LEFT_OUT = {
     "left_by_weight": ("left out by weight", "left out by weight"),
     "too_long": ("too long", "too long"),
     "cut": ("cut", "cut"),
+    "left_out": ("left out by the stage", "left out by the stage"),
     "alike": ("with two equal responses", "with two equal responses"),
 }
 """What the manifest calls records that were left out or changed, and what we call one and several of them."""
@@ -38,7 +39,7 @@ def summary(kind: str, metadata: dict[str, Any]) -> str:
             return _split(metadata, "tokens")
         case "report" | "hf_checkpoint":
             return _counts(metadata)
-    unit = next((name for name in _parts(metadata, "train") if name != "bytes" and _is_count(metadata.get(name))), None)
+    unit = next((name for name in _parts(metadata, "train") if name != "bytes"), None)
     return _records(metadata, unit) if unit else _counts(metadata)
 
 
@@ -52,12 +53,25 @@ def _records(metadata: dict[str, Any], unit: str) -> str:
     ):
         if metadata.get(name):
             left_out += _counted(metadata, name, one, several)
-    return _with_notes(_units(metadata[unit], unit), _held_out(metadata, unit), left_out)
+    return _with_notes(_units(_total(metadata, unit), unit), _held_out(metadata, unit), left_out) + _share_notice(metadata.get("hold_out"))
 
 
 def _split(metadata: dict[str, Any], unit: str) -> str:
-    total = sum(_parts(metadata, split).get(unit, 0) for split in ("train", "held_out"))
+    total = _total(metadata, unit)
     return _with_notes(_units(total, unit), _held_out(metadata, unit), []) if total else _counts(metadata)
+
+
+def _total(metadata: dict[str, Any], unit: str) -> int:
+    return sum(_parts(metadata, split).get(unit, 0) for split in ("train", "held_out"))
+
+
+def _share_notice(hold_out: Any) -> str:
+    """What was asked for and what came out, which a stage records only where the two are far apart."""
+    if not isinstance(hold_out, dict):
+        return ""
+    share, asked = (f"{100 * hold_out[name]:.2g} %" for name in ("share", "asked"))
+    groups = _units(hold_out["groups"], "records") if hold_out["by"] == "record" else f"{hold_out['groups']:,} values of {hold_out['by']}"
+    return f"; held out {share} of the records, asked for {asked}, drawn from {groups}"
 
 
 def _model(metadata: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.artifacts import Model
 from pipelines.observe.page import render
@@ -15,9 +15,6 @@ from pipelines.run.recorder import Recorder, RunState
 from pipelines.store.events import Announcement, JournalEvent, RunEnded
 from pipelines.store.runs import RunFolder
 from pipelines.store.store import Store
-
-if TYPE_CHECKING:
-    from pipelines.run.runner import Options
 
 TRACKING_DEADLINE_S = 20.0
 
@@ -53,11 +50,24 @@ class Ending:
             return False
         return True
 
-    def end(self, options: Options, given: Collection[str], recorder: Recorder, tracker: Tracker, signal: int | None) -> int:
-        """The exit code. `given`: stages whose output the command line named; `signal`: the one that stopped the run."""
-        partial = bool(signal is not None or self.broken or self._state.fates or self._state.closed or options.until)
+    def end(
+        self,
+        recorder: Recorder,
+        tracker: Tracker,
+        *,
+        given: Collection[str],
+        fresh: Collection[str],
+        until: str | None,
+        signal: int | None,
+    ) -> int:
+        """End the run and return its exit code.
+
+        The command line named the outputs of the stages `given`, asked for the stages `fresh` to run again, and for none behind `until`;
+        `signal` stopped the run.
+        """
+        partial = bool(signal is not None or self.broken or self._state.fates or self._state.closed or until)
         self.attempt("name the newest model", self._name_newest_model, given, partial)
-        ended = self._last_event(options.fresh, signal)
+        ended = self._last_event(fresh, signal)
         if not self.attempt("record how the run ended", recorder.write, ended):
             self._show(ended)
         self.attempt("write the run's page", self._write_page)

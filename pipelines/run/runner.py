@@ -85,7 +85,14 @@ class Run:
             begun = self._begin(plan, planner, snapshot)
             self._state.waiting.update({name: stage for name, stage in self.graph.stages.items() if name in planner.chosen})
             Supervisor(self.graph, self.store, begun, session, self._state, self._interrupts, self._ending, self._announce).run()
-            return self._ending.end(self.options, planner.given, begun.recorder, begun.tracker, self._interrupts.number)
+            return self._ending.end(
+                begun.recorder,
+                begun.tracker,
+                given=planner.given,
+                fresh=self.options.fresh,
+                until=self.options.until,
+                signal=self._interrupts.number,
+            )
 
     # ---- before the loop ----
 

@@ -12,22 +12,32 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 from cluster.commit import canonical_json
 from pipelines.store.action import Action
-
-if TYPE_CHECKING:
-    from pipelines.store.store import Store
+from pipelines.store.backend import Backend
 
 _COMPLETE = "index/complete.json"
 """Says that every action of the store has its entries."""
 
 
+class Records(Protocol):
+    """The records that are indexed, and where the entries go: what the index needs of the store."""
+
+    backend: Backend
+
+    def actions(self, key: str) -> list[Action]: ...
+
+    def all_actions(self) -> Iterator[Action]: ...
+
+
 class ActionIndex:
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    """Answers from the entries, and reads only the records that they name."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
         self._complete = False
         self._in_memory: dict[str, set[str]] | None = None
         """Name of a folder of the index to keys, for a store that can't be written."""
@@ -49,30 +59,30 @@ class ActionIndex:
         """Write an action's entries; call it before the record is written."""
         self._ensure_complete()
         for folder in _folders(action):
-            self._store.backend.put(f"index/{folder}/{action.key}", b"")
+            self._records.backend.put(f"index/{folder}/{action.key}", b"")
 
     def _actions(self, folder: str, belongs: Callable[[Action], bool]) -> list[Action]:
         self._ensure_complete()
         if self._in_memory is not None:
             keys = sorted(self._in_memory.get(folder, ()))
         else:
-            keys = [name.rpartition("/")[2] for name in self._store.backend.list(f"index/{folder}/")]
-        found = [action for key in keys for action in self._store.actions(key) if belongs(action)]
+            keys = [name.rpartition("/")[2] for name in self._records.backend.list(f"index/{folder}/")]
+        found = [action for key in keys for action in self._records.actions(key) if belongs(action)]
         return sorted(found, key=lambda action: (action.started_ms, action.number), reverse=True)
 
     def _ensure_complete(self) -> None:
-        if self._complete or self._store.backend.get(_COMPLETE) is not None:
+        if self._complete or self._records.backend.get(_COMPLETE) is not None:
             self._complete = True
             return
         entries: dict[str, set[str]] = defaultdict(set)
-        for action in self._store.all_actions():
+        for action in self._records.all_actions():
             for folder in _folders(action):
                 entries[folder].add(action.key)
         try:
             for folder, keys in entries.items():
                 for key in keys:
-                    self._store.backend.put(f"index/{folder}/{key}", b"")
-            self._store.backend.put(_COMPLETE, canonical_json({"schema": 1}))
+                    self._records.backend.put(f"index/{folder}/{key}", b"")
+            self._records.backend.put(_COMPLETE, canonical_json({"schema": 1}))
         except OSError:
             self._in_memory = entries
         self._complete = True
