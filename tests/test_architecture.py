@@ -104,7 +104,7 @@ def test_imports_between_wings_only_go_down(path: Path):
             assert name.split(".")[1] in allowed[wing], f"{path} imports {name}"
 
 
-def test_no_file_imports_itself_through_others():
+def test_no_file_imports_itself_through_other_files():
     """Imports under TYPE_CHECKING count: two files that name each other's types have to be read together."""
     modules = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in FILES}
     below = {

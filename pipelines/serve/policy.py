@@ -11,7 +11,7 @@ from pipelines.store.store import Store
 
 
 def find_policy(store: Store, reference: str) -> Model:
-    """The policy that a reference names. Every byte is verified first: damaged weights write text as well, and nobody could see it."""
+    """The policy that a reference names. Every byte is verified first: damaged weights would also write text, and no one would notice."""
     return sound_policy(store, resolve(store, reference))
 
 

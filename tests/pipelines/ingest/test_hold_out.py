@@ -99,7 +99,7 @@ def test_text_files_have_no_column_to_hold_out_by(by):
         IngestConfig(source="text", files=["a.txt"], hold_out={"share": 0.1, "by": by})
 
 
-def test_a_held_out_share_far_from_what_was_asked_is_recorded(ingested):
+def test_a_held_out_share_far_from_the_requested_one_is_recorded(ingested):
     # five books, of which one is 92 of 100 records: whichever side it falls on, the share is far from a half
     books = ["long"] * 92 + ["a", "a", "b", "b", "c", "c", "d", "d"]
     rows = "".join(json.dumps({"text": f"text {number}", "book": book}) + "\n" for number, book in enumerate(books)).encode()
@@ -109,6 +109,6 @@ def test_a_held_out_share_far_from_what_was_asked_is_recorded(ingested):
     assert result.metadata("hold_out") == {"asked": 0.5, "by": "book", "share": held_out / 100, "groups": 5}
 
 
-def test_a_share_near_what_was_asked_is_not_mentioned(ingested):
+def test_a_share_near_the_requested_one_is_not_mentioned(ingested):
     rows = "".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(1000)).encode()
     assert "hold_out" not in ingested({"a.jsonl": rows}, source="json", hold_out={"share": 0.1}).documents.metadata
