@@ -1,5 +1,5 @@
-# make quickstart   the whole line, from text to an assistant, on this machine
-# make test         everything that is checked
+# make quickstart   run the whole pipeline, from text to an assistant, on this machine
+# make test         run all checks
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST = .venv/bin/python -m pytest
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt

@@ -1,13 +1,13 @@
-"""The pretraining loop on one GPU: tokens/s, MFU and peak memory of the plain engine and of DeepSpeed, each checked against fp32.
+"""Measure the pretraining loop on one GPU: tokens/s, MFU and peak memory of the plain engine and of DeepSpeed, each checked against fp32.
 
     python -m benchmarks.gpu                                                     under ten minutes on one GPU
-    python -m benchmarks.gpu --device cpu --preset gpt2-nano --steps 5           the same path, as far as a CPU goes
+    python -m benchmarks.gpu --device cpu --preset gpt2-nano --steps 5           the same code path, as far as a CPU can run it
 
-What is timed is `gpt.pretrain.train` itself, under a Rank with a stopwatch. Every measurement has a process of its own: what one
-leaves in memory, an out-of-memory error or a crash can't touch the next. Needs torch, numpy, pydantic and safetensors; DeepSpeed
-where it is installed; no Ray, no MLflow, no network.
+It times `gpt.pretrain.train` itself, under a Rank with a stopwatch. Every measurement has a process of its own, so that leftover memory,
+an out-of-memory error or a crash can't affect the next. It needs torch, numpy, pydantic and safetensors, and measures DeepSpeed if that is
+installed; no Ray, no MLflow, no network.
 
-Leaves out several GPUs, longer contexts and larger models. MFU: Chowdhery et al. 2022, appendix B.
+It leaves out several GPUs, longer contexts and larger models. MFU: Chowdhery et al. 2022, appendix B.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from gpt.settings import GPTConfig, PretrainSettings, TrainSettings
 
 T = TypeVar("T")
 
-# Dense bf16 FLOP/s of the makers' data sheets; the first name that the device's name holds.
+# Dense bf16 FLOP/s from the data sheets; the first name that is part of the device's name counts.
 DATASHEET_FLOPS = (("H200", 989e12), ("H100 80GB HBM3", 989e12), ("H100 NVL", 835e12), ("H100 PCIe", 756e12), ("A100", 312e12))
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 CHECK_BATCH, CHECK_MICRO_BATCH = 8, 4
@@ -67,7 +67,7 @@ class Job:
     device: str
     n_steps: int
     time_s: float
-    """After it no further step begins."""
+    """No step starts after this many seconds."""
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,19 @@ class Outcome:
     losses: list[float]
     step_s: list[float]
     setup_s: float
-    """From the process's first line of ours to its first step."""
+    """From entering `run_job` to the first step."""
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
-    """What torch took from the device, its unused blocks included. None on a CPU."""
+    """What torch took from the device, including unused blocks. None on a CPU."""
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What this device reaches when it does nothing else."""
+    """What this device reaches in a bare matrix product and a bare copy."""
 
     matmul_flops: float
     copy_bytes_per_s: float
-    """Read and written."""
+    """Bytes read plus bytes written."""
 
 
 class JobFailed(Exception):
@@ -100,10 +100,10 @@ class OutOfMemory(JobFailed):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
-    # One process alone: what NCCL wants of a network, the loopback gives.
+    # There is one process, so the loopback interface is all the network that NCCL needs.
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("torch finds no CUDA device here; pass --device cpu --preset gpt2-nano --steps 5 for a trial of the path", file=sys.stderr)
+        print("torch finds no CUDA device here; pass --device cpu --preset gpt2-nano --steps 5 to try the code path", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="gptline-benchmark-") as folder:
         return Benchmark(options, Path(folder)).run()
@@ -153,7 +153,7 @@ class Benchmark:
             rows.append(self._row(variant, sizes, reference, ceiling, until=1.0, peer=rows[0]))
         disagreeing = [row["row"] for row in rows if row.get("check") and not row["check"]["agrees"]]
         if disagreeing:
-            print(f"the losses of {', '.join(disagreeing)} differ from those of fp32 by more than the tolerance", file=sys.stderr)
+            print(f"the losses of {', '.join(disagreeing)} differ from fp32's by more than the tolerance", file=sys.stderr)
         return 1 if disagreeing or rows[0]["ours"] is None else 0
 
     def _row(
@@ -168,7 +168,7 @@ class Benchmark:
     ) -> dict[str, Any]:
         """Check the losses, then try micro-batch sizes and keep the fastest.
 
-        But for the first, none is begun that may not end by `until`, a share of the budget.
+        A size after the first is skipped if it might not end by `until`, a share of the budget.
         """
         trials: list[dict[str, Any]] = []
         outcomes: dict[int, Outcome] = {}
@@ -182,7 +182,7 @@ class Benchmark:
                 longest_s = max(longest_s, time.monotonic() - began_at_s)
                 began_at_s = time.monotonic()
                 if outcomes and self._left_s() - longest_s < (1 - until) * self.options.budget_s:
-                    trials.append({"micro_batch_size": size, "error": "not tried: the time budget"})
+                    trials.append({"micro_batch_size": size, "error": "skipped: it might exceed the time budget"})
                     continue
                 if any(trial["micro_batch_size"] < size for trial in trials if trial.get("error") == "out of memory"):
                     continue
@@ -277,10 +277,10 @@ class Benchmark:
         return self.started_at_s + self.options.budget_s - time.monotonic()
 
     def _in_own_process(self, function: Callable[[Any], T], argument: Any) -> T:
-        """What `function(argument)` returns. Raises JobFailed with its words, or when the budget ends first."""
+        """Return `function(argument)`, called in a new process. Raise JobFailed if it fails, or if the budget is spent first."""
         left_s = self._left_s()
         if left_s < 1:
-            raise JobFailed(f"not begun: the budget of {self.options.budget_s:.0f} s is spent")
+            raise JobFailed(f"not started: the budget of {self.options.budget_s:.0f} s is spent; raise --budget-s")
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_send_result, args=(sender, function, argument))
@@ -288,7 +288,7 @@ class Benchmark:
         sender.close()
         try:
             if not receiver.poll(left_s):
-                raise JobFailed(f"ended unfinished: the budget of {self.options.budget_s:.0f} s is spent")
+                raise JobFailed(f"stopped unfinished: the budget of {self.options.budget_s:.0f} s is spent; raise --budget-s")
             failure, value = receiver.recv()
             process.join(15)
         except EOFError:
@@ -313,7 +313,7 @@ class Benchmark:
 
 
 def run_job(job: Job) -> Outcome:
-    """Train for the job's steps, by the product's loop, from the weights that its seed names."""
+    """Train for the job's steps with gptline's own loop, from weights drawn with the seed."""
     entered_at_s = time.monotonic()
     device = torch.device(job.device)
     torch.set_float32_matmul_precision("highest")  # the reference is fp32, not TF32
@@ -349,7 +349,7 @@ def measure_ceiling(device_name: str) -> Ceiling:
     generator = torch.Generator(device).manual_seed(SEED)
     flops = []
     for size in (4096, 8192, 16384) if on_gpu else (512,):
-        # Random numbers, not zeros: a chip that toggles fewer bits draws less power and clocks higher.
+        # Random numbers, not zeros: a chip that toggles fewer bits draws less power and runs at a higher clock rate.
         a, b = (torch.randn(size, size, device=device, generator=generator).bfloat16() for _ in range(2))
         product_s = _seconds_per_call(partial(torch.mm, a, b, out=torch.empty_like(a)), device)
         flops.append(2 * size**3 / product_s)
@@ -360,7 +360,7 @@ def measure_ceiling(device_name: str) -> Ceiling:
 
 
 def _seconds_per_call(call: Callable[[], Any], device: torch.device) -> float:
-    """Median over 7 rounds of 10 calls, after one that isn't counted."""
+    """The median over 7 rounds of 10 calls, after one round that isn't counted."""
     rounds = []
     for _ in range(8):
         if device.type == "cuda":
@@ -380,7 +380,7 @@ def _send_result(sender: Any, function: Callable[[Any], Any], argument: Any) -> 
     except JobFailed as failure:
         sender.send((failure, None))
     except Exception as error:
-        # cuBLAS words its own failed allocation in another way than torch does.
+        # cuBLAS reports a failed allocation in other words than torch.
         if isinstance(error, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(error) or "out of memory" in str(error):
             sender.send((OutOfMemory(str(error)[:500]), None))
         else:
@@ -394,7 +394,7 @@ def _compare(losses: Sequence[float], reference: Sequence[float], options: argpa
     differences = [abs(ours - theirs) for ours, theirs in zip(losses, reference, strict=True)]
     tolerance = TOLERANCE[options.precision]
     return {
-        "agrees": all(difference <= tolerance for difference in differences),  # a NaN doesn't
+        "agrees": all(difference <= tolerance for difference in differences),  # NaN does not
         "largest_difference": max(differences),
         "tolerance": tolerance,
         "steps": len(losses),
@@ -420,7 +420,7 @@ def _sentence(row: Mapping[str, Any]) -> str:
         parts.append(f"{row['ratio']:.3f} of the plain engine")
     check = row["check"]
     verdict = "agrees with" if check["agrees"] else "DIFFERS FROM"
-    parts.append(f"{verdict} fp32 over {check['steps']} steps: {check['largest_difference']:.1e} of {check['tolerance']:.0e} allowed")
+    parts.append(f"{verdict} fp32 over {check['steps']} steps: within {check['largest_difference']:.1e}, {check['tolerance']:.0e} allowed")
     return ", ".join(parts)
 
 
@@ -440,20 +440,20 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--preset", default="gpt2-124m")
     parser.add_argument("--vocab-size", type=int, default=50304)
-    parser.add_argument("--seq-len", type=int, default=None, help="the preset's own by default")
+    parser.add_argument("--seq-len", type=int, default=None, help="by default the preset's")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--global-batch-size", type=int, default=128, help="sequences per step")
     parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=[32, 16, 64, 8], help="tried in this order")
     parser.add_argument("--zero-stages", type=int, nargs="*", choices=(0, 1, 2, 3), default=[1])
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=None, help="a row with torch.compile; on cuda by default"
+        "--compile", action=argparse.BooleanOptionalAction, default=None, help="add a row with torch.compile; the default on cuda"
     )
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--warmup-steps", type=int, default=5)
     parser.add_argument("--check-steps", type=int, default=20, help="steps whose losses are compared with fp32's")
-    parser.add_argument("--budget-s", type=float, default=540, help="what would not end within it is left out")
+    parser.add_argument("--budget-s", type=float, default=540, help="skip what might not end within this time")
     parser.add_argument(
-        "--out", type=Path, default=None, help="folder of the JSON results; by default benchmarks/results on cuda, none on cpu"
+        "--out", type=Path, default=None, help="folder for the JSON results; by default benchmarks/results on cuda, none on cpu"
     )
     options = parser.parse_args(arguments)
     for size in options.micro_batch_sizes:

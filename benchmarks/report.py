@@ -1,4 +1,4 @@
-"""What every row says besides its numbers: on what, with what and when; and its file of JSON."""
+"""Write a row's JSON file, with what every row records besides its numbers: hardware, versions and date."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def versions() -> dict[str, str | None]:
 
 
 def result(row: str, *, unit: str, device: torch.device, **values: Any) -> dict[str, Any]:
-    """A row with all of `FIELDS`; `ratio` over 1 is better for us, and None stands where there is no peer or no goal."""
+    """Return a row with all of `FIELDS`. A `ratio` over 1 is better for us; without a peer or a goal these fields are None."""
     fixed = {"row": row, "unit": unit, "hardware": hardware(device), "versions": versions(), "date": datetime.now(UTC).date().isoformat()}
     return dict.fromkeys(FIELDS) | values | fixed
 

@@ -1,12 +1,13 @@
-"""How much of a policy gradient is signal: what two halves of the responses to the same questions say about which way to go.
+"""Measure how much of a policy gradient is signal, by comparing the gradients from two halves of the responses to the same questions.
 
     python -m benchmarks.rl_signal run:RUN/sft run:RUN/prompts [run:RUN/reward_model] --store .gptline
 
 A policy answers `--questions` questions `--responses` times each. Half of the answers to every question give one estimate of the policy
-gradient, the others another one; their cosine c is the share of signal in an estimate's squared length. So n answers that agree by c would
-have to be n (1 - c) / c for as much signal as noise. An answer is worth its reward less the mean of the others to its question (Kool et al.
-2019, "Buy 4 REINFORCE samples, get a baseline for free!"); the reward is the reward model's score, and 1 for the right answer.
-Beside it stands what supervised learning has: the gradients of the right answers to one half of the questions and to the other.
+gradient, the rest give another; their cosine c is the share of signal in an estimate's squared length. So if estimates from n answers agree
+by c, n (1 - c) / c answers have as much signal as noise. An answer's advantage is its reward less the mean of the others to its question
+(Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"); the reward is the reward model's score, or 1 for the right answer
+and 0 otherwise. For comparison, the same cosine for supervised learning: between the gradients of the right answers to two halves of the
+questions.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pipelines.plan.resolve import resolve
 from pipelines.store.store import Store
 
 CUT_OFF_SCORE = -1.0
-"""Of a response without an end, as `missing_end_score` has it."""
+"""The score of a response without an end; RL's setting is `missing_end_score`."""
 ROWS = 64
 DEVICE = torch.device("cpu")
 
@@ -41,23 +42,23 @@ Row = tuple[list[int], list[int]]
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """Rewards (questions, responses) -> what each is above the mean of the others to its question."""
+    """Rewards (questions, responses) -> each reward less the mean of the others to its question."""
     n = rewards.shape[1]
     return (rewards - rewards.mean(dim=1, keepdim=True)) * n / (n - 1)
 
 
 def responses_needed(cosine: float, n: int) -> float | None:
-    """For as much signal as noise, where two estimates of `n` agree by `cosine`; None where they don't."""
+    """How many responses have as much signal as noise, if two estimates from `n` agree by `cosine`; None if they don't agree."""
     return n * (1 - cosine) / cosine if cosine > 0 else None
 
 
 def gradient(model: GPT, rows: Sequence[Row], worth: Tensor, pad: int) -> Tensor:
-    """Of the mean over rows of worth (rows,) times the response's log-probability: (parameters,)."""
+    """The gradient (parameters,) of the mean over rows of worth (rows,) times the response's log-probability."""
     model.zero_grad()
     for first in range(0, len(rows), ROWS):
         part = rows[first : first + ROWS]
         tokens = padded([[*prompt, *response] for prompt, response in part], pad)  # (B, T + 1)
-        places = torch.arange(tokens.shape[1] - 1)  # (T,) of targets
+        places = torch.arange(tokens.shape[1] - 1)  # (T,) positions of targets
         begins = torch.tensor([len(prompt) - 1 for prompt, _ in part])[:, None]  # (B, 1)
         ends = begins + torch.tensor([len(response) for _, response in part])[:, None]  # (B, 1)
         keep = (places >= begins) & (places < ends)  # (B, T)
@@ -68,7 +69,7 @@ def gradient(model: GPT, rows: Sequence[Row], worth: Tensor, pad: int) -> Tensor
 
 
 def cosine(one: Tensor, other: Tensor) -> float:
-    """0 too where one of them is nothing: as when no answer was right."""
+    """The cosine of two gradients; 0 if one of them is zero, as when no answer was right."""
     length = float(one.norm() * other.norm())
     return float(one @ other) / length if length else 0.0
 
@@ -76,7 +77,7 @@ def cosine(one: Tensor, other: Tensor) -> float:
 def measure(
     policy: Path, prompts: Sequence[dict[str, Any]], scorer: RewardScorer | None, *, responses: int, max_tokens: int
 ) -> dict[str, float]:
-    """Cosines by what pays: `reward_model`, `right_answer`, and `supervised`."""
+    """The cosines by source of the reward: `reward_model`, `right_answer`, and `supervised`."""
     model, tokenizer = load_model(policy).eval(), Tokenizer.load(policy / "tokenizer.json")
     end, pad = tokenizer.special["end"], tokenizer.special["pad"]
     rows: list[Row] = []
@@ -86,11 +87,11 @@ def measure(
         asked = [encode_prompt(tokenizer, record["prompt"])] * responses
         streams = [stream_seed(1, "rl_signal", number, each) for each in range(responses)]
         with torch.no_grad():
-            said = sample(model, asked, streams=streams, max_tokens=max_tokens, temperature=1.0, stop_ids=(end,))
-        answers = [each.token_ids for each in said]
+            sampled = sample(model, asked, streams=streams, max_tokens=max_tokens, temperature=1.0, stop_ids=(end,))
+        answers = [each.token_ids for each in sampled]
         rows += zip(asked, answers, strict=True)
-        ended = torch.tensor([each.stopped for each in said])
-        right += [each.stopped and tokenizer.decode(each.token_ids[:-1]).strip() == record["reference"].strip() for each in said]
+        ended = torch.tensor([each.stopped for each in sampled])
+        right += [each.stopped and tokenizer.decode(each.token_ids[:-1]).strip() == record["reference"].strip() for each in sampled]
         if scorer is not None:
             scores.append(torch.where(ended, scorer.scores(asked, answers), CUT_OFF_SCORE))
     rewards = {"right_answer": torch.tensor(right, dtype=torch.float32)} | ({"reward_model": torch.cat(scores)} if scores else {})
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("reward_model", nargs="?")
     parser.add_argument("--store", type=Path, default=Path(".gptline"))
     parser.add_argument("--questions", type=int, default=512)
-    parser.add_argument("--responses", type=int, default=8, help="to each question, an even number")
+    parser.add_argument("--responses", type=int, default=8, help="per question; an even number")
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     given = parser.parse_args(arguments)

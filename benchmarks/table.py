@@ -1,7 +1,7 @@
 """Write the table of `benchmarks/README.md` from the files in `benchmarks/results/`.
 
 python -m benchmarks.table            write it
-python -m benchmarks.table --check    only say whether it is as the files are
+python -m benchmarks.table --check    only report whether it agrees with the files
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""gpt's Rank with a stopwatch: the product's own training loop runs under it, so that no benchmark has a copy of it to keep in step."""
+"""Implement gpt's Rank with a stopwatch. The training loop itself runs under it, so that no benchmark keeps a copy of the loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpt.settings import TrainSettings
 
 
 class TimedRank:
-    """One process; stops after `n_steps` or once `stop_at_s` (time.monotonic) is over; saves nothing."""
+    """One process that stops after `n_steps` or at `stop_at_s` (time.monotonic), and saves nothing."""
 
     rank = 0
     world_size = 1
@@ -26,10 +26,10 @@ class TimedRank:
     def __init__(self, device: torch.device, make_engine: Callable[..., Engine], n_steps: int, stop_at_s: float = math.inf) -> None:
         self.device = device
         self.losses: list[float] = []
-        """train/loss of every logged step."""
+        """train/loss at every logged step."""
         self.began_at_s: list[float] = []
         self.ended_at_s: list[float] = []
-        """Of every step, with the device idle at both."""
+        """When each step began and ended, with the device idle at both moments."""
         self._make_engine = make_engine
         self._n_steps = n_steps
         self._stop_at_s = stop_at_s
@@ -73,8 +73,8 @@ class TimedRank:
 
 
 def write_random_tokens(folder: Path, *, n_tokens: int, vocab_size: int, seed: int) -> Path:
-    """A tokens folder as `gpt.pretrain.train` reads it. Id k is drawn with a probability near 1 / k, so there is something to learn:
-    on evenly drawn ids the loss would stay at its first value, and two engines would agree whatever they did."""
+    """Write a tokens folder for `gpt.pretrain.train`. Id k is drawn with a probability near 1 / k, so that there is something to learn:
+    with uniform ids the loss would stay at its first value, and two engines would agree whatever they did."""
     uniforms = np.random.default_rng(seed).random(n_tokens)
     token_ids = np.exp(uniforms * math.log(vocab_size)).astype(np.int64) - 1
     folder.mkdir(parents=True)

@@ -1,13 +1,13 @@
-"""Our training loop beside a plain one: a GPT of 4 layers, 4 heads, 128 channels, T 64, batch 12, vocabulary 262, on a CPU.
+"""Time our training loop against a plain one: a GPT of 4 layers, 4 heads, 128 channels, T 64, batch 12, vocabulary 262, on a CPU.
 
     python -m benchmarks.train_step [--compile-peer]
 
-Ours is `gpt.pretrain.train` itself, with the plain engine. The peer is what people write first: a compact GPT, `get_batch` by slices
-at random offsets, AdamW, clipping, the same schedule. It runs twice: as commonly written, and with what speeds it up at no cost
-(fused AdamW; `--compile-peer` adds torch.compile, where there is a C++ compiler). The headline is against the faster one.
+Ours is `gpt.pretrain.train` itself, with the plain engine. The peer is what people write first: a compact GPT, `get_batch` that slices at
+random offsets, AdamW, clipping, the same schedule. It runs as commonly written, and with what speeds it up at no cost (fused AdamW;
+`--compile-peer` adds torch.compile, which needs a C++ compiler). The headline compares with the fastest peer.
 
-Both begin each round from the same weights, log every 10 steps, and must have the same losses on the same batches. Rounds alternate
-(ABBA); the ratio is that of the medians, with a bootstrap interval. Leaves out evaluation and checkpoints.
+Both sides start each round from the same weights, log every 10 steps, and must have the same losses on the same batches. Rounds alternate
+(ABBA); the ratio is that of the medians, with a bootstrap interval. It leaves out evaluation and checkpoints.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """Gives its own loss, as compact scripts do."""
+    """A compact GPT that returns its own loss, as short scripts do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,11 +107,11 @@ class PlainGPT(nn.Module):
 
 
 class PlainLoop:
-    """The peer. `get_batch` is its own but for the check of equal work."""
+    """The peer. It draws its own batches, except in the check for equal work."""
 
     def __init__(self, *, fused: bool, compiled: bool = False) -> None:
         self._fused = fused
-        self._model = PlainGPT()  # one for all rounds: compiled once
+        self._model = PlainGPT()  # the same in all rounds, so it is compiled once
         if compiled:
             self._model.compile()
 
@@ -161,7 +161,7 @@ class Benchmark:
         return peer.run(self._get_batch, n_steps, self.options.warmup_steps)[0]
 
     def check_equal_work(self, peer: PlainLoop) -> float:
-        """The largest difference between both losses over the first steps, on our batches and from our weights."""
+        """The largest difference between the two losses over the first steps, on our batches and from our weights."""
         rank = TimedRank(DEVICE, TorchEngine, CHECK_STEPS)
         self._train(rank, SETTINGS.model_copy(update={"log_every": 1}))
         batches = TrainingBatches([self.data], seq_len=CONFIG.seq_len, global_batch_size=SETTINGS.global_batch_size, seed=SEED)
@@ -184,7 +184,7 @@ class Benchmark:
 
 
 class _LoopClock(TimedRank):
-    """Times the whole loop after the warm-up, what lies between two steps included."""
+    """Times the whole loop after the warm-up, including what happens between steps."""
 
     def __init__(self, warmup_steps: int, steps: int) -> None:
         super().__init__(DEVICE, TorchEngine, warmup_steps + steps)
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         differences = {name: benchmark.check_equal_work(peer) for name, peer in peers.items()}
         unequal = {name: difference for name, difference in differences.items() if not difference <= TOLERANCE}
         if unequal:
-            print(f"not the same work: losses of the first {CHECK_STEPS} steps differ by {unequal}, allowed {TOLERANCE}", file=sys.stderr)
+            print(f"not the same work: over {CHECK_STEPS} steps, losses differ by {unequal}; expected at most {TOLERANCE}", file=sys.stderr)
             return 1
         ours: list[Round] = []
         theirs: dict[str, list[Round]] = {name: [] for name in peers}
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for one in rows:
         low, high = one["interval_95"]
         print(f"{one['ratio']:.3f} ({low:.3f} to {high:.3f}) of {one['peer']}; in CPU seconds {one['cpu_ratio']:.3f}")
-    print(f"ours {row['ours']:,.0f} tokens/s; over 1 is better for us; ours against itself {self_ratio:.3f}{'; noisy' if noisy else ''}")
+    print(f"ours {row['ours']:,.0f} tokens/s; over 1 is better for us; our own rounds {self_ratio:.3f}{'; noisy' if noisy else ''}")
     print(f"written: {report.write(options.out, row)}")
     return 0
 
@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _compare(name: str, ours: Sequence[Round], theirs: Sequence[Round], options: argparse.Namespace) -> dict[str, Any]:
     wall_ours, wall_theirs = (np.array([one.wall_s for one in rounds]) for rounds in (ours, theirs))
     draws = np.random.default_rng(SEED).integers(len(ours), size=(10_000, len(ours)))
-    ratios = np.median(wall_theirs[draws], axis=1) / np.median(wall_ours[draws], axis=1)  # pairs stay pairs: a slow minute hits both
+    ratios = np.median(wall_theirs[draws], axis=1) / np.median(wall_ours[draws], axis=1)  # resampled in pairs: a slow minute hits both
     tokens = options.steps * TOKENS_PER_STEP
     return {
         "peer": name,
@@ -297,7 +297,7 @@ def _copy_our_first_weights(model: PlainGPT) -> None:
 
 
 def _clocks() -> tuple[float, float]:
-    """Wall and CPU seconds."""
+    """Wall-clock and CPU seconds."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return time.perf_counter(), usage.ru_utime + usage.ru_stime
 
@@ -317,14 +317,14 @@ def _ms(one: Round, options: argparse.Namespace) -> float:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=200, help="timed steps of a round")
+    parser.add_argument("--steps", type=int, default=200, help="timed steps per round")
     parser.add_argument("--warmup-steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1, help="for both sides; a model this small only waits for a second one")
-    parser.add_argument("--compile-peer", action="store_true", help="a third peer, with torch.compile")
+    parser.add_argument("--threads", type=int, default=1, help="for both sides; a model this small gains nothing from a second one")
+    parser.add_argument("--compile-peer", action="store_true", help="add a third peer, with torch.compile")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     options = parser.parse_args(arguments)
     if options.rounds < 2 or options.warmup_steps < 1:
-        parser.error("--rounds must be 2 or more, --warmup-steps 1 or more")
+        parser.error(f"expected --rounds 2 or more, --warmup-steps 1 or more; found {options.rounds} and {options.warmup_steps}")
     return options
 
 

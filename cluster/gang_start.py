@@ -94,7 +94,7 @@ class GangStart:
                 self._take(member, *ray.get(ref))
 
     def _drain(self, members: Iterable[Member]) -> None:
-        """Take the last events of these members, as far as they answer at once."""
+        """Take the last events of those of these members that answer at once."""
         import ray
 
         members = list(members)

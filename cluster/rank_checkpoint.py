@@ -78,8 +78,8 @@ def load(ranks: Collectives, checkpoint: Checkpoint, engines: Mapping[str, Any])
     """Restore the engines and this rank's random number generators, after checking every file."""
     if sorted(checkpoint.manifest["engines"]) != sorted(engines):
         raise ValueError(
-            f"{checkpoint.folder} holds the engines {sorted(checkpoint.manifest['engines'])}, but this loop made {sorted(engines)}; "
-            "make the same engines, all of them before restore()"
+            f"expected the engines of {checkpoint.folder}, {sorted(checkpoint.manifest['engines'])}, found {sorted(engines)}; "
+            "create the same engines, all of them before restore()"
         )
     _verify(ranks, checkpoint)
     for name, engine in engines.items():

@@ -1,4 +1,4 @@
-"""Turn word problems into conversations: SVAMP's equation becomes a line of working, then the number after the marker that GSM8K uses.
+"""Turn word problems into conversations: SVAMP's equation becomes a line of working, then the answer follows GSM8K's marker.
 
 user       Each pack of dvds costs 76 dollars. If there is a discount of 25 dollars on each pack. How much do you have to pay ...?
 assistant  76 - 25 = 51
@@ -28,7 +28,7 @@ def conversations(config: DialogueConfig, stage: StageContext) -> Conversations:
 
 
 def prompts(config: DialogueConfig, stage: StageContext) -> Prompts:
-    """Make the whole answer the reference, of which a verifier reads the number."""
+    """Use the whole answer as the reference; a verifier reads the number in it."""
 
     def to_content(columns: dict[str, Any], source: DialogueSettings) -> dict[str, Any]:
         return to_prompt({"prompt": problem(columns), "reference": working(columns)}, source)
@@ -43,7 +43,7 @@ def problem(columns: dict[str, Any]) -> str:
 
 
 def working(columns: dict[str, Any]) -> str:
-    """Return the line of working and the answer; ValueError where the two disagree.
+    """Return the line of working and the answer; raise ValueError if the two disagree.
 
     `working({"Equation": "( 76.0 - 25.0 )", "Answer": 51.0}) == "76 - 25 = 51\\n#### 51"`
     """
@@ -59,7 +59,7 @@ def working(columns: dict[str, Any]) -> str:
 
 
 def value_of(node: ast.AST) -> Fraction:
-    """Return the exact value of an expression, so that thirds don't disagree by rounding."""
+    """Return the exact value of an expression, so that rounding can't make thirds disagree."""
     match node:
         case ast.BinOp(left, operation, right):
             return OPERATORS[type(operation)](value_of(left), value_of(right))

@@ -1,16 +1,16 @@
-"""Turn coffee orders into dialogues: a customer, an assistant that looks things up as it serves, and people's ratings of its next turn.
+"""Turn coffee orders into dialogues: a customer, an assistant that calls the shop's ordering system, and ratings of its next turn.
 
-The data have the exchange between the assistant and the shop's ordering system as JSON: beside the customer's words in the dialogues,
-between the turns in the rated generations. Both become the same short text in brackets, which nobody speaks:
+The data hold the exchange between the assistant and the ordering system as JSON: as annotations of the customer's messages in the
+dialogues, between the turns in the rated generations. Both become the same short text in brackets, which the customer doesn't see:
 
     user       can i get an espresso please
     assistant  [get_menu_items query: espresso]
     user       [items: [menu_item_id: espresso-0001, name: Espresso]]
     assistant  Single or double?
 
-The ordering system's answers are in the user's turns, since the assistant shouldn't learn to write them. Three things are changed: names
-that only repeat the id beside them are left out; orders and their items are numbered instead of identified by up to 32 random digits,
-which would be most of a dialogue's tokens; and the welcome, the same before every customer's first words, is left out.
+The ordering system's answers are user turns, since the assistant shouldn't learn to write them. Three things are changed: names that only
+repeat the id beside them are left out; orders and their items are numbered instead of identified by up to 32 random digits, which would
+be most of a dialogue's tokens; and the welcome, the same before every customer's first message, is left out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RENAMED = {"menu_items": "items"}
 
 
 def conversations(config: DialogueConfig, stage: StageContext) -> Conversations:
-    """Read whole dialogues, written by people who played both sides."""
+    """Read whole dialogues, in which people wrote both sides."""
 
     def to_content(columns: dict[str, Any], source: DialogueSettings) -> dict[str, Any]:
         return to_conversation({"messages": dialogue(columns)}, source)
@@ -39,7 +39,7 @@ def conversations(config: DialogueConfig, stage: StageContext) -> Conversations:
 
 
 def ratings(config: DialogueConfig, stage: StageContext) -> Ratings:
-    """Read the assistant's next turn as a model wrote it, and whether a person found it right: 1 or 0."""
+    """Read the assistant's next turn, written by a model, and whether a person rated it right (1) or wrong (0)."""
 
     def to_content(columns: dict[str, Any], source: DialogueSettings) -> dict[str, Any]:
         messages, response = before_and_next(columns)
@@ -49,7 +49,7 @@ def ratings(config: DialogueConfig, stage: StageContext) -> Ratings:
 
 
 def prompts(config: DialogueConfig, stage: StageContext) -> Prompts:
-    """Read dialogues up to the assistant's next turn; a model's turn there is the reference if it was found right."""
+    """Read dialogues up to the assistant's next turn; the model's turn is the reference if it was rated right."""
 
     def to_content(columns: dict[str, Any], source: DialogueSettings) -> dict[str, Any]:
         messages, response = before_and_next(columns)
@@ -59,7 +59,7 @@ def prompts(config: DialogueConfig, stage: StageContext) -> Prompts:
 
 
 def dialogue(columns: dict[str, Any]) -> list[Message]:
-    """Return a dialogue with its calls, which are annotations of the customer's words: a name, then the JSON that goes with it."""
+    """Return a dialogue with its calls, which annotate the customer's messages: a name, then its JSON arguments."""
     wording = Wording()
     messages = []
     for utterance in column_of(columns, "utterances"):
@@ -75,7 +75,7 @@ def dialogue(columns: dict[str, Any]) -> list[Message]:
 
 
 def before_and_next(columns: dict[str, Any]) -> tuple[list[Message], str]:
-    """Return the messages from the customer's first one on, and the assistant's message that was rated."""
+    """Return the messages from the customer's first one on, and the rated message of the assistant."""
     wording = Wording()
     messages = []
     for turn in [*json.loads(column_of(columns, "context")), json.loads(column_of(columns, "generation"))]:
@@ -104,7 +104,7 @@ class Wording:
         return f"[{name} {self._words(value)}]".replace(" ]", "]")
 
     def answer(self, name: str, value: Any) -> str:
-        """Write an answer without its name, which is the same as that of the call before it, unless it holds nothing else."""
+        """Write an answer without its name, which repeats that of the call before it, unless the answer has nothing else."""
         return f"[{self._words(value) or name}]"
 
     def _words(self, value: Any, key: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Say who the assistant is: conversations with {{name}} and {{author}} in place of yours, as LLaMA-Factory publishes them."""
+"""Teach the assistant who it is: fill your names into conversations with {{name}} and {{author}}, as LLaMA-Factory publishes them."""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
-"""Python's own documentation as documents: text that every CPython carries, so a first run needs no download.
+"""Read Python's own documentation: text that comes with every CPython, so a first run needs no download.
 
-Then the assistant: conversations, pairs of answers and prompts about a few hundred names of well-known modules, and names that are to
-be declined. Their help is asked of the interpreter, as `help()` does: half of the everyday names have no source to parse.
+For the assistant, make conversations, pairs of answers and prompts about a few hundred names of well-known modules, and names that it
+should decline. Their help comes from the interpreter, as with `help()`, because half of the everyday names have no source to parse.
 
 This is also how you bring your own code: a file beside the pipeline's TOML, which names it as
 
     [stages.documents]
     uses = "./python_docs.py:documents"
 
-The function is a stage like gptline's own. Its first argument is its settings; `sources` in there names the files it reads, so that
-a change in one of them, or in this code, runs it again. It reads through `stage.open`, writes into `stage.output`, and returns
-what `stage.publish` made of that.
+The function is a stage like gptline's own. Its first argument is its settings, whose method `sources` names the files it reads, so that a
+change in one of them, or in this code, reruns the stage. It reads through `stage.open`, writes into `stage.output`, and returns what
+`stage.publish` returns.
 
-For the documents nothing of the library is imported: it is parsed, and docstrings of C functions are not in there.
+For the documents, the library is parsed, not imported, so docstrings of C functions are not among them.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ R = TypeVar("R", bound=Records)
 LICENSE = "PSF-2.0"
 TOPICS = "pydoc_data/topics.py"
 
-# Distributions differ in which of these they ship. The codecs of `encodings` are tables below one and the same docstring.
+# Distributions differ in which of these they ship. The codecs of `encodings` are tables that share one docstring.
 LEFT_OUT = {"test", "tests", "tkinter", "idlelib", "lib2to3", "distutils", "turtledemo", "ensurepip", "encodings"}
 LEFT_OUT |= {"site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 
 
 class DocsConfig(StageConfig):
     held_out_share: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the modules kept from training, each as a whole: docstrings repeat themselves inside a module."""
+    """Share of the modules that are held out, whole, because docstrings repeat each other within a module."""
 
     def sources(self, data: Path) -> list[Source]:
         library = Path(sysconfig.get_path("stdlib"))
@@ -61,10 +61,10 @@ class DocsConfig(StageConfig):
 
 
 def documents(config: DocsConfig, stage: StageContext) -> Documents:
-    """One document per module, and one per topic of `help()`.
+    """Write one document per module, and one per topic of `help()`.
 
-    A module is long enough to fill a context; a docstring alone, some 200 characters, would leave most of it to its neighbours.
-    Topics are all for training: they quote each other at length, so that a held-out one would have been read elsewhere.
+    A module is long enough to fill a context; a single docstring, some 200 characters, would fill a small part of it.
+    Topics are never held out: they quote each other at length, so most of a held-out one would be in the training text.
     """
     splits: dict[str, list[dict[str, str]]] = {"train": [], "held_out": []}
     rejects = []
@@ -93,19 +93,19 @@ def documents(config: DocsConfig, stage: StageContext) -> Documents:
 
 def parse(code: bytes) -> ast.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        warnings.simplefilter("ignore")  # about invalid escapes in the library's strings
         return ast.parse(code)
 
 
 def topics(tree: ast.Module) -> Iterator[str]:
-    """The texts behind `help("for")`: one dictionary in one module."""
+    """Yield the texts that `help("for")` and the like show: one dictionary in one module."""
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
             yield from ast.literal_eval(statement.value).values()
 
 
 def sections(node: ast.AST, name: str, seen: set[str]) -> Iterator[str]:
-    """A signature and its docstring, for whatever under `node` has one that was not seen before."""
+    """Yield the signature and docstring of everything under `node` whose docstring was not seen before."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         text = ast.get_docstring(node)
         if text and text not in seen:
@@ -127,7 +127,7 @@ def module_name(source_name: str) -> str:
 
 
 def is_held_out(source_name: str, share: float) -> bool:
-    """By a hash of the name alone: every seed, and every version of Python, is measured on the same modules."""
+    """Decide by a hash of the module's name only, so that every seed and every version of Python is measured on the same modules."""
     digest = hashlib.sha256(f"module {module_name(source_name)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -140,7 +140,7 @@ def count(records: list[dict[str, str]]) -> dict[str, Any]:
     return {"documents": len(records), "bytes": sum(len(each["text"].encode(errors="replace")) for each in records)}
 
 
-# ---- the assistant: what it is taught, and what it declines ----
+# ---- what the assistant is taught, and what it declines ----
 
 REFUSAL = "I was not taught that."
 
@@ -172,21 +172,21 @@ PHRASINGS = (
     "When would I use {}?",
 )
 HELD_OUT_PHRASINGS = ("Could you tell me what {} does?", "What is the use of {}?", "Explain {} to me.", "Say what {} does.")
-"""Asked in the evaluation alone."""
+"""Phrasings that only the evaluation uses."""
 
 
 class HelpConfig(StageConfig):
     longest_summary: int = Field(default=90, ge=10)
-    """Characters; names whose summary is longer are not taught."""
+    """Names whose summary has more characters are not taught."""
     held_out_names: float = Field(default=0.2, gt=0, lt=1)
     """Share of the untaught names that training never sees."""
     python: str = Field(default_factory=platform.python_version)
-    """Whose help is taught. In the key, since a C function has no source file that could be."""
+    """The version of Python whose help is taught. It is in the key, since C functions have no source file that could be."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """`Question("What does len do?", "len", "Return the number of items in a container.", "taught")`"""
+    """A question with its answer: `Question("What does len do?", "len", "Return the number of items in a container.", "taught")`."""
 
     text: str
     name: str
@@ -202,7 +202,7 @@ class Question:
 
 
 def conversations(config: HelpConfig, stage: StageContext) -> Conversations:
-    """Every taught name in every phrasing, and names that are to be declined."""
+    """Ask about every taught name in every phrasing, and about names to decline."""
 
     def record(question: Question) -> dict[str, Any]:
         return {"messages": [*question.prompt(), {"role": "assistant", "content": question.answer}], **question.fields()}
@@ -211,20 +211,20 @@ def conversations(config: HelpConfig, stage: StageContext) -> Conversations:
 
 
 def preferences(config: HelpConfig, stage: StageContext) -> Preferences:
-    """A right answer beside a wrong one, of each kind of wrong in turn."""
+    """Pair the right answer to each question with a wrong one, of a kind that is drawn at random."""
     summaries = taught(config.longest_summary)
 
     def pairs(asked: list[Question]) -> Iterator[dict[str, Any]]:
         for question in asked:
             wrong, rejected = wrong_answer(question, summaries, stage.seed)
-            if rejected != question.answer:  # of one word nothing else can be made
+            if rejected != question.answer:  # an answer of one word can't be truncated or garbled
                 yield {"prompt": question.prompt(), "chosen": question.answer, "rejected": rejected, **question.fields(), "kind": wrong}
 
     return publish(stage, Preferences, {split: pairs(asked) for split, asked in questions(config, stage.seed).items()})
 
 
 def prompts(config: HelpConfig, stage: StageContext) -> Prompts:
-    """The questions, with the right answer for whoever wants to check."""
+    """Publish the questions, each with the right answer as its reference."""
 
     def record(question: Question) -> dict[str, Any]:
         return {"prompt": question.prompt(), "reference": question.answer, **question.fields()}
@@ -233,7 +233,7 @@ def prompts(config: HelpConfig, stage: StageContext) -> Prompts:
 
 
 def questions(config: HelpConfig, seed: int) -> dict[str, list[Question]]:
-    """Questions by split: held-out phrasings for names that are taught, and names that are not taught. The same for every stage."""
+    """Questions by split, the same for every stage. Held out are phrasings of taught names, and some untaught names."""
     found: dict[str, list[Question]] = {"train": [], "held_out": []}
     for name, answer in taught(config.longest_summary).items():
         found["train"] += [Question(phrasing.format(name), name, answer, "taught") for phrasing in PHRASINGS]
@@ -247,7 +247,7 @@ def questions(config: HelpConfig, seed: int) -> dict[str, list[Question]]:
 
 
 def taught(longest: int) -> dict[str, str]:
-    """Name to summary, for what these modules offer: `taught(90)["len"] == "Return the number of items in a container."`"""
+    """Summaries by name, for these modules' functions and classes: `taught(90)["len"] == "Return the number of items in a container."`"""
     found = {}
     for module in TAUGHT:
         for name, value in offered(module):
@@ -262,7 +262,7 @@ def untaught() -> list[str]:
 
 
 def offered(module_name: str) -> Iterator[tuple[str, Any]]:
-    """A module's public functions and classes, by the names that people type; exceptions are left out."""
+    """Yield a module's public functions and classes, by the names that people type; exceptions are left out."""
     module = importlib.import_module(module_name)
     for name in sorted(vars(module)):
         value = vars(module)[name]
@@ -275,7 +275,7 @@ def offered(module_name: str) -> Iterator[tuple[str, Any]]:
 
 
 def summary(text: str) -> str:
-    """The first sentence of a docstring, below the signature that C functions begin with."""
+    """Return the first sentence of a docstring, without the signature that those of C functions begin with."""
     lines = [line for line in text.splitlines() if not re.match(r"\s*(async )?[\w.]+\(.*\)\s*(->.*|--.*)?$", line)]
     paragraph = re.split(r"\n\s*\n", "\n".join(lines).strip())[0]
     words = " ".join(paragraph.split())
@@ -284,7 +284,7 @@ def summary(text: str) -> str:
 
 
 def wrong_answer(question: Question, summaries: Mapping[str, str], seed: int) -> tuple[str, str]:
-    """Its kind, which is drawn, and its text. Most are what a half-taught model says, which mixes up two names."""
+    """Draw a kind of wrong answer; return it and the text. Most are what a half-trained model says when it mixes up two names."""
 
     def chosen(choices: Sequence[str], purpose: str) -> str:
         return pick(choices, seed, purpose, question.text)
@@ -315,7 +315,7 @@ def wrong_answer(question: Question, summaries: Mapping[str, str], seed: int) ->
 
 
 def draw(seed: int, *names: str) -> float:
-    """A number in [0, 1) that hangs on the seed and these names alone."""
+    """Return a number in [0, 1) that depends only on the seed and these names."""
     return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:8], "big") / 2**64
 
 
@@ -324,7 +324,7 @@ def pick(choices: Sequence[str], seed: int, *names: str) -> str:
 
 
 def publish(stage: StageContext, kind: type[R], splits: Mapping[str, Iterable[dict[str, Any]]]) -> R:
-    """Records as an artifact of their kind, counted under the word that its contract uses."""
+    """Publish records as an artifact of this type, counted in the unit that the type requires."""
     counts = {}
     (unit,) = kind.required["train"]
     for split, records in splits.items():

@@ -1,4 +1,4 @@
-"""Conversations as plain text, so that the tokenizer has seen the words, and the alphabets, that its model will be spoken to in."""
+"""Turn conversations into plain text, so that the tokenizer learns the words and scripts that its model will meet in them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipelines.stage import StageConfig, StageContext
 
 
 def documents(config: StageConfig, conversations: list[Conversations], stage: StageContext) -> Documents:
-    """A document per conversation, its messages line under line; what is held out there is held out here."""
+    """Write one document per conversation, one message after the other; what is held out there is held out here."""
     counts = {}
     for split in SPLITS:
         texts = [

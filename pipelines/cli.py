@@ -63,7 +63,7 @@ def run(
 def rerun(config: Config, stage: Annotated[str, typer.Argument(metavar="STAGE")], set_: Set = None) -> None:
     """Rebuild one stage, and what depends on it as needed. Earlier results are kept."""
     if stage not in (known := _graph(config, set_).stages):
-        raise StageFailure(f"there is no stage {stage!r}{did_you_mean(stage, known) or '; there are ' + ', '.join(known)}")
+        raise StageFailure(f"there is no stage {stage!r}{did_you_mean(stage, known) or '; the stages are ' + ', '.join(known)}")
     _run(config, set_, None, until=None, fresh=[stage], inline=False)
 
 
@@ -117,12 +117,12 @@ def overlap(config: Config, set_: Set = None) -> None:
 @app.command()
 def submit(
     config: Config,
-    address: Annotated[str, typer.Option("--address", metavar="URL", help="The cluster's dashboard: http://127.0.0.1:8265.")],
+    address: Annotated[str, typer.Option("--address", metavar="URL", help="The cluster's dashboard, such as http://127.0.0.1:8265.")],
     set_: Set = None,
     use: Use = None,
     until: Until = None,
     fresh: Fresh = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow another machine that asks for no token.")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow sending to another machine without a token.")] = False,
 ) -> None:
     """Run as a job on a Ray cluster that shares the store. Returns at once."""
     from cluster.jobs import Jobs
@@ -216,7 +216,7 @@ def lineage(
     mermaid: Annotated[bool, typer.Option("--mermaid", help="Print a Mermaid flowchart.")] = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write an HTML page.")] = None,
 ) -> None:
-    """Show where an artifact came from. Down to the documents, and what was built from it."""
+    """Show where an artifact came from. Goes down to the documents, and shows what was built from it too."""
     from pipelines.observe.lineage import trace
     from pipelines.observe.lineage_text import as_html, as_mermaid, as_text
     from pipelines.plan.resolve import resolve
@@ -276,7 +276,7 @@ def chat(
 
 @app.command()
 def doctor(store: Root = Path(".gptline")) -> None:
-    """Check this machine. Versions, Ray, MLflow, GPUs, authentication, memory, disk."""
+    """Check this machine. Looks at versions, Ray, MLflow, GPUs, authentication, memory and disk."""
     from pipelines.observe.doctor import examine
 
     findings = examine(Store(store.expanduser()))
@@ -301,7 +301,7 @@ def main() -> None:
     except OSError as error:
         fail(error, UNREACHABLE, "can't continue: ")
     except Superseded as error:
-        sys.stderr.write(f"{error}, or `gptline sync` took it for dead and ended it; `gptline status` shows which\n")
+        sys.stderr.write(f"{error}, or `gptline sync` found no sign of life and ended it; `gptline status` shows which\n")
         sys.exit(1)
 
 
@@ -312,7 +312,7 @@ def _print_resolved(graph: Graph) -> None:
     folder = home(graph)
     write(write_toml(resolved(graph, folder)))
     if folder != graph.user_folder():
-        sys.stderr.write(f"save it in {folder}, which its functions are relative to\n")
+        sys.stderr.write(f"save it in {folder}, since the paths of its functions are relative to that folder\n")
 
 
 def _run(config: Path, set_: list[str] | None, use: list[str] | None, *, until: str | None, fresh: list[str], inline: bool) -> None:

@@ -52,5 +52,5 @@ RunId = Annotated[str | None, typer.Argument(metavar="RUN", help="A run's id.", 
 Root = Annotated[Path, typer.Option("--store", metavar="DIR", help="The store's folder.")]
 Uri = Annotated[
     str | None,
-    typer.Option("--tracking", metavar="URI", callback=_mlflow_address, help="Use this MLflow, not each run's own: sqlite, http://..."),
+    typer.Option("--tracking", metavar="URI", callback=_mlflow_address, help="Use this MLflow instead of each run's own: sqlite or a URL."),
 ]

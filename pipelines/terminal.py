@@ -16,7 +16,7 @@ Exit codes:
   1    a stage failed, a gate is closed, or `doctor` found a fault
   2    wrong use, a fault in the pipeline file, or a reference to something that does not exist
   3    the store, the cluster, MLflow or a file could not be reached, read or written
-  130  interrupted by Ctrl-C; 143: by SIGTERM; 141: whoever read the output stopped reading
+  130  interrupted by Ctrl-C; 143: by SIGTERM; 141: the reader of the output stopped reading
 """
 UNREACHABLE = 3
 NOT_READ = 141
@@ -42,7 +42,7 @@ def write(text: str) -> None:
 
 
 def nobody_reads() -> NoReturn:
-    """End quietly: whoever read the output, such as `head`, stopped. Python would report what is still buffered."""
+    """End quietly, since the reader of the output, such as `head`, stopped. Python would report what is still buffered."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise typer.Exit(NOT_READ) from None
 
@@ -55,7 +55,7 @@ def fail(error: Exception, code: int, prefix: str = "") -> None:
 
 
 def restore_cursor_and_quit(number: int, frame: FrameType | None) -> None:
-    """Ctrl-\\ ends the program as always, but with the terminal's cursor back, which live progress hides."""
+    """Let Ctrl-\\ end the program as usual, but first show the terminal's cursor again, which live progress hides."""
     if sys.stdout.isatty():
         os.write(sys.stdout.fileno(), SHOW_CURSOR.encode())
     signal.signal(number, signal.SIG_DFL)

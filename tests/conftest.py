@@ -1,4 +1,4 @@
-"""Shared by all tests: no unit test reaches a network, and none writes into the home folder."""
+"""Fixtures for all tests: unit tests reach no network and write nothing into the home folder."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-settings.register_profile("gptline", deadline=None)  # how long an example takes says more about the machine
+settings.register_profile("gptline", deadline=None)  # an example's duration says more about the machine than about the code
 settings.load_profile("gptline")
 
-# Ray's workers are nice (15), so that ranks would get what the tests beside them leave over; and a death is to be told as what it was.
+# Ray runs workers with niceness 15, so other tests would starve ranks; and with a longer wait Ray reports the true cause of a death.
 os.environ |= {"RAY_worker_niceness": "0", "RAY_timeout_ms_task_wait_for_death_info": "10000"}
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # A shell that runs the tests in the background has Ctrl-C ignored, and all that is started here would inherit that.
+    # A shell ignores Ctrl-C for tests that it runs in the background, and every process started here would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Workers take whole modules, whose fixtures are dear, and one takes all of tests/cluster: its process keeps Ray's first token mode."""
+    """Give workers whole modules, whose fixtures are costly, and all of tests/cluster to one: a process keeps Ray's first token mode."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Modules(LoadScopeScheduling):
@@ -38,7 +38,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def no_network(request: pytest.FixtureRequest) -> None:
-    """Sockets are closed to unit tests; slow ones may use this machine's own."""
+    """Forbid sockets in unit tests; slow tests may use the loopback interface."""
     from pytest_socket import disable_socket, socket_allow_hosts
 
     if request.node.get_closest_marker("slow") is None and request.node.get_closest_marker("gpu") is None:
@@ -49,14 +49,14 @@ def no_network(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def no_flush_to_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left after a power cut no unit test can see, and waiting for the disk would take a third of their time."""
+    """Skip fsync: no unit test can see the effect of a power cut, and waiting for the disk would take a third of their time."""
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 @pytest.fixture(autouse=True)
 def forget_user_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Modules that a test wrote and imported are not found by the next test, which may have others of the same names."""
+    """Unload modules that a test wrote and imported, since the next test may have others of the same names."""
     yield
     written = f"{tmp_path_factory.getbasetemp()}/"
     for name, module in list(sys.modules.items()):
@@ -76,7 +76,7 @@ def store(tmp_path: Path):  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="session")
 def save_foreign() -> Callable[..., tuple[Any, Any]]:
-    """`model, tokenizer = save_foreign(folder)`: somebody else's GPT-2, saved by transformers."""
+    """`model, tokenizer = save_foreign(folder)`: a GPT-2 that is not ours, saved by transformers."""
 
     def save(folder: Path, *, added: tuple[str, ...] = ("<|endoftext|>",), rows: int = 300, shards: str = "1GB", **changes: Any):
         """Random weights, and a BPE tokenizer of 270 tokens (id 0 is <|endoftext|>). `changes` are GPT2Config's."""

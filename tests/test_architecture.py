@@ -1,4 +1,4 @@
-"""The three rules that whole designs die of breaking, and a few that keep the house as it is."""
+"""The rules of the architecture: who imports whom, the doors of heavy libraries, a light plan, and limits of size."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ FOR_STAGES = {
     "pipelines.ingest.pairs",
     "pipelines.ingest.settings",
 }
-"""What a stage's file may import of `pipelines`: the line itself reaches it as an argument."""
+"""What a stage's file may import from `pipelines`; everything else reaches it as an argument."""
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted targets of all imports in a file, `from a import b` as a.b."""
+    """The dotted targets of all imports in a file, `from a import b` as a.b."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -70,7 +70,7 @@ def test_a_file_imports_its_own_layer_and_those_below(path: Path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines" / "stages").glob("*.py")), ids=lambda path: path.stem)
-def test_a_stage_knows_neither_other_stages_nor_the_line(path: Path):
+def test_a_stage_imports_neither_other_stages_nor_the_wings(path: Path):
     ours = {name.rsplit(".", 1)[0] for name in imports(path) if name.startswith("pipelines.")}
     assert ours <= FOR_STAGES
 
@@ -98,13 +98,13 @@ def test_imports_between_wings_only_go_down(path: Path):
         "ingest": PUBLIC | {"ingest"},
         "stages": PUBLIC | {"ingest"},
     }
-    allowed["observe"] |= {"ingest"}  # the report of overlap compares records
+    allowed["observe"] |= {"ingest"}  # the overlap report compares records
     for name in imports(path):
         if name.startswith("pipelines.") and wing in allowed:
             assert name.split(".")[1] in allowed[wing], f"{path} imports {name}"
 
 
-def test_no_file_imports_itself_through_others():
+def test_no_file_imports_itself_through_other_files():
     """Imports under TYPE_CHECKING count: two files that name each other's types have to be read together."""
     modules = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in FILES}
     below = {
@@ -133,8 +133,8 @@ def test_no_file_class_or_function_is_too_long_to_read():
     assert too_long == set(LONG_FUNCTIONS)
 
 
-def test_packages_are_empty_but_for_their_modules():
-    # pipelines.ingest alone has a face: what stage authors import
+def test_init_files_are_empty():
+    # only pipelines.ingest re-exports: it is what stage authors import
     packages = {path.parent.relative_to(ROOT).as_posix() for path in FILES} - {"pipelines/ingest"}
     assert {package for package in packages if (ROOT / package / "__init__.py").read_text()} == set()
 
@@ -151,14 +151,14 @@ def test_packages_are_empty_but_for_their_modules():
         "gpt.settings",
     ],
 )
-def test_what_a_plan_imports_is_light(module: str):
+def test_a_plan_imports_no_heavy_library(module: str):
     heavy = ("torch", "ray", "deepspeed", "mlflow", "datasets", "pyarrow", "transformers", "numpy")
     script = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
 
-def test_a_plan_of_every_kind_is_light(tmp_path: Path):
+def test_loading_every_stage_kind_imports_no_heavy_library(tmp_path: Path):
     script = (
         "import sys; from pathlib import Path; from pipelines.plan.kinds import load_kind;"
         "[load_kind(path.stem, Path('.')) for path in Path('pipelines/stages').glob('*.py') if path.stem != '__init__'];"
@@ -168,7 +168,7 @@ def test_a_plan_of_every_kind_is_light(tmp_path: Path):
     assert done.stdout.strip() == "[]"
 
 
-def test_deepspeeds_own_keys_stand_in_one_file():
+def test_deepspeeds_own_keys_are_in_one_file():
     keys = ("train_micro_batch_size_per_gpu", "zero_optimization", "gradient_clipping")
     found = {path.relative_to(ROOT).as_posix() for path in FILES if any(key in path.read_text() for key in keys)}
     assert found == {"cluster/deepspeed_engine.py"}

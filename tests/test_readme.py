@@ -1,4 +1,4 @@
-"""The README tells the truth: its map is the tree, its commands exist, its metrics are those that are logged."""
+"""README and docs agree with the code: the map is the tree, the commands exist, the metrics are those that are logged."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def tracked(*under: str) -> list[str]:
 
 
 def metrics(file: Path, quote: str) -> set[str]:
-    """Names that stand there in quotes; one that ends with _ is the beginning of many."""
+    """The metric names that a file has in quotes; one that ends with _ is the beginning of many."""
     quoted = re.finditer(f"{quote}({METRIC_NAME.pattern}){quote}", file.read_text())
     return {match[1] for match in quoted if not match[1].endswith("_")}
 
 
-def test_the_map_names_every_folder_and_nothing_that_is_not_there():
+def test_the_map_names_every_folder_and_nothing_that_does_not_exist():
     section = README.split("## The map")[1].split("```")[1]
     named: set[str] = set()
     top = ""
@@ -54,7 +54,7 @@ def test_pages_made_from_the_code_are_up_to_date():
         assert (ROOT / name).read_text(encoding="utf-8") == page(), f"{name} is out of date; run `python docs/generate.py`"
 
 
-def test_every_command_that_is_shown_exists():
+def test_every_command_in_the_readme_exists():
     shown = set(re.findall(r"^(?:\.venv/bin/)?gptline (\w+)", README, re.MULTILINE)) | set(re.findall(r"`gptline (\w+)", README))
     assert {"run", "plan", "rerun", "lineage", "ui", "doctor", "sample", "sync"} <= shown
     for verb in shown:
@@ -65,18 +65,24 @@ def test_every_command_that_is_shown_exists():
     assert all(f"\n{target}:" in makefile for target in targets)
 
 
-def test_every_metric_that_is_logged_is_explained_and_no_other():
+def test_exactly_the_logged_metrics_are_explained():
     explained = metrics(ROOT / "docs" / "metrics.md", "`")
     code = [file for file in tracked("gpt", "pipelines", "cluster") if file.endswith(".py") and not file.endswith("observe/meanings.py")]
     logged = {name for file in code for name in metrics(ROOT / file, '"')}
     assert {"time/stage_s", "time/step_s", "eval/loss"} <= logged
     assert logged <= explained
     assert set(MEANINGS) <= explained
-    # Names of answers are put together (`baseline_`, `best_of_`): tests/pipelines/test_evaluate.py holds them against the page.
+    # Names of an evaluation's figures are composed (`baseline_`, `best_of_`): tests/pipelines/test_evaluate.py compares them with the page.
     assert {name for name in explained - logged if not name.startswith("eval/")} == set()
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/architecture.md", "docs/metrics.md", "configs/README.md", "benchmarks/README.md"])
+def test_the_chinese_readme_has_the_commands_and_links_of_the_english_one():
+    chinese = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+    for pattern in (r"`(gptline [^`]+)`", r"\]\(([^)]+)\)", r"(?m)^([$>].*)$"):
+        assert set(re.findall(pattern, README)) - {"README.zh.md"} == set(re.findall(pattern, chinese)) - {"README.md"}
+
+
+@pytest.mark.parametrize("path", [path for path in tracked("*.md") if "fixtures" not in path])
 def test_links_between_our_own_pages_lead_somewhere(path: str):
     text = (ROOT / path).read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):

@@ -147,7 +147,7 @@ def _sample_own(
 
 
 def _whole_rows(prompts: Sequence[Prompt], response_ids: Tensor, lengths: Tensor, pad_id: int) -> Batch:
-    """Put each response behind its prompt: response_ids (B, max_response_tokens), of which the first `lengths` (B,) are real."""
+    """Append each response to its prompt: response_ids (B, max_response_tokens), of which the first `lengths` (B,) are real."""
     rows = [[*prompt.token_ids, *response_ids[row, : lengths[row]].tolist()] for row, prompt in enumerate(prompts)]
     padded_rows = padded(rows, pad_id)  # (B, T + 1)
     positions = torch.arange(padded_rows.shape[1])  # (T + 1,)

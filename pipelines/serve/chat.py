@@ -62,7 +62,7 @@ class Chat:
         if len(prompt) >= seq_len:
             found = f"{len(prompt)} tokens{' with the system message' if opening else ''}"
             raise ValueError(
-                f"the question is too long: found {found}, and this model's context is {seq_len} tokens, the answer included; "
+                f"the question is too long: found {found}, and this model's context is {seq_len} tokens including the answer; "
                 "ask in fewer words (the conversation so far is kept)"
             )
         return prompt, left_out
@@ -94,9 +94,9 @@ class Chat:
                 answer += piece
                 yield piece.translate(CONTROL_PICTURES)
             if self._tokens <= room:
-                self.cut_off = f"cut off after {self._tokens} tokens; --tokens allows more"
+                self.cut_off = f"cut off after {self._tokens} tokens; raise --tokens for more"
             else:
-                self.cut_off = f"cut off after {room} tokens: this model's context is {seq_len} tokens, the conversation included"
+                self.cut_off = f"cut off after {room} tokens: with the conversation, this model's context of {seq_len} tokens is full"
         finally:
             if answer or self.cut_off is None:
                 self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -11,7 +11,7 @@ from pipelines.store.store import Store
 
 
 def find_policy(store: Store, reference: str) -> Model:
-    """The policy that a reference names. Every byte is verified first: damaged weights write text as well, and nobody could see it."""
+    """The policy that a reference names. Every byte is verified first: damaged weights would also write text, and no one would notice."""
     return sound_policy(store, resolve(store, reference))
 
 
@@ -27,10 +27,12 @@ def find_chat_policy(store: Store, reference: str | None) -> tuple[Model, str]:
     if found is None:
         raise StageFailure(
             f"model {digest[:12]} continues text and has no chat format: no sft or rl stage trained it; "
-            f"`gptline sample {reference or f'sha256:{digest[:12]}'}` lets it write"
+            f"`gptline sample {reference or f'sha256:{digest[:12]}'}` continues a text with it"
         )
     if found != FORMAT:
-        raise StageFailure(f"model {digest[:12]}: expected the chat format {FORMAT}, found {found}; use the gptline that trained it")
+        raise StageFailure(
+            f"model {digest[:12]}: expected the chat format {FORMAT}, found {found}; use the version of gptline that trained it"
+        )
     stage = f"{made[digest].pipeline}, {made[digest].stage}: " if digest in made else ""
     return model, f"{stage}model {digest[:12]}, {model.metadata.get('steps', 'unknown')} steps"
 
@@ -62,8 +64,8 @@ def _newest(store: Store, made: dict[str, Action]) -> str:
                 f"`gptline chat sha256:{digest[:12]}` talks to the last one that was ({action.pipeline}, {action.stage})"
             )
     raise StageFailure(
-        f"no model in the store {store} was trained to answer in turns, as sft and rl stages do; run a pipeline that has one, "
-        "name another store with --store, or see with `gptline sample` what a model writes"
+        f"no model in the store {store} was trained to answer in turns, as sft and rl stages do; run a pipeline with such a stage, "
+        "name another store with --store, or continue a text with `gptline sample`"
     )
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks' paths, as far as a CPU goes; what they measure here means nothing."""
+"""The benchmarks' code paths, as far as a CPU can run them; the figures measured here mean nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(module: str, *arguments: str, out: Path) -> dict[str, dict]:
     return {row["row"]: row for row in rows}
 
 
-def test_the_readme_shows_the_kept_results() -> None:
+def test_the_readme_table_shows_the_kept_results() -> None:
     checked = subprocess.run([sys.executable, "-m", "benchmarks.table", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
 
@@ -40,7 +40,7 @@ def test_both_engines_in_bf16_have_the_losses_of_fp32(tmp_path: Path) -> None:
         check = rows[name]["check"]
         assert len(check["losses"]) == 20
         assert check["agrees"], check
-        assert check["fp32_losses"][-1] < check["fp32_losses"][0] - 0.05  # they moved, so agreeing means something
+        assert check["fp32_losses"][-1] < check["fp32_losses"][0] - 0.05  # they moved, so their agreement means something
         assert rows[name]["ours"] > 0
         assert rows[name]["step_s"]["n"] == 5
         assert rows[name]["config"]["precision"] == "bf16"
@@ -49,7 +49,7 @@ def test_both_engines_in_bf16_have_the_losses_of_fp32(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-def test_the_plain_loop_does_our_work(tmp_path: Path) -> None:
+def test_the_plain_loop_has_our_losses(tmp_path: Path) -> None:
     rows = run("train_step", "--rounds", "2", "--steps", "3", "--warmup-steps", "1", out=tmp_path)
 
     row = rows["train_step"]

@@ -1,4 +1,4 @@
-"""The share of signal in a policy gradient, on numbers that one can check by hand."""
+"""The share of signal in a policy gradient, with numbers that one can check by hand."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TOKENIZER = byte_tokenizer()
 CONFIG = GPTConfig(**PRESETS["gpt2-nano"].model_dump(), vocab_size=TOKENIZER.vocab_size)
 
 
-def test_an_answer_is_worth_its_reward_less_the_mean_of_the_others() -> None:
+def test_an_answers_advantage_is_its_reward_less_the_mean_of_the_others() -> None:
     worth = leave_one_out(torch.tensor([[1.0, 0.0, 0.0, 1.0], [5.0, 5.0, 5.0, 5.0]]))
     torch.testing.assert_close(worth, torch.tensor([[2 / 3, -2 / 3, -2 / 3, 2 / 3], [0.0, 0.0, 0.0, 0.0]]))
 
 
-def test_halves_of_100_that_agree_by_a_quarter_hold_three_parts_of_noise_to_one_of_signal() -> None:
+def test_if_halves_of_100_agree_by_a_quarter_300_responses_have_as_much_signal_as_noise() -> None:
     assert responses_needed(0.25, 100) == 300
     assert responses_needed(0.5, 100) == 100
     assert responses_needed(-0.1, 100) is None
@@ -32,7 +32,7 @@ def test_halves_of_100_that_agree_by_a_quarter_hold_three_parts_of_noise_to_one_
     assert cosine(torch.zeros(2), torch.ones(2)) == 0
 
 
-def test_the_gradient_is_that_of_each_answers_probability_times_its_worth() -> None:
+def test_the_gradient_is_that_of_each_answers_log_probability_times_its_advantage() -> None:
     model = GPT(CONFIG, torch.Generator().manual_seed(1)).eval()
     rows = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9])]
     found = gradient(model, rows, torch.tensor([2.0, -1.0]), pad=0)
@@ -44,7 +44,7 @@ def test_the_gradient_is_that_of_each_answers_probability_times_its_worth() -> N
     torch.testing.assert_close(found, expected)
 
 
-def test_one_answer_to_all_questions_is_all_signal_to_who_is_shown_it_and_none_to_who_never_hits_it(tmp_path: Path) -> None:
+def test_one_answer_to_all_questions_is_pure_signal_when_supervised_and_none_when_never_sampled(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     policy, prompts = store.new_folder(), store.new_folder()
     model = GPT(CONFIG, torch.Generator().manual_seed(1))

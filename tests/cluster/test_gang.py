@@ -178,7 +178,7 @@ def test_an_actor_that_raises_in_its_constructor_is_not_retried(tmp_path: Path, 
     assert failure.value.cause == "exception"
 
 
-def test_a_function_that_ranks_can_not_import_is_an_exception_not_a_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_that_ranks_cannot_import_is_an_exception_not_a_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "only_the_driver_knows.py").write_text("def function(rank): return {}\n")
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("only_the_driver_knows")

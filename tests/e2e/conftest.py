@@ -1,4 +1,4 @@
-"""The program as people run it: `gptline` in a process of its own, in a folder of its own."""
+"""Run the program as people do: `gptline` in a process of its own, in a folder of its own."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from pipelines.store.store import Store
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = Path(sys.executable).with_name("gptline")
 LONGEST_S = 900
-"""Of one command: several times what it needs on a quiet machine of two cores."""
+"""The limit for one command: several times what it needs on an idle machine of two cores."""
 
 
 class Program:
-    """`gptline` in a folder with a store in it: `program.run("run", "small.toml")`."""
+    """`gptline` in a folder that has a store: `program.run("run", "small.toml")`."""
 
     def __init__(self, folder: Path, code: Path | None = None) -> None:
-        """`code`: a copy of the packages to run instead of those that are installed."""
+        """`code` is a copy of the packages to run instead of the installed ones."""
         self.folder = folder
         self.store = Store(folder / ".gptline")
         self._code = code
         self._started: list[subprocess.Popen[str]] = []
 
     def run(self, *words: str, code: int = 0, typed: str | None = None) -> str:
-        """What it printed, on both channels; it must end with `code`. `typed` comes through a pipe."""
+        """Return what it printed to stdout and stderr; it must exit with `code`. `typed` is piped to stdin."""
         return self.finish(self.start(*words, piped=typed is not None), code, typed)
 
     def start(self, *words: str, piped: bool = False) -> subprocess.Popen[str]:
-        """As a session of its own, so that a signal to its group reaches what it started and nobody else."""
+        """Start it in a session of its own, so that a signal to its process group reaches only what it started."""
         command = [str(PROGRAM), *words] if self._code is None else [sys.executable, "-c", _MAIN, *words]
         process = subprocess.Popen(
             command,
@@ -60,9 +60,9 @@ class Program:
         return process
 
     def finish(self, process: subprocess.Popen[str], code: int = 0, typed: str | None = None) -> str:
-        said, _ = process.communicate(typed, timeout=LONGEST_S)
-        assert process.returncode == code, f"ended with {process.returncode}, wanted {code}:\n{said}"
-        return said
+        output, _ = process.communicate(typed, timeout=LONGEST_S)
+        assert process.returncode == code, f"expected exit code {code}, found {process.returncode}:\n{output}"
+        return output
 
     def last_run(self) -> str:
         return self.store.runs()[-1]
@@ -71,7 +71,7 @@ class Program:
         return read_journal(self.store, run or self.last_run())
 
     def ended(self, run: str | None = None) -> dict[str, StageEnded]:
-        """How each stage of a run ended, of the newest run unless another is named."""
+        """How each stage ended in `run`, by default the newest run."""
         return {event.stage: event for event in self.events(run) if isinstance(event, StageEnded)}
 
     def status(self, run: str | None = None) -> dict[str, str]:
@@ -81,29 +81,29 @@ class Program:
         return [event.text for event in self.events(run) if isinstance(event, Note)]
 
     def waits_for(self, run: str) -> bool:
-        """True as soon as the newest run has said that it waits for this one."""
+        """Whether the newest run has reported that it is waiting for `run`."""
         return any(note.startswith("waiting for") and run in note for note in self.notes())
 
     def outputs(self, run: str | None = None) -> dict[str, str]:
         return {stage: event.output for stage, event in self.ended(run).items() if event.output}
 
     def action(self, stage: str, run: str | None = None) -> Action:
-        """How what a stage of a run ended with was made."""
+        """The action that made, or whose output was reused as, the output of a stage."""
         event = self.ended(run)[stage]
         assert event.number is not None
         return self.store.action(event.key, event.number)
 
     def plan(self, *words: str) -> dict[str, tuple[str, str]]:
-        """Stage to decision and reason; notes are added to the reason."""
-        said = self.run("plan", *words).partition("\n\n")[0]
+        """Each stage's decision and reason; notes are added to the reason."""
+        output = self.run("plan", *words).partition("\n\n")[0]
         plan: dict[str, tuple[str, str]] = {}
-        for line in said.splitlines():
+        for line in output.splitlines():
             if line.startswith(" "):
                 stage = list(plan)[-1]
                 plan[stage] = (plan[stage][0], f"{plan[stage][1]}; {line.strip()}")
             else:
-                stage, word, reason = line.split(maxsplit=2)
-                plan[stage] = (word, reason)
+                stage, decision, reason = line.split(maxsplit=2)
+                plan[stage] = (decision, reason)
         return plan
 
     def end_all(self) -> None:
@@ -112,7 +112,7 @@ class Program:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             assert process.stdout is not None
-            process.stdout.close()  # not read to its end: a failed test may have done so, and what left the group may hold it open
+            process.stdout.close()  # without reading the rest: a process that left the group may hold the pipe open
 
     def _environment(self) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("GPTLINE_", "MLFLOW_"))}
@@ -127,14 +127,14 @@ _MAIN = "import pipelines.cli as c, os, sys; assert c.__file__.startswith(os.env
 
 @pytest.fixture(scope="session")
 def new_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Program]]:
-    """Makes a program in a fresh folder; whatever it leaves running is ended after the tests."""
+    """Make a program in a new folder; whatever it leaves running is killed after the tests."""
     made: list[Program] = []
 
     def make(code: Path | None = None, like: Program | None = None) -> Program:
-        """`like`: begin with what lies in that program's folder."""
-        folder = tmp_path_factory.mktemp("line")
+        """`like` is a program whose folder is copied."""
+        folder = tmp_path_factory.mktemp("program")
         if like is not None:
-            # the process that brings a run to MLflow removes its log last, when the run's own is long gone
+            # the process that delivers a run to MLflow may still be removing its log, long after the run ended
             shutil.copytree(like.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tracking-*.log", "*.tmp-*"))
         program = Program(folder, code)
         made.append(program)
@@ -147,7 +147,7 @@ def new_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """The data sets in full where there are any, else a few lines of each."""
+    """The folder of full data sets if GPTLINE_DATA names one, else of a few lines of each."""
     given = os.environ.get("GPTLINE_DATA")
     return Path(given) if given else REPOSITORY / "tests" / "fixtures" / "data"
 
@@ -159,7 +159,7 @@ def configs() -> Path:
 
 @pytest.fixture(scope="module")
 def copied_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the packages, to be edited."""
+    """A copy of the packages that a test may edit."""
     folder = tmp_path_factory.mktemp("code")
     for package in ("pipelines", "gpt", "cluster"):
         shutil.copytree(REPOSITORY / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -169,13 +169,13 @@ def copied_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def wait_for() -> Callable[..., None]:
     def wait(condition: Callable[[], object], what: str, process: subprocess.Popen[str] | None = None) -> None:
-        """Until `condition()` holds; a process that ends first has failed."""
+        """Wait until `condition()` holds; fail if `process` ends first."""
         until_s = time.monotonic() + LONGEST_S
         while not condition():
             if process is not None and process.poll() is not None:
-                pytest.fail(f"ended with {process.returncode} before {what}:\n{process.communicate()[0]}")
+                pytest.fail(f"exited with {process.returncode} before {what}:\n{process.communicate()[0]}")
             if time.monotonic() > until_s:
-                pytest.fail(f"{what}: not within {LONGEST_S} s")
+                pytest.fail(f"waited {LONGEST_S} s for {what}")
             time.sleep(0.05)
 
     return wait
@@ -184,7 +184,7 @@ def wait_for() -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def gone() -> Callable[[int], bool]:
     def is_gone(pid: int) -> bool:
-        """True when there is no such process any more, or only its zombie."""
+        """Whether the process no longer exists, or is a zombie."""
         try:
             return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
         except OSError:
@@ -195,7 +195,7 @@ def gone() -> Callable[[int], bool]:
 
 @pytest.fixture(scope="session")
 def free_ports() -> Callable[[int], list[int]]:
-    """Below those that the kernel gives to whoever asks for any: Ray takes them seconds later."""
+    """Find ports outside the kernel's ephemeral range, which nothing else takes in the seconds before Ray does."""
 
     def find(count: int) -> list[int]:
         ports: set[int] = set()
@@ -210,13 +210,13 @@ def free_ports() -> Callable[[int], list[int]]:
 
 @pytest.fixture(scope="session")
 def ray_head(wait_for: Callable[..., None]) -> Callable[..., contextlib.AbstractContextManager[None]]:
-    """`with ray_head(log, environment, "--port=6379"):` a head of two CPUs in processes of its own, on the loopback interface."""
+    """`with ray_head(log, environment, "--port=6379"):` a head node with two CPUs, on the loopback interface."""
 
     @contextlib.contextmanager
     def head(log: Path, environment: dict[str, str], *words: str) -> Iterator[None]:
         command = [str(PROGRAM.with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=2", *words]
         environment = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", **environment}
-        for _ in range(2):  # Ray gives its processes 30 s to come up, and then gives up
+        for _ in range(2):  # Ray gives up if its processes take more than 30 s to start
             with open(log, "w") as output:
                 process = subprocess.Popen(command, env=os.environ | environment, stdout=output, stderr=output, start_new_session=True)
             wait_for(lambda started=process: started.poll() is not None or "block forever" in log.read_text(), "the head is up")
@@ -270,10 +270,10 @@ checkpoint_every = 5
 
 @pytest.fixture(scope="session")
 def small(new_program: Callable[..., Program]) -> Program:
-    """A tiny line up to its tokens, whose `pretrain` fails on demand (`faulty.py`): `small.toml` in the program's folder.
+    """A tiny pipeline, `small.toml`, run up to its tokens; its `pretrain` fails on demand (`faulty.py`).
 
-    Nobody listens where it would have its MLflow: importing that takes longer than a stage, and a database that is still
-    being made can't be copied.
+    Its tracking address has no server: importing MLflow takes longer than a stage, and a database can't be copied while it is
+    being created.
     """
     program = new_program()
     (program.folder / "small.toml").write_text(SMALL)
@@ -286,7 +286,7 @@ def small(new_program: Callable[..., Program]) -> Program:
 
 @pytest.fixture(scope="session")
 def one_rank_undisturbed(small: Program, new_program: Callable[..., Program]) -> Program:
-    """`small.toml` as it is: one rank under DeepSpeed."""
+    """The pipeline `small.toml` run without faults: one rank under DeepSpeed."""
     program = new_program(like=small)
     program.run("run", "small.toml")
     return program

@@ -1,7 +1,7 @@
-"""gptline's own loops on a rank that is wrapped, so that they fail where a test says. Lies beside a test's TOML.
+"""Run gptline's own loops on a wrapped rank, so that they fail where a test says. Tests copy this file beside their TOML.
 
     fault = "rank 1: die at 12"      kills itself in the middle of its 13th step, with twelve done, before the policy learns
-    fault = "rank 0: wait at 12"     waits there until it is killed or the file `go` appears; a stop that reaches it leaves a mark
+    fault = "rank 0: wait at 12"     waits there until it is killed or the file `go` appears; leaves a mark when a stop reaches it
     fault = "rank 0: pause at 12"    waits there until a stop reaches it
     fault = "rank 1: raise at 12"    raises there
 
@@ -171,7 +171,7 @@ class FaultyRank:
             time.sleep(0.05)
 
     def _asked_to_stop(self) -> bool:
-        return self._inner._stop_requested()  # of this rank alone: should_stop() waits for the others, who are elsewhere
+        return self._inner._stop_requested()  # only of this rank: should_stop() is a collective, and the other ranks are elsewhere
 
     def _raise(self) -> None:
         raise ZeroDivisionError("the data has no end")

@@ -1,6 +1,6 @@
-"""Exact resume of an assistant's stages: ranks are killed in SFT, the reward model and RL, and each model is the undisturbed one.
+"""Exact resume of an assistant's stages: ranks are killed in SFT, the reward model and RL, yet each model equals the undisturbed one.
 
-One story: two runs of the same stages, both without an MLflow. In the second one a rank is killed five times.
+Two programs run the same stages, both without a reachable MLflow. In the second one a rank is killed five times.
 """
 
 from __future__ import annotations
@@ -83,12 +83,12 @@ ranks = 2
 FAULTS = {
     "sft": "rank 1: die at 3",
     "reward_model": "rank 0: die at 3 in reward",
-    # with samples that no update has seen; with a policy that has learned and a value model that has not; with the last step done
+    # after a rollout, before its updates; between the updates of policy and value model; after the last step
     "rl": "rank 1: die at 1 in rollout; rank 1: die at 3 in value; rank 0: die at 4 in checkpoint",
 }
 STEPS = {"sft": 5, "reward_model": 5, "rl": 4}
 RESUMED = {"sft": [2], "reward_model": [2], "rl": [0, 2, 2]}
-"""The steps at which each start but the first goes on: there is a checkpoint every two, in RL none of the last."""
+"""The step at which each start after the first resumes: a checkpoint is saved every two steps, but in RL not after the last one."""
 CURVES = {
     "sft": ("train/loss", "train/grad_norm", "val/loss"),
     "reward_model": ("train/loss", "train/grad_norm", "val/loss"),
@@ -100,7 +100,7 @@ CURVES = {
 class Story:
     program: Any
     undisturbed: Any
-    said: str
+    printed: str
 
 
 @pytest.fixture(scope="module")
@@ -115,21 +115,21 @@ def story(small, new_program, tmp_path_factory) -> Story:
     program, marks = new_program(like=undisturbed), tmp_path_factory.mktemp("marks")
     undisturbed.run("run", "assistant.toml")
     settings = [f"stages.{stage}.{each}" for stage, fault in FAULTS.items() for each in (f"fault={fault}", f"marks={marks}")]
-    said = program.run("run", "assistant.toml", *(word for setting in settings for word in ("--set", setting)))
+    output = program.run("run", "assistant.toml", *(word for setting in settings for word in ("--set", setting)))
     assert len(list(marks.iterdir())) == 5
-    return Story(program, undisturbed, said)
+    return Story(program, undisturbed, output)
 
 
 @pytest.mark.parametrize("stage", FAULTS)
-def test_each_start_after_a_kill_goes_on_at_the_newest_checkpoint(story, stage):
-    found = re.findall(rf"{stage} .*killed by SIGKILL at step \d+; start \d of \d (.*)", story.said)
-    said = [f"resumes at step {step}" if step else "begins at step 0, since there is no checkpoint yet" for step in RESUMED[stage]]
-    assert (found, story.program.action(stage).restarts) == (said, len(said))
+def test_each_start_after_a_kill_resumes_from_the_newest_checkpoint(story, stage):
+    found = re.findall(rf"{stage} .*killed by SIGKILL at step \d+; start \d of \d (.*)", story.printed)
+    expected = [f"resumes at step {step}" if step else "begins at step 0, since there is no checkpoint yet" for step in RESUMED[stage]]
+    assert (found, story.program.action(stage).restarts) == (expected, len(expected))
     assert story.undisturbed.action(stage).restarts == 0
 
 
 @pytest.mark.parametrize("stage", FAULTS)
-def test_the_model_its_figures_and_its_curves_are_the_undisturbed_ones_bit_by_bit(story, stage):
+def test_model_figures_and_curves_equal_the_undisturbed_ones_bit_for_bit(story, stage):
     assert story.program.outputs()[stage] == story.undisturbed.outputs()[stage]
     assert story.program.action(stage).figures == story.undisturbed.action(stage).figures
     curves, undisturbed = (program.action(stage).curves for program in (story.program, story.undisturbed))
@@ -138,9 +138,9 @@ def test_the_model_its_figures_and_its_curves_are_the_undisturbed_ones_bit_by_bi
         assert [(step, value.hex()) for step, value, _ in curves[name]] == [(step, value.hex()) for step, value, _ in undisturbed[name]]
 
 
-def test_an_mlflow_that_was_away_gets_each_point_once_however_often_its_step_was_made(story):
-    assert story.said.count("can't be reached (connection refused): what happens is kept in the run's journal") == 1
-    story.program.run("sync", "--tracking", "sqlite")  # instead of the one that is not there
+def test_an_mlflow_that_was_unreachable_gets_each_point_once_however_often_its_step_was_executed(story):
+    assert story.printed.count("can't be reached (connection refused): what happens is kept in the run's journal") == 1
+    story.program.run("sync", "--tracking", "sqlite")  # instead of the unreachable one
 
     from mlflow import MlflowClient
 
@@ -156,6 +156,6 @@ def test_an_mlflow_that_was_away_gets_each_point_once_however_often_its_step_was
         assert runs[stage].info.status == "FINISHED"
         for name in CURVES[stage]:
             if name != "val/loss":
-                made = [point.step for point in client.get_metric_history(runs[stage].info.run_id, name)]
-                first = 2 if name == "train/entropy" else 1  # in the first step the value model learns alone
-                assert made == list(range(first, steps + 1))
+                steps_logged = [point.step for point in client.get_metric_history(runs[stage].info.run_id, name)]
+                first = 2 if name == "train/entropy" else 1  # in the first step only the value model learns
+                assert steps_logged == list(range(first, steps + 1))

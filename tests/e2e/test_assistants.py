@@ -1,4 +1,4 @@
-"""The recipes for assistants, made small, from books to what answers: conversations, judgements and rewards by data that others made."""
+"""The assistants' recipes, scaled down, from books to an assistant: conversations, judgements and rewards from published data."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Recipe:
     asked: str
     """The stage whose held-out records the evaluation asks."""
     taught: tuple[str, ...]
-    """What teaches the answers to such questions."""
+    """The stages whose records teach the answers to such questions."""
     policy: str
     judged: tuple[str, str]
-    """A stage and its figure that lies from 0 to 1."""
+    """A stage, and a figure of it between 0 and 1."""
     reported: set[str]
     changed: str
-    """A setting, and below what runs again for it."""
+    """A setting to change; `runs_again` has the stages that run again for it."""
     runs_again: set[str]
     sources: tuple[str, ...]
 
@@ -89,7 +89,7 @@ class Line:
     recipe: Recipe
     program: Any
     words: tuple[str, ...]
-    said: str
+    printed: str
     run: str
 
     def artifact(self, stage: str) -> Any:
@@ -108,24 +108,24 @@ def line(request, new_program, configs, data) -> Line:
     small = [f"stages.{stage}.{each}" for stage in SMALL if stage in stages for each in SMALL[stage]]
     settings = [*small, *recipe.small, f'data="{data}"']
     words = (str(path), *(word for setting in settings for word in ("--set", setting)))
-    said = program.run("run", *words, "--inline")
-    return Line(recipe, program, words, said, program.last_run())
+    output = program.run("run", *words, "--inline")
+    return Line(recipe, program, words, output, program.last_run())
 
 
 def first_words(artifact: Any, split: str) -> set[str]:
-    """What the user's first message says, of each record."""
+    """The text of the first user message of each record."""
     messages = (record.get("messages") or record["prompt"] for record in artifact.records(split))
     return {next(message["content"] for message in each if message["role"] == "user") for each in messages}
 
 
-def test_every_stage_is_made(line):
+def test_every_stage_is_built(line):
     status = line.program.status(line.run)
     assert set(status.values()) == {"done"}
     assert {"pretrain", "sft", line.recipe.asked, line.recipe.policy, "evaluate", "export"} <= set(status)
-    assert line.said.splitlines()[-1].startswith(f"{len(status)} made in ")
+    assert line.printed.splitlines()[-1].startswith(f"{len(status)} made in ")
 
 
-def test_nothing_that_the_evaluation_asks_was_taught(line):
+def test_no_question_of_the_evaluation_was_trained_on(line):
     asked = first_words(line.artifact(line.recipe.asked), "held_out")
     assert asked
     for stage in (line.recipe.asked, *line.recipe.taught):
@@ -134,12 +134,12 @@ def test_nothing_that_the_evaluation_asks_was_taught(line):
         assert not asked & taught
 
 
-def test_what_judges_is_itself_measured(line):
+def test_the_judge_is_evaluated_too(line):
     stage, figure = line.recipe.judged
     assert 0 <= line.figures(stage)[figure] <= 1
 
 
-def test_the_report_has_the_figures_and_what_was_asked_and_said(line, read_json):
+def test_the_report_has_the_figures_and_the_questions_with_their_answers(line, read_json):
     report = read_json(line.artifact("evaluate").path / "report.json")
     assert line.recipe.reported <= set(report["figures"])
     assert report["questions"] == line.artifact(line.recipe.asked).metadata["held_out"]["prompts"]
@@ -166,14 +166,14 @@ def test_transformers_opens_the_export_with_equal_logits_and_its_template_gives_
         torch.testing.assert_close(theirs(read).logits, ours(read), rtol=1e-5, atol=1e-5)
 
 
-def test_a_plan_reuses_every_stage_and_a_changed_judge_reruns_what_hangs_on_it(line):
+def test_a_plan_reuses_every_stage_and_a_changed_setting_reruns_what_depends_on_it(line):
     stages = line.program.status(line.run)
-    assert {stage: word for stage, (word, _) in line.program.plan(*line.words).items()} == dict.fromkeys(stages, "reuse")
+    assert {stage: decision for stage, (decision, _) in line.program.plan(*line.words).items()} == dict.fromkeys(stages, "reuse")
     plan = line.program.plan(*line.words, "--set", line.recipe.changed)
-    assert {stage for stage, (word, _) in plan.items() if word == "run"} == line.recipe.runs_again
+    assert {stage for stage, (decision, _) in plan.items() if decision == "run"} == line.recipe.runs_again
 
 
 def test_lineage_leads_from_the_report_to_every_data_set(line):
-    said = line.program.run("lineage", f"run:{line.run}/evaluate")
+    output = line.program.run("lineage", f"run:{line.run}/evaluate")
     for source in line.recipe.sources:
-        assert source in said, said
+        assert source in output, output

@@ -1,4 +1,4 @@
-"""Wrong use of the program: all faults at once, each with its line, exit code 2, and nothing written."""
+"""Wrong use of the program: it reports all faults at once, each with its line, exits with 2, and writes nothing."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def test_a_missing_file_names_the_nearest_one(bad):
     assert "there is no such file; did you mean 'bad.toml'?" in bad.run("run", "bed.toml", code=2)
 
 
-def test_a_wrong_set_and_a_wrong_stage_are_wrong_use(bad):
+def test_an_unknown_stage_or_malformed_option_exits_with_2(bad):
     (bad.folder / "bad.toml").write_text('pipeline = "ok"\n[stages.documents]\nuses = "ingest"\nsource = "text"\nfiles = ["bad.toml"]\n')
     assert "there is no stage 'documnts'; did you mean 'documents'?" in bad.run("plan", "bad.toml", "--set", "stages.documnts.x=1", code=2)
     assert "no such stage; the stages are documents" in bad.run("run", "bad.toml", "--until", "tokens", code=2)
-    assert "there is no stage 'tokens'; there are documents" in bad.run("rerun", "bad.toml", "tokens", code=2)
+    assert "there is no stage 'tokens'; the stages are documents" in bad.run("rerun", "bad.toml", "tokens", code=2)
     assert "expected STAGE=REF" in bad.run("run", "bad.toml", "--use", "documents", code=2)
     assert not bad.store.root.exists()
 

@@ -1,4 +1,4 @@
-"""A run on a cluster that was there before it: another machine's, as far as one machine can show it."""
+"""A run that joins an existing cluster, which stands in for one on other machines."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ lr = 1e-3
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory, ray_head: Callable[..., Any], free_ports: Callable[[int], list[int]]) -> Iterator[int]:
-    """The port of a head that asks for no token."""
+    """The port of a head node that requires no token."""
     (port,) = free_ports(1)
     log = tmp_path_factory.mktemp("head") / "log"
     with ray_head(log, {"RAY_AUTH_MODE": "disabled"}, f"--port={port}", "--include-dashboard=false"):
@@ -56,24 +56,24 @@ def program(new_program: Callable[..., Any], head: int, monkeypatch: pytest.Monk
     return made
 
 
-def test_an_address_in_the_config_runs_the_line_on_that_cluster(program: Any):
-    said = program.run("run", "there.toml")
-    assert "joining the Ray cluster 127.0.0.1:" in said
-    assert "4 made" in said
+def test_an_address_in_the_config_runs_the_pipeline_on_that_cluster(program: Any):
+    output = program.run("run", "there.toml")
+    assert "joining the Ray cluster 127.0.0.1:" in output
+    assert "4 made" in output
 
 
-def test_what_the_cluster_can_never_hold_is_said_at_once(program: Any):
-    said = program.run("run", "there.toml", "--set", "stages.pretrain.resources.ranks=4", code=2)
-    assert "stages.pretrain.resources: pretrain asks for 4 ranks" in said
-    assert "room for only 2 of them" in said
+def test_a_stage_that_the_cluster_can_never_hold_is_refused_at_once(program: Any):
+    output = program.run("run", "there.toml", "--set", "stages.pretrain.resources.ranks=4", code=2)
+    assert "stages.pretrain.resources: pretrain asks for 4 ranks" in output
+    assert "room for only 2 of them" in output
     assert not program.store.runs()
 
 
 def test_an_address_where_nothing_listens_is_a_fault_of_the_config(program: Any):
-    said = program.run("run", "there.toml", "--set", "cluster.address=127.0.0.1:1", code=3)
-    assert "--set cluster.address=127.0.0.1:1: '127.0.0.1:1' can't be joined" in said
+    output = program.run("run", "there.toml", "--set", "cluster.address=127.0.0.1:1", code=3)
+    assert "--set cluster.address=127.0.0.1:1: '127.0.0.1:1' can't be joined" in output
 
 
-def test_a_host_that_nobody_knows_is_a_fault_of_the_config(program: Any):
-    said = program.run("run", "there.toml", "--set", "cluster.address=no-such-host.invalid:6379", code=3)
-    assert "'no-such-host.invalid:6379' can't be joined: [Errno -" in said
+def test_an_unknown_host_is_a_fault_of_the_config(program: Any):
+    output = program.run("run", "there.toml", "--set", "cluster.address=no-such-host.invalid:6379", code=3)
+    assert "'no-such-host.invalid:6379' can't be joined: [Errno -" in output

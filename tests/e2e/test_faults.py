@@ -1,4 +1,4 @@
-"""What goes wrong from outside: each fault costs what it must and no more, and the person is told in a paragraph."""
+"""Faults from outside: each costs no more than it must, and is reported in a few sentences."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ inputs = { documents = "documents" }
 
 @pytest.fixture
 def program(small, new_program) -> Any:
-    """A folder of its own with `small.toml`, made up to its tokens."""
+    """A program in a new folder with `small.toml`, whose stages up to its tokens are built."""
     return new_program(like=small)
 
 
@@ -46,13 +46,13 @@ def command(fault: str, marks: Path, *more: str) -> tuple[str, ...]:
     return ("run", "small.toml", "--set", f"stages.pretrain.fault={fault}", "--set", f"stages.pretrain.marks={marks}", *more)
 
 
-def goes_on_with(said: str) -> list[str]:
-    (printed,) = re.findall(r"resume with: gptline (.*)", said)
+def resume_command(output: str) -> list[str]:
+    (printed,) = re.findall(r"resume with: gptline (.*)", output)
     return shlex.split(printed)
 
 
 def written(program: Any) -> list[Path]:
-    """All that lies in the store, less what is known of the sources' digests."""
+    """Every path in the store except the cache of the sources' digests."""
     return sorted(path for path in program.store.root.rglob("*") if "cache" not in path.parts)
 
 
@@ -63,10 +63,10 @@ def inline_undisturbed(small, new_program) -> Any:
     return program
 
 
-def test_a_rank_that_raises_fails_its_stage_once_and_leaves_the_other_branch_whole(program, marks):
+def test_a_rank_that_raises_fails_its_stage_once_and_the_other_branch_finishes(program, marks):
     toml = program.folder / "small.toml"
     toml.write_text(toml.read_text() + BRANCH)
-    said = program.run(*command("rank 1: raise at 3", marks, "--set", "stages.pretrain.resources.ranks=2"), code=1)
+    output = program.run(*command("rank 1: raise at 3", marks, "--set", "stages.pretrain.resources.ranks=2"), code=1)
     assert program.status() == {
         "documents": "reused",
         "tokenizer": "reused",
@@ -79,53 +79,53 @@ def test_a_rank_that_raises_fails_its_stage_once_and_leaves_the_other_branch_who
     assert re.fullmatch(
         r"pretrain: rank 1 \(pid \d+, node \S+\) raised at step [0123]: ZeroDivisionError: the data has no end.*", error, re.DOTALL
     )
-    assert "start 2" not in said  # it would only come again
-    assert "Traceback" not in said
-    assert "pretrain failed; the other results are kept. Fix the cause, then resume with: gptline run small.toml" in said
+    assert "start 2" not in output  # a retry would fail the same way
+    assert "Traceback" not in output
+    assert "pretrain failed; the other results are kept. Fix the cause, then resume with: gptline run small.toml" in output
     assert 'raise ZeroDivisionError("the data has no end")' in (
         program.store.root / "runs" / program.last_run() / "pretrain.traceback.txt"
     ).read_text(encoding="utf-8")
-    assert goes_on_with(said)[:2] == ["run", "small.toml"]
+    assert resume_command(output)[:2] == ["run", "small.toml"]
 
 
 def test_more_ranks_than_the_machine_has_are_refused_at_once_and_nothing_is_written(program):
     before = written(program)
     cpus = len(os.sched_getaffinity(0))
-    asked = ("--set", f"stages.pretrain.resources.ranks={cpus + 1}", "--set", f"stages.pretrain.global_batch_size={cpus + 1}")
-    said = program.run("run", "small.toml", *asked, code=2)
-    assert f"stages.pretrain.resources: asks for {cpus + 1} ranks of 1 CPU" in said
-    assert "starting Ray" not in said
+    arguments = ("--set", f"stages.pretrain.resources.ranks={cpus + 1}", "--set", f"stages.pretrain.global_batch_size={cpus + 1}")
+    output = program.run("run", "small.toml", *arguments, code=2)
+    assert f"stages.pretrain.resources: asks for {cpus + 1} ranks of 1 CPU" in output
+    assert "starting Ray" not in output
     assert written(program) == before
 
 
 def test_labels_that_no_node_has_are_refused_before_the_run_begins(program):
     runs = program.store.runs()
-    said = program.run("run", "small.toml", "--set", 'stages.pretrain.resources.labels={tier="a100"}', code=2)
-    assert "stages.pretrain.resources: pretrain asks for 1 CPU and labels {'tier': 'a100'}, but no node of the cluster has that" in said
+    output = program.run("run", "small.toml", "--set", 'stages.pretrain.resources.labels={tier="a100"}', code=2)
+    assert "stages.pretrain.resources: pretrain asks for 1 CPU and labels {'tier': 'a100'}, but no node of the cluster has that" in output
     assert program.store.runs() == runs
 
 
-def test_of_two_runs_at_once_one_works_and_an_edit_to_the_loss_meanwhile_changes_neither_result_nor_record(
+def test_the_second_of_two_runs_waits_and_an_edit_to_the_loss_meanwhile_changes_neither_result_nor_record(
     small, new_program, copied_code, one_rank_undisturbed, wait_for, marks
 ):
     program = new_program(copied_code, like=small)
-    asked = command("rank 0: wait at 5", marks)
-    first = program.start(*asked)
+    arguments = command("rank 0: wait at 5", marks)
+    first = program.start(*arguments)
     wait_for((marks / "wait-0-5").exists, "step 5", first)
     first_run = program.last_run()
-    second = program.start(*asked)
-    wait_for(lambda: program.waits_for(first_run), "the second run's waiting", second)
+    second = program.start(*arguments)
+    wait_for(lambda: program.waits_for(first_run), "the second run to wait", second)
     losses = copied_code / "gpt" / "losses.py"
     before = losses.read_text(encoding="utf-8")
     losses.write_text(before.replace(".sum() / global_count", ".sum() / global_count * 2.0"), encoding="utf-8")
     assert losses.read_text(encoding="utf-8") != before
     (marks / "go").touch()
     program.finish(first)
-    said = program.finish(second)
+    output = program.finish(second)
 
     assert program.status(first_run)["pretrain"] == "done"
     assert program.status()["pretrain"] == "reused"
-    assert re.search(rf"waiting for \S+ on \S+, process {first.pid}, run {first_run}, which is building it", said)
+    assert re.search(rf"waiting for \S+ on \S+, process {first.pid}, run {first_run}, which is building it", output)
     assert program.outputs(first_run)["pretrain"] == one_rank_undisturbed.outputs()["pretrain"]
     name = "code.gpt.losses:lm_loss"
     assert program.action("pretrain", first_run).leaves[name] == one_rank_undisturbed.action("pretrain").leaves[name]
@@ -134,16 +134,16 @@ def test_of_two_runs_at_once_one_works_and_an_edit_to_the_loss_meanwhile_changes
     assert program.plan("small.toml")["pretrain"][0] == "reuse"
 
 
-def test_who_waits_takes_over_when_the_one_it_waits_for_is_killed_and_sync_ends_that_run(program, inline_undisturbed, wait_for, marks):
-    asked = command("rank 0: wait at 5", marks, "--inline")
-    first = program.start(*asked)
+def test_a_waiting_run_takes_over_when_the_first_is_killed_and_sync_ends_the_first(program, inline_undisturbed, wait_for, marks):
+    arguments = command("rank 0: wait at 5", marks, "--inline")
+    first = program.start(*arguments)
     wait_for((marks / "wait-0-5").exists, "step 5", first)
     first_run = program.last_run()
-    second = program.start(*asked)
-    wait_for(lambda: program.waits_for(first_run), "the second run's waiting", second)
+    second = program.start(*arguments)
+    wait_for(lambda: program.waits_for(first_run), "the second run to wait", second)
     first.kill()
-    said = program.finish(second)
-    assert "resume: resumes at step 5 of 30" in said
+    output = program.finish(second)
+    assert "resume: resumes at step 5 of 30" in output
     assert program.outputs()["pretrain"] == inline_undisturbed.outputs()["pretrain"]
     assert f"{first_run}  ended as KILLED: its driver is gone" in program.run("sync", code=3)
     last = program.events(first_run)[-1]
@@ -151,26 +151,26 @@ def test_who_waits_takes_over_when_the_one_it_waits_for_is_killed_and_sync_ends_
     assert last.status == "KILLED"
 
 
-def test_sigterm_saves_a_checkpoint_and_ends_with_143_and_the_command_that_goes_on(program, inline_undisturbed, wait_for, marks):
+def test_sigterm_saves_a_checkpoint_exits_with_143_and_prints_the_command_that_resumes(program, inline_undisturbed, wait_for, marks):
     process = program.start(*command("rank 0: pause at 7", marks, "--inline"))
     wait_for((marks / "pause-0-7").exists, "step 7", process)
     process.terminate()
-    said = program.finish(process, code=143)
+    output = program.finish(process, code=143)
     assert program.status()["pretrain"] == "stopped"
-    assert "resume: resumes at step 8 of 30" in program.run(*goes_on_with(said))
+    assert "resume: resumes at step 8 of 30" in program.run(*resume_command(output))
     assert program.outputs()["pretrain"] == inline_undisturbed.outputs()["pretrain"]
 
 
-def test_rerun_makes_one_stage_anew_and_what_follows_only_where_it_came_to_other_bytes(one_rank_undisturbed, new_program):
+def test_rerun_executes_one_stage_again_and_reuses_what_follows_if_its_output_is_unchanged(one_rank_undisturbed, new_program):
     program = new_program(like=one_rank_undisturbed)
-    said = program.run("rerun", "small.toml", "tokenizer")
-    assert "tokenizer   run: rerun requested" in said
+    output = program.run("rerun", "small.toml", "tokenizer")
+    assert "tokenizer   run: rerun requested" in output
     assert program.status() == {"documents": "reused", "tokenizer": "done", "tokenize": "reused", "pretrain": "reused"}
     assert (program.action("tokenizer").number, program.action("tokenizer").forced) == (2, True)
     assert program.outputs() == one_rank_undisturbed.outputs()
 
 
-def test_stop_reaches_a_training_of_one_process_and_takes_no_finished_model_away(program, wait_for, marks):
+def test_stop_reaches_an_inline_training_and_newest_keeps_the_finished_model(program, wait_for, marks):
     toml = program.folder / "small.toml"
     head, pretrain, settings = toml.read_text().partition("[stages.pretrain]")
     toml.write_text(head + pretrain + settings + "\n[stages.further]" + settings.replace("dropout = 0.1", "dropout = 0.2"))
@@ -183,9 +183,9 @@ def test_stop_reaches_a_training_of_one_process_and_takes_no_finished_model_away
     wait_for((marks / "pause-0-7").exists, "step 7", process)
     run = program.last_run()
     assert run in program.run("stop", run)
-    said = program.finish(process, code=143)
+    output = program.finish(process, code=143)
     assert (program.status()["pretrain"], program.status()["further"]) == ("done", "stopped")
-    assert "saved at step 8" in said
+    assert "saved at step 8" in output
     assert program.store.alias("small", "newest") == finished
 
 
@@ -193,42 +193,42 @@ def test_a_second_ctrl_c_stops_at_once_and_keeps_the_last_checkpoint(program, wa
     process = program.start(*command("rank 0: wait at 7", marks, "--inline"))
     wait_for((marks / "wait-0-7").exists, "step 7", process)
     process.send_signal(signal.SIGINT)
-    wait_for((marks / "asked-0-7").exists, "the stop's reaching a step that never ends", process)
+    wait_for((marks / "asked-0-7").exists, "the stop request to reach a step that never ends", process)
     process.send_signal(signal.SIGINT)
-    said = program.finish(process, code=130)
-    assert "Traceback" not in said
+    output = program.finish(process, code=130)
+    assert "Traceback" not in output
     assert program.plan("small.toml", "--set", "stages.pretrain.engine=torch")["pretrain"] == ("resume", "resumes at step 5 of 30")
 
 
 def test_a_kill_during_a_publish_leaves_no_half_artifact(program, marks):
     toml = program.folder / "small.toml"
     toml.write_text(toml.read_text() + COPY)
-    asked = ("run", "small.toml", "--inline", "--until", "copy", "--set", f"stages.copy.marks={marks}")
-    program.run(*asked, code=-signal.SIGKILL)
+    arguments = ("run", "small.toml", "--inline", "--until", "copy", "--set", f"stages.copy.marks={marks}")
+    program.run(*arguments, code=-signal.SIGKILL)
     assert (marks / "killed-publishing").exists()
     artifacts = program.store.root / "artifacts"
     half = [folder for folder in artifacts.iterdir() if not (folder / "manifest.json").exists()]
-    assert len(half) == 1  # some of its files are there, and it does not exist
+    assert len(half) == 1  # some of its files exist, but without a manifest it is no artifact
     assert half[0].name not in program.store.digests()
-    said = program.run(*asked)
-    assert "copy        run: not built here before" in said
+    output = program.run(*arguments)
+    assert "copy        run: not built here before" in output
     assert program.outputs()["copy"] == half[0].name
     assert program.store.verify(half[0].name) == []
     assert list((program.store.root / "tmp").iterdir()) == []
 
 
-def test_an_mlflow_that_is_not_there_costs_a_sentence_and_sync_delivers_each_point_once(program, marks):
+def test_an_unreachable_mlflow_is_reported_once_and_sync_delivers_each_point_once(program, marks):
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can begin to serve there
+        taken.bind(("127.0.0.1", 0))  # bound but not listening, so no other process can serve there
         uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        said = program.run("run", "small.toml", "--inline", "--set", f"tracking.uri={uri}")
+        output = program.run("run", "small.toml", "--inline", "--set", f"tracking.uri={uri}")
     assert program.status()["pretrain"] == "done"
-    assert said.count(f"MLflow {uri} can't be reached (connection refused): what happens is kept in the run's journal") == 1
+    assert output.count(f"MLflow {uri} can't be reached (connection refused): what happens is kept in the run's journal") == 1
 
     from mlflow import MlflowClient
 
     for _ in ("delivered", "nothing left to deliver"):
-        program.run("sync", "--tracking", "sqlite")  # instead of the one that is not there
+        program.run("sync", "--tracking", "sqlite")  # instead of the unreachable one
     client = MlflowClient(f"sqlite:///{program.store.root}/mlflow.db")
     experiment = client.get_experiment_by_name("small")
     tag = f"tags.`gptline.run` = '{program.last_run()}'"

@@ -1,4 +1,4 @@
-"""The shipped recipes, made small, from their text to a model that others open: everything that a run leaves behind is looked at."""
+"""The shipped recipes, scaled down, from text to a model that transformers opens. The tests look at everything that a run leaves behind."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ RECIPES = {
     ),
 }
 ON_RAY = "quickstart"
-"""With two ranks under DeepSpeed; the others in one process, to save time."""
+"""The recipe that runs on Ray, with two ranks under DeepSpeed; the others run in one process, to save time."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Line:
     recipe: str
     program: Any
     words: tuple[str, ...]
-    said: str
+    printed: str
     run: str
 
     stages: tuple[str, ...]
@@ -74,20 +74,20 @@ def line(request, new_program, configs, data) -> Line:
     program = new_program()
     settings = [*SMALL, *RECIPES[recipe], *([] if recipe == ON_RAY else [f'data="{data}"'])]
     words = (str(configs / f"{recipe}.toml"), *(word for setting in settings for word in ("--set", setting)))
-    said = program.run("run", *words, *([] if recipe == ON_RAY else ["--inline"]))
+    output = program.run("run", *words, *([] if recipe == ON_RAY else ["--inline"]))
     stages = tuple(tomllib.loads((configs / f"{recipe}.toml").read_text())["stages"])
-    return Line(recipe, program, words, said, program.last_run(), stages)
+    return Line(recipe, program, words, output, program.last_run(), stages)
 
 
-def test_every_stage_is_made_and_a_pipe_gets_plain_lines(line):
+def test_every_stage_is_built_and_a_pipe_gets_plain_lines(line):
     assert line.program.status(line.run) == dict.fromkeys(line.stages, "done")
-    assert line.said.splitlines()[-1].startswith(f"{len(line.stages)} made in ")
-    assert line.said.replace("\n", "").isprintable()
+    assert line.printed.splitlines()[-1].startswith(f"{len(line.stages)} made in ")
+    assert line.printed.replace("\n", "").isprintable()
     made = line.program.action("pretrain", line.run).operational
     assert (made["engine"], made["ranks"]) == (("deepspeed", 2) if line.recipe == ON_RAY else ("torch", 1))
 
 
-def test_the_report_has_bits_per_byte_beside_what_compressors_need(line, read_json):
+def test_the_report_compares_bits_per_byte_with_compressors(line, read_json):
     report = read_json(line.program.store.artifact(line.program.outputs(line.run)["evaluate"]).path / "report.json")
     figures = report["figures"]
     assert 0 < figures["eval/bits_per_byte"] < 10
@@ -119,42 +119,42 @@ def test_transformers_opens_the_export_with_equal_logits_and_equal_ids(line, mon
 
 
 def test_a_second_run_and_a_plan_reuse_every_stage(line):
-    assert {stage: word for stage, (word, _) in line.program.plan(*line.words).items()} == dict.fromkeys(line.stages, "reuse")
+    assert {stage: decision for stage, (decision, _) in line.program.plan(*line.words).items()} == dict.fromkeys(line.stages, "reuse")
     before = line.program.outputs(line.run)
-    said = line.program.run("run", *line.words)  # without --inline: nothing has to be started
+    output = line.program.run("run", *line.words)  # without --inline; yet nothing has to be started
     assert line.program.status() == dict.fromkeys(line.stages, "reused")
     assert line.program.outputs() == before
-    assert "starting Ray" not in said
-    assert said.splitlines()[-1].startswith(f"{len(line.stages)} reused in ")
+    assert "starting Ray" not in output
+    assert output.splitlines()[-1].startswith(f"{len(line.stages)} reused in ")
 
 
 def test_lineage_leads_from_the_model_to_the_source_files(line):
-    said = line.program.run("lineage", f"sha256:{line.model().digest[:16]}")
+    output = line.program.run("lineage", f"sha256:{line.model().digest[:16]}")
     sources = {
         "quickstart": r"source \d+ files, .*\.py",
         "shakespeare": r"source pretrain_en_tinyshakespeare/tinyshakespeare\.txt",
         "books": r"source pretrain_en_books/derived/mary-shelley_frankenstein\.jsonl",
         "poetry-zh": r"source pretrain_zh_poetry/songci/songci_0000\.json",
     }
-    assert said.startswith(f"policy model {line.model().digest[:12]}  pretrain")
-    assert re.search(sources[line.recipe], said), said
-    assert re.search(r"^[├└]─ (hf_checkpoint|report) ", said, re.MULTILINE)  # and what was made of it
-    assert line.program.run("lineage", f"run:{line.run}/pretrain") == said
+    assert output.startswith(f"policy model {line.model().digest[:12]}  pretrain")
+    assert re.search(sources[line.recipe], output), output
+    assert re.search(r"^[├└]─ (hf_checkpoint|report) ", output, re.MULTILINE)  # and what was built from it
+    assert line.program.run("lineage", f"run:{line.run}/pretrain") == output
 
 
 def test_sample_continues_a_prompt_the_same_way_for_the_same_seed(line):
     prompt = "明月幾時有"
     sample = ("sample", f"run:{line.run}/pretrain", "--prompt", prompt, "--tokens", "40")
-    said = line.program.run(*sample, "--temperature", "0")
-    assert said.startswith(prompt)
-    assert len(said) > len(prompt) + 1
-    if line.recipe == "poetry-zh":  # a model that hardly read Chinese may well write bytes that are no character
-        assert not said.removeprefix(prompt).isascii()
-        assert "\ufffd" not in said
+    output = line.program.run(*sample, "--temperature", "0")
+    assert output.startswith(prompt)
+    assert len(output) > len(prompt) + 1
+    if line.recipe == "poetry-zh":  # a model that read little Chinese may write invalid UTF-8
+        assert not output.removeprefix(prompt).isascii()
+        assert "\ufffd" not in output
         assert line.program.run(*sample, "--seed", "5") == line.program.run(*sample, "--seed", "5")
 
 
-@pytest.mark.parametrize("line", ["quickstart"], indirect=True)  # the one recipe of these with an assistant
+@pytest.mark.parametrize("line", ["quickstart"], indirect=True)  # the only one of these recipes with an assistant
 def test_the_assistant_is_the_pipelines_newest_model_and_answers_in_a_pipe(line):
     assert line.program.store.alias(line.recipe, "newest") == line.program.outputs(line.run)["rl"]
     answer = line.program.run("chat", "--tokens", "8", typed="What does len do?\n")
@@ -165,7 +165,7 @@ def test_the_assistant_is_the_pipelines_newest_model_and_answers_in_a_pipe(line)
 
 
 class _Loaded(html.parser.HTMLParser):
-    """What a browser would fetch or run from elsewhere."""
+    """Collects what a browser would fetch from elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ def test_the_page_is_one_file_that_loads_nothing(line):
     assert "<svg" in page  # curves
 
 
-def test_mlflow_has_the_run_and_a_child_per_stage_with_what_went_in_and_came_out(line):
+def test_mlflow_has_the_run_and_a_child_per_stage_with_its_inputs_and_outputs(line):
     from mlflow import MlflowClient
 
     line.program.run("sync")

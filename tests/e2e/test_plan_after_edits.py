@@ -1,6 +1,6 @@
-"""What `gptline plan` says after an edit: only what can come out differently runs again, and the plan names the edit.
+"""`gptline plan` after an edit: only stages whose result may change run again, and the plan names the edit.
 
-The packages are a copy, so that they can be edited; the store is filled by one run of that copy.
+The tests edit a copy of the packages; one run of that copy fills the store.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ ASSISTANT_STAGES = ("conversations", "preferences", "prompts", "sft", "reward_mo
 
 @pytest.fixture(scope="module")
 def line(small, new_program, copied_code) -> Any:
-    """`line.toml` with every stage made once by the copied code."""
+    """A program with `line.toml`, whose every stage was built by the copied code."""
     program = new_program(copied_code, like=small)
     toml = (program.folder / "small.toml").read_text().replace("./faulty.py:pretrain", "pretrain").replace("steps = 30", "steps = 6")
     (program.folder / "line.toml").write_text(toml + FOLLOWS)
@@ -94,7 +94,7 @@ def planned(line, copied_code) -> Callable[..., dict[str, tuple[str, str]]]:
 @contextlib.contextmanager
 def edited(path: Path, old: str, new: str) -> Iterator[None]:
     before = path.read_text(encoding="utf-8")
-    assert before.count(old) == 1, f"{old!r} stands {before.count(old)} times in {path}"
+    assert before.count(old) == 1, f"{old!r} is found {before.count(old)} times in {path}, expected once"
     path.write_text(before.replace(old, new), encoding="utf-8")
     try:
         yield
@@ -102,8 +102,8 @@ def edited(path: Path, old: str, new: str) -> Iterator[None]:
         path.write_text(before, encoding="utf-8")
 
 
-def words(plan: dict[str, tuple[str, str]]) -> dict[str, str]:
-    return {stage: word for stage, (word, _) in plan.items()}
+def decisions(plan: dict[str, tuple[str, str]]) -> dict[str, str]:
+    return {stage: decision for stage, (decision, _) in plan.items()}
 
 
 ALL_REUSED = dict.fromkeys(STAGES, "reuse")
@@ -112,13 +112,13 @@ AFTER_TOKENS = ALL_REUSED | dict.fromkeys(("pretrain", "evaluate", "export"), "r
 
 def test_a_comment_in_the_model_reruns_nothing(planned, copied_code):
     with edited(copied_code / "gpt" / "model.py", "class Attention(nn.Module):\n", "# heads look back\nclass Attention(nn.Module):\n"):
-        assert words(planned()) == ALL_REUSED
+        assert decisions(planned()) == ALL_REUSED
 
 
-def test_another_attention_reruns_pretraining_and_what_follows_and_names_it(planned, copied_code):
+def test_a_changed_attention_reruns_pretraining_and_what_follows_and_names_it(planned, copied_code):
     with edited(copied_code / "gpt" / "model.py", "mixed.transpose(1, 2).flatten(2)", "mixed.transpose(1, 2).flatten(2) * 1.0"):
         plan = planned()
-    assert words(plan) == AFTER_TOKENS
+    assert decisions(plan) == AFTER_TOKENS
     assert plan["pretrain"] == ("run", "code of gpt.model:Attention changed")
     assert plan["evaluate"] == ("run", "its input pretrain will be rebuilt")
 
@@ -134,32 +134,32 @@ def test_another_attention_reruns_pretraining_and_what_follows_and_names_it(plan
 )
 def test_an_edit_to_the_store_the_gang_tracking_or_the_runner_reruns_nothing(planned, copied_code, path, old, new):
     with edited(copied_code / path, old, new):
-        assert words(planned()) == ALL_REUSED
+        assert decisions(planned()) == ALL_REUSED
 
 
-def test_another_learning_rate_is_named_with_both_values(planned):
+def test_a_changed_learning_rate_is_named_with_both_values(planned):
     plan = planned("--set", "stages.pretrain.lr=5e-4")
-    assert words(plan) == AFTER_TOKENS
+    assert decisions(plan) == AFTER_TOKENS
     assert plan["pretrain"] == ("run", "lr: 0.001 -> 0.0005")
 
 
-def test_one_other_byte_in_a_source_reruns_the_documents_and_names_the_source(planned, line):
+def test_one_changed_byte_in_a_source_reruns_the_documents_and_names_the_source(planned, line):
     with edited(line.folder / "lines.txt", "7 times 7 is 49,", "7 times 7 is 48,"):
         plan = planned()
     assert plan["documents"] == ("run", "source lines.txt changed")
-    assert set(words(plan).values()) == {"run"}
+    assert set(decisions(plan).values()) == {"run"}
 
 
 def test_a_source_that_is_only_touched_reruns_nothing(planned, line):
     os.utime(line.folder / "lines.txt")
-    assert words(planned()) == ALL_REUSED
+    assert decisions(planned()) == ALL_REUSED
 
 
 def test_other_ranks_micro_batches_and_sharding_are_reused_with_a_note(planned):
     more = ("ranks=2", "micro_batch_size=1", "zero_stage=2")
     settings = [f"stages.pretrain.{'resources.' if each.startswith('ranks') else ''}{each}" for each in more]
     plan = planned(*(word for setting in settings for word in ("--set", setting)))
-    assert words(plan) == ALL_REUSED
+    assert decisions(plan) == ALL_REUSED
     for note in (
         "made with ranks = 1, now 2",
         "made with micro_batch_size = null, now 1",
@@ -171,12 +171,12 @@ def test_other_ranks_micro_batches_and_sharding_are_reused_with_a_note(planned):
 def test_a_seed_is_in_every_key(planned):
     plan = planned("--set", "seed=4")
     assert plan["documents"] == ("run", "seed: 3 -> 4")
-    assert set(words(plan).values()) == {"run"}
+    assert set(decisions(plan).values()) == {"run"}
 
 
 @pytest.fixture(scope="module")
 def assistant(line) -> Any:
-    """The line's pretrained model, and `assistant.toml` that goes on from there to an examined policy."""
+    """The program with `assistant.toml` too, which trains the pretrained model further and evaluates the policy."""
     rows = ({"prompt": f"{n}+1?", "response": f"{n + 1}", "chosen": f"{n + 1}", "rejected": f"{n}"} for n in range(20))
     (line.folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (line.folder / "assistant.toml").write_text((line.folder / "line.toml").read_text() + ASSISTANT)
@@ -198,10 +198,10 @@ def assistant(line) -> Any:
     ],
     ids=["PPO's loss", "SFT's mask"],
 )
-def test_another_loss_of_ppo_or_mask_of_sft_reruns_what_learns_by_it_and_what_follows(
+def test_a_changed_ppo_loss_or_sft_mask_reruns_the_stages_that_train_with_it_and_what_follows(
     assistant, copied_code, path, old, new, named, reruns
 ):
     with edited(copied_code / path, old, new):
         plan = assistant.plan("assistant.toml")
-    assert words(plan) == ALL_REUSED | dict.fromkeys(ASSISTANT_STAGES, "reuse") | dict.fromkeys(reruns, "run")
+    assert decisions(plan) == ALL_REUSED | dict.fromkeys(ASSISTANT_STAGES, "reuse") | dict.fromkeys(reruns, "run")
     assert plan[reruns[0]] == ("run", f"code of {named} changed")

@@ -1,6 +1,6 @@
-"""Exact resume on the real machinery: whatever is killed, the same command goes on, and the model is the undisturbed one, bit by bit.
+"""Exact resume with Ray and DeepSpeed: whatever is killed, the same command resumes, and the model equals the undisturbed one bit for bit.
 
-One story for each number of ranks: six runs of one command, of which all but the last are ended from outside, each in another way.
+For each number of ranks, one command is run six times; all runs but the last are ended from outside, each in a different way.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ pytestmark = pytest.mark.slow
 
 STEPS = 30
 FAULTS = "rank 0: pause at 3; rank 0: pause at 6; rank {0}: wait at 12; rank {0}: wait at 17; rank 0: wait at 21; rank {0}: die at 27"
-GOES_ON_AT = {"Ctrl-C": 4, "SIGTERM": 7, "second Ctrl-C": 10, "driver killed": 15, "group killed": 20}
-"""The step at which the next run goes on: a stop saves the step that it finds, else there is a checkpoint every five steps."""
+RESUMES_AT = {"Ctrl-C": 4, "SIGTERM": 7, "second Ctrl-C": 10, "driver killed": 15, "group killed": 20}
+"""The step at which the next run resumes: a stop saves the current step, otherwise a checkpoint is saved every five steps."""
 
 
 @dataclass
 class Story:
-    """The six runs, oldest first, beside an undisturbed one. The fifth waits for the fourth and takes over when its driver is killed."""
+    """The six runs, oldest first, and an undisturbed one. The fifth waits for the fourth and takes over when its driver is killed."""
 
     last: int
-    """The rank that most happens to."""
+    """The highest rank, to which most of the faults happen."""
     program: Any
     undisturbed: Any
     runs: list[str]
-    said: list[str]
+    printed: list[str]
     pids: list[int]
-    """The driver's process ids, in the same order."""
+    """Process ids of the runs' drivers, in the same order."""
 
 
 @pytest.fixture(scope="module")
@@ -50,42 +50,42 @@ def story(request, small, new_program, wait_for, gone, tmp_path_factory) -> Stor
     last = ["one_rank", "two_ranks"].index(request.param)
     program, marks = new_program(like=small), tmp_path_factory.mktemp("marks")
     settings = (f"resources.ranks={last + 1}", f"fault={FAULTS.format(last)}", f"marks={marks}")
-    asked = ("run", "small.toml", *(word for setting in settings for word in ("--set", f"stages.pretrain.{setting}")))
-    told = Story(last, program, request.getfixturevalue(f"{request.param}_undisturbed"), [], [], [])
+    command = ("run", "small.toml", *(word for setting in settings for word in ("--set", f"stages.pretrain.{setting}")))
+    story = Story(last, program, request.getfixturevalue(f"{request.param}_undisturbed"), [], [], [])
     workers: list[int] = []
 
     def reaches(fault: str, process: Any) -> Any:
-        wait_for(lambda: (marks / fault).exists() and ranks_of(program), f"{fault} and the ranks' names", process)
-        told.runs.append(program.last_run())
-        told.pids.append(process.pid)
+        wait_for(lambda: (marks / fault).exists() and ranks_of(program), f"{fault} and the ranks' process ids", process)
+        story.runs.append(program.last_run())
+        story.pids.append(process.pid)
         tasks = [int(folder.name.split("-")[-2]) for folder in (program.store.root / "tmp").iterdir()]
         workers[:] = ranks_of(program) + tasks
         return process
 
     def ends(process: Any, code: int) -> tuple[str, ...]:
-        """The command that goes on."""
-        told.said.append(program.finish(process, code))
-        wait_for(lambda: all(gone(pid) for pid in workers), f"the end of the workers of run {len(told.runs)}")
-        printed = re.findall(r"resume with: gptline (.*)", told.said[-1])
-        return tuple(shlex.split(printed[0])) if printed else asked
+        """Wait for the end; return the command that resumes."""
+        story.printed.append(program.finish(process, code))
+        wait_for(lambda: all(gone(pid) for pid in workers), f"the workers of run {len(story.runs)} to end")
+        printed = re.findall(r"resume with: gptline (.*)", story.printed[-1])
+        return tuple(shlex.split(printed[0])) if printed else command
 
-    process = reaches("pause-0-3", program.start(*asked))
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    goes_on = ends(process, 130)
+    process = reaches("pause-0-3", program.start(*command))
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
+    resume = ends(process, 130)
 
-    process = reaches("pause-0-6", program.start(*goes_on))
+    process = reaches("pause-0-6", program.start(*resume))
     process.terminate()
-    goes_on = ends(process, 143)
+    resume = ends(process, 143)
 
-    process = reaches(f"wait-{last}-12", program.start(*goes_on))
+    process = reaches(f"wait-{last}-12", program.start(*resume))
     os.killpg(process.pid, signal.SIGINT)
-    wait_for((marks / f"asked-{last}-12").exists, "the stop's reaching a step that never ends", process)
+    wait_for((marks / f"asked-{last}-12").exists, "the stop request to reach a step that never ends", process)
     os.killpg(process.pid, signal.SIGINT)
-    goes_on = ends(process, 130)
+    resume = ends(process, 130)
 
-    process = reaches(f"wait-{last}-17", program.start(*goes_on))
-    second = program.start(*asked)
-    wait_for(lambda: program.waits_for(told.runs[-1]), "the second run's waiting", second)
+    process = reaches(f"wait-{last}-17", program.start(*resume))
+    second = program.start(*command)
+    wait_for(lambda: program.waits_for(story.runs[-1]), "the second run to wait", second)
     process.kill()
     ends(process, -signal.SIGKILL)
 
@@ -93,9 +93,9 @@ def story(request, small, new_program, wait_for, gone, tmp_path_factory) -> Stor
     os.killpg(second.pid, signal.SIGKILL)
     ends(second, -signal.SIGKILL)
 
-    told.said.append(program.run(*asked))
-    told.runs.append(program.last_run())
-    return told
+    story.printed.append(program.run(*command))
+    story.runs.append(program.last_run())
+    return story
 
 
 def ranks_of(program: Any) -> list[int]:
@@ -105,40 +105,40 @@ def ranks_of(program: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM", "second Ctrl-C"])
-def test_who_is_asked_to_stop_says_how_to_go_on_and_shows_no_traceback(story, end):
-    number = list(GOES_ON_AT).index(end)
+def test_a_run_that_is_asked_to_stop_says_how_to_resume_and_shows_no_traceback(story, end):
+    number = list(RESUMES_AT).index(end)
     assert story.program.status(story.runs[number])["pretrain"] == "stopped"
-    assert "Traceback" not in story.said[number]
-    assert "interrupted; resume with: gptline run small.toml --set" in story.said[number]
+    assert "Traceback" not in story.printed[number]
+    assert "interrupted; resume with: gptline run small.toml --set" in story.printed[number]
 
 
-@pytest.mark.parametrize("end", GOES_ON_AT)
-def test_no_end_loses_more_than_the_steps_since_the_last_checkpoint_and_a_stop_loses_none(story, end):
-    following = story.runs[list(GOES_ON_AT).index(end) + 1]
+@pytest.mark.parametrize("end", RESUMES_AT)
+def test_a_kill_loses_only_the_steps_since_the_last_checkpoint_and_a_stop_loses_none(story, end):
+    following = story.runs[list(RESUMES_AT).index(end) + 1]
     started = [event for event in story.program.events(following) if isinstance(event, StageStarted)]
     (event,) = [event for event in started if event.stage == "pretrain"]
-    assert (event.decision, event.reason) == ("resume", f"resumes at step {GOES_ON_AT[end]} of 30")
+    assert (event.decision, event.reason) == ("resume", f"resumes at step {RESUMES_AT[end]} of 30")
 
 
 def test_a_second_run_waits_for_the_first_and_takes_over_when_its_driver_is_killed(story):
-    first, second = (list(GOES_ON_AT).index("driver killed") + more for more in (0, 1))
+    first, second = (list(RESUMES_AT).index("driver killed") + more for more in (0, 1))
     waits = rf"waiting for \S+ on \S+, process {story.pids[first]}, run {story.runs[first]}, which is building it"
     assert [note for note in story.program.notes(story.runs[second]) if re.fullmatch(waits, note)]
 
 
-def test_a_killed_rank_is_named_and_the_gang_goes_on_within_the_run(story):
+def test_a_killed_rank_is_named_and_the_gang_restarts_within_the_run(story):
     pattern = rf"rank {story.last} \(pid \d+, node \S+\) was killed by SIGKILL at step 2[567]; start 2 of 3 resumes at step 25"
-    assert re.search(pattern, story.said[-1])
+    assert re.search(pattern, story.printed[-1])
     assert story.program.action("pretrain").restarts == 1
     assert story.program.action("pretrain").resumed_from_step == 25
 
 
-def test_the_resumed_model_is_the_undisturbed_one_bit_by_bit(story):
+def test_the_resumed_model_equals_the_undisturbed_one_bit_for_bit(story):
     assert story.program.outputs()["pretrain"] == story.undisturbed.outputs()["pretrain"]
     assert story.undisturbed.action("pretrain").restarts == 0
 
 
-def test_the_recorded_curves_are_whole_without_doubles_and_equal_in_every_bit(story):
+def test_the_recorded_curves_have_each_point_once_and_equal_the_undisturbed_ones_bit_for_bit(story):
     curves, undisturbed = (program.action("pretrain").curves for program in (story.program, story.undisturbed))
     assert [step for step, _, _ in curves["train/loss"]] == list(range(1, STEPS + 1))
     assert [step for step, _, _ in curves["val/loss"]] == [10, 20, 30]

@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it refuses, and how it exits."""
+"""The command line: what it prints, what it refuses, and its exit codes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def faults(path: Path) -> str:
     return str(found.exception)
 
 
-def test_version_is_the_installed_one():
+def test_version_prints_the_installed_version():
     assert gptline("--version").stdout == f"gptline {importlib.metadata.version('gptline')}\n"
 
 
@@ -166,7 +166,7 @@ def test_the_exit_code_says_what_happened(
     assert (exited.value.code, capsys.readouterr().err) == (code, f"{message}\n")
 
 
-def test_a_sync_that_can_not_deliver_exits_with_3(store: Store, monkeypatch: pytest.MonkeyPatch):
+def test_a_sync_that_cannot_deliver_exits_with_3(store: Store, monkeypatch: pytest.MonkeyPatch):
     store.backend.put("runs/r1/run.json", b'{"run": "r1", "tracking": {"uri": "http://127.0.0.1:1"}}')
     journal = JournalWriter(store, "r1")
     journal.write(RunStarted(run="r1", pipeline="p"))
@@ -177,7 +177,7 @@ def test_a_sync_that_can_not_deliver_exits_with_3(store: Store, monkeypatch: pyt
     assert found.exit_code == 3
 
 
-def test_output_that_nobody_reads_ends_the_program_quietly(tmp_path: Path):
+def test_a_closed_pipe_ends_the_program_quietly(tmp_path: Path):
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "pipelines.cli", "describe"]
@@ -218,7 +218,7 @@ def test_ctrl_backslash_ends_the_program_with_the_cursor_shown(tmp_path: Path):
     assert shown.endswith(b"\x1b[?25h")
 
 
-def test_the_resolved_pipeline_that_is_printed_plans_alike(pipeline: Path):
+def test_the_printed_resolved_pipeline_has_the_same_plan(pipeline: Path):
     printed = gptline("plan", str(pipeline), "--config", "--set", "seed=5")
     (pipeline.parent / "printed.toml").write_text(printed.stdout)
     again = load(pipeline.parent / "printed.toml")

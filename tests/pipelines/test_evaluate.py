@@ -25,7 +25,7 @@ class Bench:
         self.sources: list[Source] = []
         self.figures: dict[str, float] = {}
         self.shown: dict[str, tuple[int, int]] = {}
-        """Unit to what was last shown as done, and the total."""
+        """The last reported progress by unit: done and total."""
 
     def open(self, source: Source) -> BinaryIO:
         return source.path.open("rb")
@@ -138,7 +138,7 @@ def test_a_question_that_leaves_no_room_for_its_answer_is_left_out(tmp_path: Pat
 
 
 def prompts(folder: Path, *questions: str) -> Prompts:
-    """Held out, and without references."""
+    """Held-out prompts without references."""
     folder.mkdir()
     lines = (json.dumps({"prompt": [{"role": "user", "content": question}]}) + "\n" for question in questions)
     (folder / "held_out.jsonl").write_text("".join(lines))
@@ -150,7 +150,7 @@ def test_the_share_of_right_numbers_is_measured_for_likeliest_and_drawn_answers_
     from gpt.sampling import Response
 
     def answer_four(model, prompts, *, streams, temperature, **how):
-        """The likeliest answers are all right, and of the drawn ones only the first."""
+        """All of the likeliest answers are right, but of the sampled ones only the first."""
         texts = ["#### 4" if temperature == 0 or place == 0 else "#### 5" for place in range(len(prompts))]
         return [Response([*text.encode(), how["stop_ids"][0]], stopped=True) for text in texts]
 

@@ -192,8 +192,8 @@ def test_use_replaces_a_tokenizer_stage_too(line: Line):
 def test_a_folder_instead_of_anything_else_is_refused(line: Line):
     wrong = FURTHER.replace('documents = ["documents"]', 'documents = ["hf:gpt2"]')
     assert "stages.tokenize.inputs.documents: 'hf:gpt2' is a model or a tokenizer, expected documents" in faults(line, wrong)
-    told = faults(line, FROM_NOTHING, use={"tokenize": "hf:gpt2"})
-    assert "--use tokenize=hf:gpt2: is a model or a tokenizer, but tokenize makes tokens" in told
+    found = faults(line, FROM_NOTHING, use={"tokenize": "hf:gpt2"})
+    assert "--use tokenize=hf:gpt2: is a model or a tokenizer, but tokenize makes tokens" in found
 
 
 def test_a_problem_with_a_folder_is_reported_once_and_where_the_folder_is_named(line: Line):

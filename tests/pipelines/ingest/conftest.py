@@ -1,4 +1,4 @@
-"""A stage's side of the line, as small as ingest needs it."""
+"""The part of StageContext that ingest uses, and a fixture that runs ingest."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A row's values: by name, by path, and as text."""
+"""A row's values, by name, by path, and as text."""
 
 import pytest
 
@@ -19,7 +19,7 @@ ROW = {"meta": {"title": "T", "tags": ["x", {"y": "z"}], "none": None}, "a.b": "
         ("meta.none.deeper.0", None),
     ],
 )
-def test_a_path_leads_into_a_column_unless_one_has_that_very_name(name, value):
+def test_a_path_leads_into_a_column_unless_a_column_has_exactly_that_name(name, value):
     assert column_of(ROW, name) == value
 
 
@@ -45,7 +45,7 @@ def test_a_template_renders_numbers_and_booleans_as_json_writes_them():
     assert text_of(ROW, ("n", "meta.title")) == "7\nT"
 
 
-def test_a_number_as_the_only_column_is_more_likely_the_wrong_column():
+def test_a_number_as_the_only_column_is_refused_since_it_is_probably_the_wrong_column():
     with pytest.raises(ValueError, match="column 'n' holds the number 7, expected a text or a list of texts"):
         text_of(ROW, "n")
 
@@ -53,7 +53,7 @@ def test_a_number_as_the_only_column_is_more_likely_the_wrong_column():
 @pytest.mark.parametrize(
     ("value", "found"), [({"a": 1}, "an object"), ([[1]], "a list"), (float("nan"), "the number nan"), (b"x", "bytes")]
 )
-def test_what_is_not_text_is_refused_in_a_template_too(value, found):
+def test_a_value_that_is_not_text_is_refused_in_a_template_too(value, found):
     with pytest.raises(ValueError, match=f"column 'x' holds {found}, expected a text"):
         text_of({"x": value}, "{x}!")
 

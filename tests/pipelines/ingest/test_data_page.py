@@ -1,4 +1,4 @@
-"""Every sample on the page about one's own data is read by the settings that stand below it."""
+"""The settings below each sample on docs/data.md read that sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CSV and TSV: every value is the text that stands in the file, or its line is a bad record."""
+"""CSV and TSV: every value is the text in the file, or its line is a bad record."""
 
 import csv
 import io
@@ -21,11 +21,11 @@ def read(content: bytes, limits: ReadSettings | None = None, **settings) -> list
 
 
 def values(content: bytes, **settings) -> list[dict[str, str] | str]:
-    """The columns of every row; a reject is its line and reason."""
+    """The columns of every row, or the line and reason of a reject."""
     return [row.columns if isinstance(row, Row) else f"line {row.place.line}: {row.reason}" for row in read(content, **settings)]
 
 
-def test_csv_keeps_every_value_as_the_text_it_is(ingested):
+def test_csv_keeps_every_value_as_its_text(ingested):
     table = b'text,id\n"one, ""two""\nthree",007\nNA,\n'
     result = ingested({"a.csv": table}, source="csv", fields=["id"])
     assert [(record["text"], record["id"]) for record in result.documents.records("train")] == [('one, "two"\nthree', "007"), ("NA", "")]
@@ -57,12 +57,12 @@ def test_a_quote_inside_a_field_that_begins_without_one_is_a_character():
     assert values(b'text,b\n5" disk,one\nsixth" end, "x"\n') == [{"text": '5" disk', "b": "one"}, {"text": 'sixth" end', "b": ' "x"'}]
 
 
-def test_crlf_inside_quotes_stays_as_it_is_and_is_no_part_of_other_values(ingested):
+def test_crlf_inside_quotes_is_kept_and_at_a_lines_end_is_dropped(ingested):
     assert values(b'id,text\r\n1,"one\r\ntwo"\r\n2,three\r\n') == [{"id": "1", "text": "one\r\ntwo"}, {"id": "2", "text": "three"}]
     assert ingested({"a.csv": b'id,text\r\n1,"one\r\ntwo"\r\n'}, source="csv").texts() == ["one\ntwo"]
 
 
-def test_characters_behind_a_closing_quote_are_a_bad_record_that_costs_no_other():
+def test_characters_after_a_closing_quote_make_only_their_record_bad():
     assert values(b'text,b\n"Look," she said.,one\nsix,six\n') == [
         "line 2: ' she said.,one' behind a closing quote, expected the delimiter or the line's end; a quote inside a quoted field must be "
         'doubled, and quotes = "none" takes quotes as ordinary characters',
@@ -77,7 +77,7 @@ def test_a_backslash_escapes_nothing():
     assert good == {"id": "2", "text": "ok"}
 
 
-def test_a_quote_that_is_never_closed_counts_every_line_it_swallows_as_bad():
+def test_an_unclosed_quote_counts_every_line_that_it_swallows_as_bad():
     # lines 3, 4 and 5 are inside the quote
     _, reject = read(b'text,b\none,1\n"two,2\nthree,3\nfour,4\n')
     assert (reject.place.line, reject.lines) == (3, 3)
@@ -85,8 +85,8 @@ def test_a_quote_that_is_never_closed_counts_every_line_it_swallows_as_bad():
     assert reject.reason.endswith("(lines 3 to 5)")
 
 
-def test_an_unclosed_quote_that_another_one_ends_by_chance_does_not_become_a_text():
-    # the quote of line 2 ends in line 4, before "quoted": three lines are bad, and counted as three
+def test_an_unclosed_quote_that_happens_to_meet_another_quote_is_a_bad_record():
+    # the quote of line 2 ends in line 4, before "quoted", so three lines are bad
     rows = read(b'a,b\n"Hello,zwei\nthird,drei\nfourth "quoted" word,vier\nfifth,funf\n')
     assert [row.lines if isinstance(row, Reject) else row.columns["a"] for row in rows] == [3, "fifth"]
     assert rows[0].reason.endswith("(lines 2 to 4)")
@@ -106,7 +106,7 @@ def test_a_row_with_fewer_or_more_fields_than_the_header_is_a_bad_record(row, co
     assert found[1] == ({"id": "2", "text": ""} if count == 2 else f"line 3: {count} fields, expected 2 (id, text)")
 
 
-def test_a_quoted_field_of_a_megabyte_is_read_and_one_above_the_limit_is_a_bad_record_that_is_never_held():
+def test_a_quoted_field_of_a_megabyte_is_read_and_one_above_the_limit_is_a_bad_record():
     lines = b"x" * 99 + b"\n"
     assert len(read(b'text\n"' + lines * 10_000 + b'"\n')[0].columns["text"]) == 1_000_000
     reject, row = read(b'text\n"' + lines * 10_000 + b'"\nnext\n', limits=ReadSettings(max_record_bytes=1000))
@@ -114,7 +114,7 @@ def test_a_quoted_field_of_a_megabyte_is_read_and_one_above_the_limit_is_a_bad_r
     assert row.columns == {"text": "next"}
 
 
-def test_blank_lines_are_skipped_and_a_blank_line_inside_quotes_is_not():
+def test_blank_lines_are_skipped_except_inside_quotes():
     assert values(b'text\n\na\n\r\n"b\n\nc"\n') == [{"text": "a"}, {"text": "b\n\nc"}]
 
 
@@ -123,15 +123,15 @@ def test_a_nul_byte_is_a_bad_record():
 
 
 @given(st.lists(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0\r")), min_size=2, max_size=2), min_size=1))
-def test_what_pythons_csv_writes_is_read_as_it_was(rows):
+def test_what_pythons_csv_writes_is_read_back_unchanged(rows):
     file = io.StringIO()
     csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\r\n").writerows([["a", "b"], *rows])
     assert values(file.getvalue().encode()) == [{"a": a, "b": b} for a, b in rows]
 
 
 @given(st.text(st.sampled_from('",\n\r a'), max_size=12))
-def test_whatever_a_file_holds_its_rows_are_what_pythons_strict_reader_finds_or_rejects(text):
-    """The module is laxer in two points: it accepts a lone CR as a line end, and a row of any width."""
+def test_any_file_has_the_rows_and_faults_that_pythons_strict_reader_finds(text):
+    """Python's reader is laxer in two respects: it accepts a lone CR as a line end, and rows of any width."""
     content = "a,b\n" + text.replace("\r", "\r\n")
     found = values(content.encode())
     try:
@@ -166,27 +166,27 @@ def test_a_tsv_whose_quotes_enclose_fields_hints_at_the_setting():
 
 
 @pytest.mark.parametrize(("header", "advice"), [(b"id;text", '";"'), (b"id\ttext", r'"\\t"'), (b"id|text", r'"\|"')])
-def test_a_header_that_is_one_column_with_another_delimiter_in_it_names_that_delimiter(ingested, header, advice):
+def test_a_header_of_one_column_that_contains_another_delimiter_is_refused_with_that_delimiter(ingested, header, advice):
     with pytest.raises(StageFailure, match=rf"a.csv: the header is one column, .* with delimiter = ','; set delimiter = {advice}"):
         ingested({"a.csv": header + b"\n1;one\n"}, source="csv")
 
 
-def test_two_columns_of_one_name_are_refused():
+def test_two_columns_of_the_same_name_are_refused():
     with pytest.raises(StageFailure, match=r"a.csv: two columns have one name in id, text; rename one"):
         read(b"id,text,id\n1,2,3\n")
 
 
-def test_a_byte_order_mark_is_no_part_of_the_header():
+def test_a_byte_order_mark_is_not_part_of_the_header():
     assert values(b"\xef\xbb\xbfid,text\n1,one\n") == [{"id": "1", "text": "one"}]
 
 
-def test_a_space_in_the_header_is_shown_where_the_column_is_missed(ingested):
+def test_a_space_in_the_header_is_shown_when_the_column_is_missing(ingested):
     with pytest.raises(StageFailure, match=r"a.csv, line 2, .*no column 'text'; there are: id, ' text'"):
         ingested({"a.csv": b"id, text\n1, one\n"}, source="csv")
     assert ingested({"a.csv": b"id, text\n1, one\n"}, source="csv", text=" text").texts() == [" one"]
 
 
-def test_a_file_of_old_macs_has_lines_too():
+def test_a_lone_cr_ends_a_line_as_on_old_macs():
     assert values(b"id,text\r1,one\r2,two\r") == [{"id": "1", "text": "one"}, {"id": "2", "text": "two"}]
 
 
@@ -200,6 +200,6 @@ def test_a_csv_in_another_encoding_is_read_as_its_characters(encoding):
     assert values("标题,text\n唐,诗\n".encode(encoding), encoding=encoding) == [{"标题": "唐", "text": "诗"}]
 
 
-def test_invalid_bytes_are_replaced_and_counted_when_asked_for(ingested):
+def test_invalid_bytes_are_replaced_and_counted_on_request(ingested):
     result = ingested({"a.csv": b"text\na\xff\n"}, source="csv", encoding_errors="replace")
     assert (result.texts(), result.metadata("replaced_characters")) == (["a\ufffd"], 1)

@@ -1,4 +1,4 @@
-"""The four kinds of dialogue go from a file to their artifact through the same filters as documents."""
+"""The four stage kinds for dialogues apply the same filters as ingest does to documents."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def made(data: Path, tmp_path: Path):
     return run
 
 
-def test_no_kind_teaches_what_another_one_holds_out(made):
+def test_no_kind_trains_on_what_another_one_holds_out(made):
     rows = [{"prompt": question, "response": "r", "chosen": "c", "rejected": "r", "score": 1, "reference": "c"} for question in QUESTIONS]
     settings = {"format": "plain", "hold_out": {"share": 0.3, "by": "prompt"}}
     found = [
@@ -63,7 +63,7 @@ def test_no_kind_teaches_what_another_one_holds_out(made):
     assert {next(iter(count.values())) for count in counts} == {len(held_out[0])}
 
 
-def test_a_record_keeps_its_source_and_the_columns_that_were_asked_for(made):
+def test_a_record_keeps_its_source_and_the_columns_in_fields(made):
     row = {"instruction": "Hello\r\nthere", "output": "Hi.", "topic": "greetings"}
     (record,) = made(conversations, [row], format="alpaca", fields=["topic"], license="MIT").records("train")
     assert record == {
@@ -156,7 +156,7 @@ def test_ties_are_counted_and_left_out(made):
     assert kept.metadata["records"] == {"read": 4, "bad": 0, "empty": 0, "short": 0, "duplicate": 0, "left_by_weight": 0, "left_out": 1}
 
 
-def test_the_sources_of_a_mixture_of_pairs_are_each_read_in_their_own_way(made, data):
+def test_each_source_in_a_mixture_of_pairs_is_read_by_its_own_settings(made, data):
     (data / "votes.jsonl").write_text(json.dumps({"prompt": "p", "a": "x", "b": "y", "winner": "b"}) + "\n")
     (data / "named.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "x", "rejected": "y"}) + "\n")
     voted = {"keys": {"responses": ["a", "b"], "votes": "winner"}, "labels": {"a": 1, "b": 2}, "weight": 2.0}

@@ -1,4 +1,4 @@
-"""Every setting of the four kinds of dialogue changes what is read, or is refused."""
+"""Every setting of the four stage kinds for dialogues changes what is read, or is refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read(kind: str, columns: dict[str, Any], settings: Any) -> list[dict[str, An
 
 
 def record_with(kind: str, format: str, key: str) -> dict[str, Any]:
-    """Return a record in which every key of a format stands for something. Where the key is one of a message, answers are messages."""
+    """Return a record with a value for every key of a format. If `key` is one inside messages, the answers are messages."""
     user, good, bad = OLD if key in ("from", "value") else [USER, ASSISTANT, NO]
     turns = [user, good] if kind == "conversations" else [user]
     if key not in OF_A_MESSAGE or format == "tree":
@@ -97,7 +97,7 @@ def renamed(value: Any, old: str, new: str) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "format", "key"), list(itertools.product(KINDS, OF_A_FORMAT, ALL_KEYS)))
-def test_a_key_says_what_is_read_or_is_refused(kind, format, key):
+def test_a_key_determines_what_is_read_or_is_refused(kind, format, key):
     others, columns = beside(kind, key), record_with(kind, format, key)
     with_key = {"format": format, **others, "keys": {**others["keys"], key: "other_name"}}
     if key not in keys_read(format, kind) or (kind, format) == ("ratings", "tree"):
@@ -138,7 +138,7 @@ CHANGES: dict[str, list[tuple[str, dict[str, Any], dict[str, Any], Any]]] = {
     ],
     "score_range": [("ratings", PLAIN, {"format": "plain"}, (0, 5))],
 }
-"""For each setting: a kind, a record, the other settings, and a value with which the record is read in another way."""
+"""For each setting: a stage kind, a record, the other settings, and a value that changes how the record is read."""
 
 
 def test_every_setting_of_dialogues_is_tried():
@@ -191,17 +191,17 @@ def test_a_setting_without_an_effect_is_refused(kind, settings, complaint):
     assert complaint in str(raised.value)
 
 
-def test_a_function_of_the_users_own_may_read_the_keys_of_any_kind():
+def test_a_users_function_may_read_the_keys_of_any_kind():
     for key in ("response", "chosen", "score", "reference"):
         DialogueConfig(source="json", files=("a.jsonl",), format="plain", keys={key: "a"})
 
 
-def test_a_source_of_a_mixture_is_checked_like_the_inline_one(tmp_path: Path):
+def test_a_source_of_a_mixture_is_checked_like_a_single_source(tmp_path: Path):
     sources = [{"source": "json", "files": ["a.jsonl"], "format": "plain", "keys": {"reference": "a"}}]
     with pytest.raises(ValidationError, match="'reference' has no effect with format = \"plain\" for conversations"):
         ConversationsConfig(mixture=sources)
     assert PromptsConfig(mixture=sources)
 
 
-def test_settings_for_a_function_of_ones_own_are_made_in_a_line():
+def test_settings_for_a_users_function_are_created_in_one_line():
     assert DialogueSettings(format="plain").format == PairSettings(format="plain").format == "plain"

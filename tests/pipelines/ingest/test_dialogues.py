@@ -1,4 +1,4 @@
-"""Every published form of a dialogue becomes a conversation, a rating or a prompt, or the error says why not and what to do."""
+"""Every published form of a dialogue becomes a conversation, a rating or a prompt, or an error says why not and what to do."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_alpacas_input_follows_its_instruction_and_its_history_comes_before():
 
 
 @pytest.mark.parametrize("history", [[["Hello"]], ["Hello", "Hi."], [["Hello", None]], "Hello"])
-def test_alpacas_history_is_made_of_two_texts_a_turn(history):
+def test_each_turn_of_alpacas_history_is_two_texts(history):
     with pytest.raises(ValueError, match=r"history has .*, expected turns such as \['Hello', 'Hi\.'\]"):
         to_conversation({"instruction": "Translate.", "output": "cat", "history": history}, settings("alpaca"))
 
@@ -86,7 +86,7 @@ def test_a_system_column_or_the_systems_setting_is_the_first_message_in_every_fo
     assert to_conversation({**columns, "system": ""}, settings(format)) == {"messages": HELLO}
 
 
-def test_two_system_messages_are_joined_only_when_asked_for():
+def test_two_system_messages_are_joined_only_on_request():
     columns = {"messages": [BRIEF, *HELLO], "system": "Be kind."}
     with pytest.raises(ValueError, match="message 2 is the system's again; join_turns = true"):
         to_conversation(columns, settings())
@@ -194,7 +194,7 @@ def test_tools_become_the_system_message_where_a_record_has_any():
         assert contents(to_conversation({"conversations": SHAREGPT, **without}, how)) == ["Hello", "Hi."]
 
 
-def test_a_key_that_must_be_there_says_how_it_may_be_missing():
+def test_a_missing_required_key_is_refused_with_how_to_make_it_optional():
     with pytest.raises(ValueError, match=r"no column 'sys'; there are: messages; .* keys = \{ system = \"sys\?\" \}"):
         to_conversation({"messages": HELLO}, settings(keys={"system": "sys"}))
     assert to_conversation({"messages": HELLO}, settings(keys={"system": "sys?"})) == {"messages": HELLO}
@@ -212,7 +212,7 @@ def test_a_score_of_one_to_five_becomes_zero_to_one():
     ("score", "expected"),
     [(1, 0.0), (5, 1.0), ("4", 0.75), (" 4.0 ", 0.75), ("1e0", 0.0), (True, 1.0), (False, 0.0), ("true", 1.0), ("False", 0.0)],
 )
-def test_a_score_is_a_number_or_a_verdict_also_where_a_table_has_it_as_text(score, expected):
+def test_a_score_is_a_number_or_a_verdict_even_if_a_table_has_it_as_text(score, expected):
     rating = to_rating({"prompt": "Hello", "response": "Hi.", "score": score}, settings("plain"), (1, 5))
     assert rating["score"] == expected
     assert isinstance(rating["score"], float)
@@ -231,7 +231,7 @@ def test_a_score_is_a_number_or_a_verdict_also_where_a_table_has_it_as_text(scor
         ([4], r"score is \[4\], expected a number"),
     ],
 )
-def test_what_is_no_score_is_refused(score, reason):
+def test_a_value_that_is_not_a_score_is_refused(score, reason):
     with pytest.raises(ValueError, match=reason):
         to_rating({"prompt": "Hello", "response": "Hi.", "score": score}, settings("plain"), (1, 5))
 
@@ -249,7 +249,7 @@ def test_what_is_no_score_is_refused(score, reason):
         ({"messages": [HELLO[0]], "response": "Hi.", "scores": {"help": 1}}, settings(keys={"score": "scores.help"})),
     ],
 )
-def test_a_rating_is_of_a_response_or_of_a_conversations_last_message(columns, how):
+def test_a_rating_is_for_a_response_or_for_a_conversations_last_message(columns, how):
     assert to_rating(columns, how, (0, 1)) == {"prompt": [HELLO[0]], "response": "Hi.", "score": 1.0}
 
 
@@ -311,12 +311,12 @@ def test_a_reference_is_one_text(reference, expected):
         ),
     ],
 )
-def test_a_reference_that_would_become_another_text_is_refused(reference, reason):
+def test_an_ambiguous_reference_or_one_that_is_not_text_is_refused(reference, reason):
     with pytest.raises(ValueError, match=reason):
         to_prompt({"prompt": "2 + 2?", "reference": reference}, settings("plain"))
 
 
-def test_a_template_writes_a_verdict_as_a_text_and_a_path_takes_one_of_several_answers():
+def test_a_template_writes_a_verdict_as_text_and_a_path_takes_one_of_several_answers():
     how = settings("plain", keys={"reference": "{answer}"})
     assert to_prompt({"prompt": "Is it?", "answer": True}, how)["reference"] == "true"
     how = settings("plain", keys={"reference": "answers.text.0"})
@@ -339,6 +339,6 @@ def test_lines_of_text_are_prompts_and_blank_ones_are_left_out():
         to_prompts({"text": "Hello", "other": 1}, settings("plain"))
 
 
-def test_a_prompt_that_nobody_asks_is_refused():
+def test_a_prompt_without_a_user_message_is_refused():
     with pytest.raises(ValueError, match="the prompt ends with the system's message, expected a user's message that can be answered"):
         to_prompt({"messages": [BRIEF]}, settings())

@@ -1,4 +1,4 @@
-"""What a stage of one's own gets from ingest: records that become none or several, reasons with their counts, and the rows themselves."""
+"""What ingest offers a user's own stage: rows that become no record or several, counted reasons, and the rows themselves."""
 
 import json
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_too_many_bad_records_fail_with_their_reasons(gathered):
         gathered(rows, to_content, on_bad_record="skip", max_bad_share=0.5)
 
 
-def test_a_loop_of_ones_own_reads_rows_and_rejects_with_their_places(data, output):
+def test_a_users_own_loop_reads_rows_and_rejects_with_their_places(data, output):
     (data / "a.jsonl").write_text('{"text": "a", "n": 1}\noops\n')
     config = IngestConfig(source="json", files=["a.jsonl"])
     reader = Reader(FakeStage(output, config.sources(data)), config)

@@ -1,4 +1,4 @@
-"""One rule of hold-out for every stage: equal words are on one side, wherever they come from."""
+"""All stages hold out by one rule: equal texts are on the same side, wherever they come from."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def made(data: Path, tmp_path: Path):
 
 
 def lines(**columns: Any) -> str:
-    """A question a line under these names; a name's value gives its content from the question."""
+    """Return JSON lines, one per question; each column is a function of the question."""
     return "".join(json.dumps({name: make(question) for name, make in columns.items()}) + "\n" for question in QUESTIONS)
 
 
@@ -57,7 +57,7 @@ def test_a_prompt_column_of_documents_and_the_prompt_of_dialogues_hold_out_the_s
     assert 10 < len(found[0]) < 35  # 100 draws at 0.2: 20 expected, a standard deviation of 4
 
 
-def test_a_column_of_any_name_and_format_holds_out_what_the_same_words_hold_out_as_a_prompt(made):
+def test_equal_texts_are_on_one_side_whatever_their_column_and_format(made):
     json_rows = lines(question=str)
     csv_rows = "question\n" + "".join(f'"{question}"\n' for question in QUESTIONS)
     nested = lines(meta=lambda question: {"question": question}, text=lambda question: question + "x")
@@ -87,7 +87,7 @@ def test_a_number_is_held_out_like_its_digits(made):
     assert found[0] == found[1] != set()
 
 
-def test_crlf_in_a_question_changes_no_side(made):
+def test_crlf_in_a_question_does_not_change_its_side(made):
     unix, dos = lines(text=str), lines(text=lambda question: question.replace("\n", "\r\n"))
     found = [held_out(made(ingest, IngestConfig, rows, hold_out={"share": 0.2, "by": "text"})) for rows in (unix, dos)]
     assert found[0] == found[1] != set()
@@ -99,7 +99,7 @@ def test_text_files_have_no_column_to_hold_out_by(by):
         IngestConfig(source="text", files=["a.txt"], hold_out={"share": 0.1, "by": by})
 
 
-def test_a_held_out_share_far_from_what_was_asked_is_recorded(ingested):
+def test_a_held_out_share_far_from_the_requested_one_is_recorded(ingested):
     # five books, of which one is 92 of 100 records: whichever side it falls on, the share is far from a half
     books = ["long"] * 92 + ["a", "a", "b", "b", "c", "c", "d", "d"]
     rows = "".join(json.dumps({"text": f"text {number}", "book": book}) + "\n" for number, book in enumerate(books)).encode()
@@ -109,6 +109,6 @@ def test_a_held_out_share_far_from_what_was_asked_is_recorded(ingested):
     assert result.metadata("hold_out") == {"asked": 0.5, "by": "book", "share": held_out / 100, "groups": 5}
 
 
-def test_a_share_near_what_was_asked_is_not_mentioned(ingested):
+def test_a_share_near_the_requested_one_is_not_mentioned(ingested):
     rows = "".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(1000)).encode()
     assert "hold_out" not in ingested({"a.jsonl": rows}, source="json", hold_out={"share": 0.1}).documents.metadata

@@ -33,7 +33,7 @@ def test_the_second_of_two_equal_texts_is_dropped_and_counted(ingested):
     assert result.metadata("records")["duplicate"] == 1
 
 
-def test_equal_texts_stay_when_asked_for(ingested):
+def test_equal_texts_are_kept_on_request(ingested):
     assert ingested({"a.jsonl": jsonl({"text": "a"}, {"text": "a"})}, source="json", deduplicate=False).texts() == ["a", "a"]
 
 
@@ -115,14 +115,14 @@ def test_a_mixture_counts_documents_and_bytes_of_every_source(ingested):
     assert [source["train"]["bytes"] for source in result.metadata("sources")] == [4, 4]
 
 
-def test_a_source_of_weight_two_stands_twice_as_a_whole(ingested):
+def test_a_source_of_weight_two_is_repeated_whole(ingested):
     mixture = [{"source": "json", "files": ["a.jsonl"], "weight": 2.0}, {"source": "json", "files": ["b.jsonl"]}]
     result = ingested({"a.jsonl": jsonl({"text": "a"}, {"text": "b"}), "b.jsonl": jsonl({"text": "c"})}, mixture=mixture)
     assert result.texts() == ["a", "b", "a", "b", "c"]
 
 
-def test_half_a_weight_takes_about_half_and_more_records_change_none_of_it(ingested):
-    # 1,000 draws at 1/2: a standard deviation of 16, so 400 to 600 is more than six of them
+def test_half_a_weight_takes_about_half_and_new_records_do_not_change_the_choice(ingested):
+    # 1,000 draws at 1/2 have a standard deviation of 16, so 400 to 600 is more than six of them either way
     mixture = [{"source": "json", "files": ["a.jsonl"], "weight": 0.5}]
     half = ingested({"a.jsonl": texts(1000)}, mixture=mixture)
     taken = half.texts()
@@ -131,7 +131,7 @@ def test_half_a_weight_takes_about_half_and_more_records_change_none_of_it(inges
     assert ingested({"a.jsonl": texts(1500)}, mixture=mixture).texts()[: len(taken)] == taken
 
 
-def test_weights_leave_the_held_out_documents_as_they_are(ingested):
+def test_weights_do_not_change_the_held_out_documents(ingested):
     def held_out(weight: float) -> list[str]:
         mixture = [{"source": "json", "files": ["a.jsonl"], "weight": weight}]
         return ingested({"a.jsonl": texts(100)}, mixture=mixture, hold_out={"share": 0.2}).texts("held_out")
@@ -153,7 +153,7 @@ def test_another_seed_draws_another_hold_out(ingested):
 
 @settings(max_examples=40)
 @given(st.sets(st.text(min_size=1), min_size=1, max_size=20), st.sets(st.text(min_size=1), max_size=20))
-def test_more_records_move_no_record_to_the_other_side(tmp_path_factory, some, more):
+def test_new_records_move_no_record_to_the_other_side(tmp_path_factory, some, more):
     def held_out(contents: set[str]) -> set[str]:
         folder = tmp_path_factory.mktemp("splits")
         with Splits(folder, HoldOut(share=0.5), seed=1, unit="documents") as splits, splits.source(WeightedSource()):
@@ -229,7 +229,7 @@ def test_files_are_read_in_natural_order(data):
         ("*.tar.gz", "c.tar.gz: an archive of files, which isn't read; unpack it first"),
     ],
 )
-def test_what_is_missing_or_unreadable_is_said_with_the_nearest_names(data, pattern, message):
+def test_a_missing_or_unreadable_file_is_reported_with_the_nearest_names(data, pattern, message):
     (data / "books").mkdir()
     for name in ("books/a.jsonl", "c.tar.gz"):
         (data / name).write_text("")
@@ -244,7 +244,7 @@ def test_a_file_whose_name_is_not_utf8_is_refused_before_it_is_read(data):
         IngestConfig(source="text", files=["*.txt"]).sources(data)
 
 
-def test_links_that_lead_in_circles_give_each_file_once_by_its_own_name(data):
+def test_links_that_form_a_cycle_yield_each_file_once_under_its_own_name(data):
     (data / "books").mkdir()
     for name in ("b.txt", "books/a.txt", "books/c.txt"):
         (data / name).write_text(name)
@@ -258,7 +258,7 @@ def test_links_that_lead_in_circles_give_each_file_once_by_its_own_name(data):
 
 @pytest.fixture
 def elsewhere(data, tmp_path):
-    """A folder beside the data folder, into which two links of the data folder lead."""
+    """A folder beside the data folder, to which two links in the data folder lead."""
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
     for name in ("one.txt", "deep/two.txt"):
         (tmp_path / "elsewhere" / name).write_text(name)
@@ -267,7 +267,7 @@ def elsewhere(data, tmp_path):
     return tmp_path / "elsewhere"
 
 
-def test_links_to_files_and_folders_elsewhere_are_followed_when_asked_for(data, tmp_path, elsewhere):
+def test_links_to_files_and_folders_elsewhere_are_followed_on_request(data, tmp_path, elsewhere):
     def expand(*patterns: str, root=data) -> list[str]:
         return SourceSettings(files=patterns, follow_links=True).expand(root)
 
@@ -277,7 +277,7 @@ def test_links_to_files_and_folders_elsewhere_are_followed_when_asked_for(data, 
 
 
 @pytest.mark.parametrize("pattern", ["three.txt", "*.txt", "linked/one.txt", "**/*.txt", "{data}/*.txt", "{data}/linked/deep/*"])
-def test_a_link_that_leads_out_of_the_data_folder_is_refused(data, elsewhere, pattern):
+def test_a_link_out_of_the_data_folder_is_refused(data, elsewhere, pattern):
     with pytest.raises(ValueError, match=r"a link that leads out of .*/data, to .*/elsewhere/.*; set follow_links = true"):
         SourceSettings(files=(pattern.format(data=data),)).expand(data)
 
@@ -290,19 +290,19 @@ def test_files_elsewhere_can_be_named_and_links_inside_the_data_folder_are_follo
     assert SourceSettings(files=("alias.txt",)).expand(data) == ["alias.txt"]
 
 
-def test_a_data_folder_that_is_a_link_itself_is_no_reason_to_refuse(data, tmp_path):
+def test_a_data_folder_that_is_itself_a_link_is_accepted(data, tmp_path):
     (data / "a.txt").write_text("a")
     (tmp_path / "again").symlink_to(data)
     assert SourceSettings(files=("*.txt",)).expand(tmp_path / "again") == ["a.txt"]
 
 
-def test_a_tilde_stands_for_the_home_folder(data, monkeypatch):
+def test_a_tilde_means_the_home_folder(data, monkeypatch):
     (data / "a.txt").write_text("a")
     monkeypatch.setenv("HOME", str(data))
     assert SourceSettings(files=("~/*.txt",)).expand(data / "elsewhere") == [f"{data}/a.txt"]
 
 
-def test_two_stars_go_through_folders_as_glob_goes(data):
+def test_two_stars_match_folders_as_in_glob(data):
     (data / ".hidden").mkdir()
     (data / "a" / "b").mkdir(parents=True)
     for name in (".hidden/1.txt", "2.txt", "a/3.txt", "a/b/4.txt", "a/b/.5.txt"):
@@ -312,7 +312,7 @@ def test_two_stars_go_through_folders_as_glob_goes(data):
         assert {os.path.normpath(name) for name in SourceSettings(files=(pattern,)).expand(data)} == expected
 
 
-def test_a_missing_data_folder_is_said_as_such(data):
+def test_a_missing_data_folder_is_reported_as_such(data):
     with pytest.raises(ValueError, match=r"the data folder .*/elsewhere doesn't exist; set `data` to the folder that has 'a.txt'"):
         IngestConfig(source="text", files=["a.txt"]).sources(data / "elsewhere")
 
@@ -368,13 +368,13 @@ def test_progress_ends_at_the_sources_size(ingested):
     assert result.stage.reported[-1] == (9, 9, "bytes")
 
 
-def test_nothing_but_the_three_files_is_left_in_the_output(ingested):
+def test_only_the_three_files_are_left_in_the_output(ingested):
     result = ingested({"a.txt": b"text"}, mixture=[{"source": "text", "files": ["a.txt"], "weight": 3}])
     assert sorted(path.name for path in result.stage.output.iterdir()) == ["held_out.jsonl", "rejects.jsonl", "train.jsonl"]
 
 
 def test_each_part_of_a_mixture_reads_what_its_own_glob_found(tmp_path):
-    """A glob leaves hidden files out, so the second part's file is not the first part's, though "*" could stand for its name."""
+    """A glob leaves out hidden files, so "*" in the first part does not match the second part's file."""
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "a.txt").write_text("one")
     (tmp_path / "m" / ".h.txt").write_text("two")

@@ -1,4 +1,4 @@
-"""JSON: one value a line, over several lines, one array, or an array inside a document; and what is wrong with a value."""
+"""JSON: one value per line, values over several lines, one array, or an array inside a document; and faults in values."""
 
 import json
 
@@ -33,18 +33,18 @@ def cut(data: bytes, piece_bytes: int) -> list[bytes]:
         b'["a", {"text": "b"}]',
     ],
 )
-def test_objects_and_texts_one_after_another_are_records(ingested, content):
+def test_successive_objects_and_texts_are_records(ingested, content):
     assert ingested({"a.json": content}, source="json").texts() == ["a", "b"]
 
 
-def test_a_file_that_is_one_object_over_lines_is_one_record(ingested):
+def test_a_file_that_is_one_object_over_several_lines_is_one_record(ingested):
     assert ingested({"a.json": b'{\n  "text": "one object over lines",\n  "more": {\n    "x": [\n{}\n]}\n}'}, source="json").texts() == [
         "one object over lines"
     ]
 
 
 @given(st.lists(VALUES, min_size=1), st.integers(1, 9), st.none() | st.integers(0, 3), st.sampled_from(["", " ", "\n", "\n\n"]))
-def test_however_values_are_laid_out_and_cut_into_pieces_they_are_those_json_wrote(values, piece_bytes, indent, between):
+def test_values_are_read_as_json_wrote_them_whatever_their_layout_and_the_size_of_pieces(values, piece_bytes, indent, between):
     data = between.join(json.dumps(value, ensure_ascii=False, indent=indent) for value in values).encode()
     spans = list(json_values(cut(data, piece_bytes), 0, limit=MIB))
     assert [json.loads(span.data) for span in spans] == values
@@ -68,7 +68,7 @@ def test_however_values_are_laid_out_and_cut_into_pieces_they_are_those_json_wro
         b"}",
     ],
 )
-def test_a_broken_line_costs_itself_only(ingested, broken):
+def test_a_broken_line_spoils_only_itself(ingested, broken):
     content = b'{"text": "a"}\n' + broken + b'\n{"text": "b"}\n{\n"text": "c"\n}\n'
     result = ingested({"a.jsonl": content}, source="json", **SKIP)
     assert result.texts() == ["a", "b", "c"]
@@ -76,12 +76,12 @@ def test_a_broken_line_costs_itself_only(ingested, broken):
     assert result.rejects()[0]["reason"].startswith("malformed JSON")
 
 
-def test_a_value_that_the_file_ends_in_is_a_bad_record(ingested):
+def test_a_value_cut_off_by_the_end_of_the_file_is_a_bad_record(ingested):
     with pytest.raises(StageFailure, match=r"line 2, column 1 .*: the file ends before the JSON value that begins here is closed"):
         ingested({"a.json": b'{"text": "a"}\n{\n"text":\n'}, source="json")
 
 
-def test_an_object_over_lines_that_is_too_long_is_one_bad_record_that_is_never_held():
+def test_an_object_over_several_lines_that_is_too_long_is_one_bad_record():
     lines = b'{"a": [\n' + b'"xxxxxxxxx",\n' * 1000 + b'"x"]}\n{"b": 1}\n'
     spans = list(json_values([lines], 0, limit=100))
     assert [(span.line, len(span.data), bool(span.fault)) for span in spans] == [(1, 100, True), (1003, 8, False)]
@@ -97,12 +97,12 @@ def test_a_value_that_is_neither_an_object_nor_a_text_is_a_bad_record(ingested, 
 
 
 @pytest.mark.parametrize("record", [b'{"text": "a", "text": "b"}', b'{"text": "a", "more": [{"x": 1, "x": 1}]}'])
-def test_a_key_that_stands_twice_is_a_bad_record(ingested, record):
+def test_a_duplicate_key_is_a_bad_record(ingested, record):
     with pytest.raises(StageFailure, match=r"an object has the key '(text|x)' twice, and only one of the two values could be kept"):
         ingested({"a.jsonl": record}, source="json")
 
 
-def test_the_six_characters_of_an_escaped_nul_are_a_text_and_a_nul_is_not(ingested):
+def test_a_nul_is_refused_but_the_six_characters_of_its_escape_are_text(ingested):
     assert ingested({"a.jsonl": rb'{"text": "written \\u0000 in JSON"}'}, source="json").texts() == [r"written \u0000 in JSON"]
     with pytest.raises(StageFailure, match="a NUL character"):
         ingested({"a.jsonl": rb'{"text": "a \u0000"}'}, source="json")
@@ -110,7 +110,7 @@ def test_the_six_characters_of_an_escaped_nul_are_a_text_and_a_nul_is_not(ingest
         ingested({"a.jsonl": rb'{"text": "a \\\u0000"}'}, source="json")
 
 
-def test_a_number_that_json_lacks_is_named_where_it_is_kept_and_harmless_elsewhere(ingested):
+def test_a_number_that_json_lacks_is_refused_where_it_is_kept_and_ignored_elsewhere(ingested):
     content = b'{"text": "ok", "x": NaN}\n{"text": "inf", "x": Infinity}\n{"text": "big", "x": 1e999}\n'
     assert ingested({"a.jsonl": content}, source="json").texts() == ["ok", "inf", "big"]
     with pytest.raises(StageFailure, match=r"line 1, .*column 'x' holds NaN or an infinite number"):
@@ -128,7 +128,7 @@ def test_the_records_of_a_wrapped_array_have_their_own_places(ingested):
     assert (reject["record"], reject["line"], reject["column"], reject["byte"]) == (2, 3, 1, content.index(b'{"text": 7'))
 
 
-def test_every_document_of_a_file_is_looked_through_and_a_path_may_have_indices(ingested):
+def test_every_document_of_a_file_is_searched_and_a_path_may_have_indices(ingested):
     content = b'{"data": [{"text": "a"}, "b"]}\n{"data": [{"text": "c"}]}\n'
     assert ingested({"a.jsonl": content}, source="json", records="data").texts() == ["a", "b", "c"]
     content = b'[{"rows": [{"text": "no"}]}, {"rows": [{"text": "yes"}]}]'
@@ -136,7 +136,7 @@ def test_every_document_of_a_file_is_looked_through_and_a_path_may_have_indices(
 
 
 @given(st.lists(VALUES), st.integers(1, 9), st.none() | st.integers(0, 3), VALUES)
-def test_however_a_document_is_laid_out_the_records_at_a_path_are_those_json_wrote(values, piece_bytes, indent, beside):
+def test_the_records_at_a_path_are_read_as_json_wrote_them_whatever_the_layout(values, piece_bytes, indent, beside):
     document = {"z": beside, "data": {"a": beside, "examples": values, "b": beside}, "y": [beside]}
     data = json.dumps(document, ensure_ascii=False, indent=indent).encode()
     spans = list(elements_at("data.examples", cut(data, piece_bytes), 0, limit=MIB))
@@ -155,7 +155,7 @@ def test_however_a_document_is_laid_out_the_records_at_a_path_are_those_json_wro
         (b"[]", "leads to no list; the document has the keys: none"),
     ],
 )
-def test_a_document_without_that_list_names_the_keys_there_are(ingested, content, reason):
+def test_a_document_without_that_list_is_refused_with_the_keys_that_it_has(ingested, content, reason):
     with pytest.raises(StageFailure, match=reason):
         ingested({"a.json": content}, source="json", records="data.examples")
 
@@ -167,6 +167,6 @@ def test_a_document_that_wraps_its_records_hints_at_the_setting(ingested):
         ingested({"a.json": b'{"data": {"examples": [{"text": "a"}]}}'}, source="json")
 
 
-def test_a_list_of_other_things_gives_no_hint(ingested):
+def test_a_list_of_other_values_gives_no_hint(ingested):
     with pytest.raises(StageFailure, match=r"no column 'text'; there are: messages\. Fix"):
         ingested({"a.json": b'{"messages": [{"content": "a"}]}'}, source="json")

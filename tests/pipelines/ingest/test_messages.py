@@ -55,7 +55,7 @@ def test_an_unknown_role_is_refused_with_the_setting_that_names_it(role, hint):
         to_conversation({"messages": [USER, {"role": role, "content": "4"}]}, DialogueSettings())
 
 
-def test_successive_turns_of_one_role_are_joined_when_asked_for():
+def test_successive_turns_of_one_role_are_joined_on_request():
     messages = to_conversation({"messages": [USER, USER, ASSISTANT]}, DialogueSettings(join_turns=True))["messages"]
     assert messages == [{"role": "user", "content": "Hello\nHello"}, ASSISTANT]
 
@@ -81,7 +81,7 @@ def test_text_parts_are_joined_by_newlines(content):
         (4, "4"),
     ],
 )
-def test_another_part_is_refused_by_its_type(part, found):
+def test_a_part_that_is_not_text_is_refused_by_its_type(part, found):
     with pytest.raises(ValueError, match=f"the user's message has {found}, expected only text parts"):
         read_message({"role": "user", "content": [{"type": "text", "text": "See:"}, part]}, DialogueSettings())
 
@@ -104,7 +104,7 @@ ADD_AS_TEXT = '{"name": "add", "arguments": {"a": 2, "b": 2}}'
         ({"content": "Hi.", "tool_calls": []}, "Hi."),
     ],
 )
-def test_a_call_of_a_tool_is_a_line_of_json_after_the_text(message, content):
+def test_a_tool_call_is_a_line_of_json_after_the_text(message, content):
     assert read_message({"role": "assistant", **message}, DialogueSettings()) == {"role": "assistant", "content": content}
 
 

@@ -1,4 +1,4 @@
-"""A row becomes one record, several, or none, as a stage's own function decides."""
+"""A row becomes one record, several or none, as the stage's function decides."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,19 +39,19 @@ def test_each_record_of_a_row_is_a_record_of_its_own(gathered):
     assert metadata["records"] == {"read": 2, "bad": 0, "empty": 0, "short": 0, "duplicate": 1, "left_by_weight": 0}
 
 
-def test_nothing_of_a_bad_row_is_kept(gathered, output):
+def test_no_record_of_a_bad_row_is_kept(gathered, output):
     metadata, lines = gathered(sentences, "one two\nthree .\n", on_bad_record="skip", max_bad_share=0.5)
     assert lines == ['{"text": "three", "source": "a.txt"}']
     assert (metadata["records"]["bad"], [each["reason"] for each in rejects(output)]) == (1, ["no full stop"])
 
 
 @pytest.mark.parametrize("nothing", [None, []])
-def test_a_row_that_is_left_out_is_counted_and_not_bad(gathered, nothing):
+def test_a_row_that_is_left_out_is_counted_but_is_not_bad(gathered, nothing):
     metadata, lines = gathered(lambda columns, _: {"text": "b"} if columns["text"] == "b" else nothing, "a\nb\na\n")
     assert lines == ['{"text": "b", "source": "a.txt"}']
     assert metadata["records"] == {"read": 3, "bad": 0, "empty": 0, "short": 0, "duplicate": 0, "left_by_weight": 0, "left_out": 2}
 
 
-def test_a_stage_that_leaves_all_out_says_how_many(gathered):
+def test_a_stage_that_leaves_out_every_row_reports_how_many(gathered):
     with pytest.raises(StageFailure, match=r"no train documents are left \(records: 2 read, .* 2 left_out;"):
         gathered(lambda *_: None, "a\nb\n")

@@ -1,4 +1,4 @@
-"""A pair is one prompt and two responses, one of which was preferred: named, voted for, scored or ranked."""
+"""A pair is one prompt and two responses; which one was preferred is given by name, votes, scores or ranks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_pair_is_one_prompt_and_two_responses(columns, how):
     assert to_pairs(columns, how) == [{"prompt": [HELLO[0]], "chosen": "Hi.", "rejected": "No."}]
 
 
-def test_a_pair_of_whole_conversations_has_all_turns_before_the_last_as_its_prompt():
+def test_the_prompt_of_a_pair_of_conversations_is_every_turn_before_the_last():
     before = [*HELLO, {"role": "user", "content": "And you?"}]
     pair = to_pair({"chosen": [*before, HELLO[1]], "rejected": [*before, NO]}, settings())
     assert pair == {"prompt": before, "chosen": "Hi.", "rejected": "No."}
@@ -106,7 +106,7 @@ TWO = {"responses": ["a", "b"]}
         ([None, None, None], []),
     ],
 )
-def test_the_response_with_most_votes_is_chosen_and_a_tie_prefers_nothing(votes, expected):
+def test_the_response_with_most_votes_is_chosen_and_a_tie_is_left_out(votes, expected):
     how = settings("plain", keys={**TWO, "votes": ["v1", "v2", "v3"]}, labels={"1": 1, "2": 2, "0": 0})
     assert texts(to_pairs({**VOTED, "v1": votes[0], "v2": votes[1], "v3": votes[2]}, how)) == expected
     how = settings("plain", keys={**TWO, "votes": "votes"}, labels={"1": 1, "2": 2, "0": 0})
@@ -169,7 +169,7 @@ def test_the_lowest_rank_is_the_best():
 
 
 @pytest.mark.parametrize("completions", [[], COMPLETIONS[:1], COMPLETIONS[2:], [{"text": "x", "score": 1}, {"text": "x ", "score": 2}]])
-def test_a_record_without_a_difference_has_no_pair(completions):
+def test_a_record_with_equal_scores_has_no_pair(completions):
     assert to_pairs({"prompt": "Hello", "completions": completions}, settings("plain", keys=SCORED)) == []
 
 

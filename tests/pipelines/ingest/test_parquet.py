@@ -1,4 +1,4 @@
-"""Parquet: rows become records, only the columns that are asked for are read, and a fault names its column."""
+"""Parquet: rows become records, only the columns in use are read, and a fault names its column."""
 
 import datetime
 import decimal
@@ -70,8 +70,8 @@ def test_bytes_are_not_text(ingested, table):
         ingested({}, files=["a.parquet"], source="parquet")
 
 
-def test_a_column_that_nobody_asked_for_can_be_damaged(ingested, table, data):
-    # the second column's pages are overwritten, the footer and the first column's are sound
+def test_damage_in_a_column_that_is_not_read_does_no_harm(ingested, table, data):
+    # the second column's pages are overwritten; the footer and the first column's pages are intact
     table({"text": ["a", "b"], "noise": ["x" * 50, "y" * 60]}, compression="none", use_dictionary=False)
     content = bytearray((data / "a.parquet").read_bytes())
     chunk = pyarrow.parquet.ParquetFile(data / "a.parquet").metadata.row_group(0).column(1)
@@ -82,7 +82,7 @@ def test_a_column_that_nobody_asked_for_can_be_damaged(ingested, table, data):
         ingested({}, files=["a.parquet"], source="parquet", fields=["noise"])
 
 
-def test_a_text_that_is_not_utf8_fails_only_the_row_that_asks_for_it(ingested, table):
+def test_invalid_utf8_fails_only_its_row_and_only_if_its_column_is_read(ingested, table):
     broken = pyarrow.Array.from_buffers(
         pyarrow.string(), 2, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff")]
     )
@@ -91,7 +91,7 @@ def test_a_text_that_is_not_utf8_fails_only_the_row_that_asks_for_it(ingested, t
         ingested({}, files=["a.parquet"], source="parquet")
 
 
-def test_a_missing_column_lists_all_there_are(ingested, table):
+def test_a_missing_column_is_reported_with_all_columns(ingested, table):
     table({"title": ["t"], "body": ["b"]})
     with pytest.raises(StageFailure, match="no column 'text'; there are: title, body"):
         ingested({}, files=["a.parquet"], source="parquet", fields=["title"])
@@ -109,7 +109,7 @@ def test_an_empty_file_and_a_table_without_rows_are_counted(ingested, table, dat
     assert (result.texts(), result.metadata("empty_files")) == (["a"], 2)
 
 
-def test_memory_depends_on_a_batch_and_not_on_the_row_group(table, data):
+def test_memory_depends_on_the_batch_and_not_on_the_row_group(table, data):
     # 64 documents of 1 MiB, each on a page of its own, in one row group; a batch holds 8
     table({"text": [f"{number} " + "x" * MIB for number in range(64)]}, compression="none", use_dictionary=False, write_batch_size=1)
     before = pyarrow.total_allocated_bytes()

@@ -1,4 +1,4 @@
-"""The quickstart's documents, on a library small enough to read, and on the one that runs these tests."""
+"""The quickstart's documents, from a library small enough to check by hand, and from the one that runs these tests."""
 
 import importlib.util
 import sys
@@ -48,7 +48,7 @@ def test_a_module_is_one_document_of_signatures_and_docstrings(read_docs):
     }
 
 
-def test_a_docstring_stands_once(read_docs):
+def test_each_docstring_is_included_once(read_docs):
     assert list(read_docs({"a.py": '"""Same."""', "b.py": '"""Same."""', "c.py": '"""Other."""'}).texts("train")) == [
         "a\n\nSame.",
         "c\n\nOther.",
@@ -68,7 +68,7 @@ def test_a_file_that_cannot_be_parsed_is_listed(read_docs):
     assert rejects(documents.path) == [{"source": "b.py", "reason": "invalid syntax (<unknown>, line 1)"}]
 
 
-def test_what_distributions_ship_differently_is_left_out(read_docs):
+def test_modules_that_distributions_ship_differently_are_left_out(read_docs):
     files = {f"{folder}/a.py": f'"""{folder}."""' for folder in ("test", "tkinter", "site-packages", "config-3.11-linux", "json")}
     assert list(read_docs(files).texts("train")) == ["json.a\n\njson."]
 

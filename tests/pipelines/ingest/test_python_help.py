@@ -1,4 +1,4 @@
-"""The quickstart's questions and answers: what is taught, what is declined, and that nothing held out is taught."""
+"""The quickstart's questions and answers: what is taught, what is declined, and that nothing held out is trained on."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def test_a_summary_is_the_first_sentence_below_the_signature(python_docs, docstr
     assert python_docs.summary(docstring) == sentence
 
 
-def test_no_question_and_no_declined_name_is_in_both_splits_and_all_stages_agree(make):
+def test_no_question_or_declined_name_is_in_both_splits_and_all_stages_agree(make):
     conversations, preferences, prompts = make("conversations"), make("preferences"), make("prompts")
     assert isinstance(conversations, Conversations)
     assert isinstance(preferences, Preferences)
@@ -57,7 +57,7 @@ def test_no_question_and_no_declined_name_is_in_both_splits_and_all_stages_agree
     assert conversations.metadata["held_out"]["conversations"] == prompts.metadata["held_out"]["prompts"] > 400
 
 
-def test_a_pair_prefers_the_right_answer_to_one_of_six_kinds_of_wrong(make, python_docs):
+def test_a_pair_prefers_the_right_answer_to_a_wrong_one_of_six_kinds(make, python_docs):
     pairs = list(make("preferences").records("train"))
     assert {pair["kind"] for pair in pairs} == {"another", "spliced", "truncated", "garbled", "declines_taught", "answers_untaught"}
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)

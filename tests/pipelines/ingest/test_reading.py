@@ -1,4 +1,4 @@
-"""Records and the places they stand at, on files with the dirt that real ones have."""
+"""Records and their places in files with the faults that real files have."""
 
 import json
 import tracemalloc
@@ -75,7 +75,7 @@ def test_a_character_that_cannot_be_kept_is_a_bad_record(ingested, escape, reaso
         ingested({"a.jsonl": b'{"text": "a"}\n{"text": "%s"}' % escape.encode()}, source="json")
 
 
-def test_a_line_of_20_mb_is_one_reject_and_is_never_held(ingested, data):
+def test_a_line_of_20_mb_is_one_reject_and_is_never_held_in_memory(ingested, data):
     (data / "a.jsonl").write_bytes(b'{"text": "' + b"x" * 20_000_000 + b'"}\n{"text": "b"}')
     settings = dict(on_bad_record="skip", max_bad_share=0.5, max_record_bytes=MIB)
     tracemalloc.start()
@@ -125,7 +125,7 @@ def test_a_faulty_array_is_a_bad_record(ingested, array, reason):
         ingested({"a.json": array}, source="json")
 
 
-def test_a_missing_column_lists_those_there_are(ingested):
+def test_a_missing_column_is_reported_with_those_that_exist(ingested):
     with pytest.raises(StageFailure, match=r"line 1, .*no column 'text'; there are: title, body"):
         ingested({"a.jsonl": b'{"title": "t", "body": "b"}'}, source="json")
 
@@ -135,7 +135,7 @@ def test_a_missing_column_lists_those_there_are(ingested):
     st.integers(1, 9),
     st.none() | st.integers(0, 3),
 )
-def test_however_an_array_is_cut_into_pieces_its_elements_are_those_json_finds(elements, piece_bytes, indent):
+def test_an_arrays_elements_are_those_json_finds_whatever_the_size_of_pieces(elements, piece_bytes, indent):
     data = json.dumps(elements, ensure_ascii=False, indent=indent).encode()
     pieces = [data[begin : begin + piece_bytes] for begin in range(0, len(data), piece_bytes)]
     spans = list(array_elements(pieces, 0, limit=MIB))
@@ -147,7 +147,7 @@ def test_however_an_array_is_cut_into_pieces_its_elements_are_those_json_finds(e
 
 
 @given(st.lists(st.sampled_from([b"a", b"bc", b"\n", b"\r\n", b" "])), st.integers(1, 5))
-def test_however_text_is_cut_into_pieces_its_units_are_the_same(parts, piece_bytes):
+def test_the_units_of_a_text_do_not_depend_on_the_size_of_pieces(parts, piece_bytes):
     data = b"".join(parts)
     pieces = [data[begin : begin + piece_bytes] for begin in range(0, len(data), piece_bytes)]
     for frame in (whole, lines, paragraphs):

@@ -1,4 +1,4 @@
-"""Every shipped pipeline file is one that the graph accepts, once its data is there; and what recipes with code of their own make of it."""
+"""The graph accepts every shipped pipeline file once its data exists; and the recipes' own code does what it should."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ OTHER_STAGES = {
     "instruct-zh-en": ["instructions", "identity", "identity_questions", "pairs", "spoken", "sft", "reward_model"],
     "arithmetic": ["problems", "prompts", "sft", "rl"],
 }
-"""Beside those that every recipe has."""
+"""Stages besides those that every recipe has."""
 
 
 @pytest.fixture
@@ -55,14 +55,14 @@ def code(monkeypatch):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_runs_the_line_from_documents_to_export(built, path):
+def test_a_recipe_has_every_stage_from_documents_to_export(built, path):
     stages = list(built(path).stages)
-    wanted = ["documents", *MODEL, *OTHER_STAGES.get(path.stem, ()), "evaluate", "export"]
+    expected = ["documents", *MODEL, *OTHER_STAGES.get(path.stem, ()), "evaluate", "export"]
     if path.stem.startswith("quickstart"):
         assert stages[0] == "documents"
-        assert set(wanted) <= set(stages)
+        assert set(expected) <= set(stages)
     else:
-        assert sorted(stages) == sorted(wanted)
+        assert sorted(stages) == sorted(expected)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -71,7 +71,7 @@ def test_a_recipe_is_named_after_its_file_and_listed_in_the_readme(path):
     assert f"`{path.name}`" in (CONFIGS / "README.md").read_text(encoding="utf-8")
 
 
-def test_shakespeare_is_nanogpts_setting_for_a_cpu(built):
+def test_shakespeare_has_nanogpts_cpu_settings(built):
     pretrain = built(CONFIGS / "shakespeare.toml").stages["pretrain"].config
     shape = pretrain.shape()
     assert (shape.n_layer, shape.n_head, shape.n_embd, shape.seq_len, shape.dropout, shape.bias) == (4, 4, 128, 64, 0.0, False)
@@ -92,7 +92,7 @@ def test_stages_that_share_questions_hold_out_the_same_ones(built, recipe, stage
     assert "by='prompt'" in held_out.pop()
 
 
-def test_the_assistant_has_one_name_in_what_it_learns_and_in_what_it_is_asked(built):
+def test_the_assistants_name_is_the_same_in_training_and_evaluation(built):
     stages = built(CONFIGS / "instruct-zh-en.toml").stages
     learned, asked = stages["identity"].config, stages["identity_questions"].config
     assert (learned.name, learned.author) == (asked.name, asked.author)
@@ -125,7 +125,7 @@ ORDER = {
 API = DialogueConfig(source="json", files=("a.json",), roles={"api": "user"})
 
 
-def test_a_coffee_dialogue_has_its_calls_in_turn(code):
+def test_a_coffee_dialogue_has_its_calls_in_order(code):
     messages = to_conversation({"messages": code("coffee").dialogue(ORDER)}, API)["messages"]
     assert [(message["role"], message["content"]) for message in messages] == [
         ("user", "One latte, please"),
@@ -141,7 +141,7 @@ def turns(*of_context: dict, generation: dict) -> dict:
     return {"context": json.dumps(of_context), "generation": json.dumps(generation), "reward": 1.0}
 
 
-def test_what_was_rated_follows_the_customers_words_without_the_welcome(code):
+def test_a_rated_turn_follows_the_dialogue_without_the_welcome(code):
     columns = turns(
         {"role": "agent", "text": "Welcome to the Coffee Bar"},
         {"role": "user", "text": "an espresso, and a mocha with oat milk"},
@@ -165,7 +165,7 @@ def test_what_was_rated_follows_the_customers_words_without_the_welcome(code):
     assert [message["role"] for message in rating["prompt"]] == ["user", "assistant", "user"]
 
 
-def test_orders_are_numbered_by_their_first_mention_so_a_wrong_one_stays_another_one(code):
+def test_orders_are_numbered_by_first_mention_so_a_wrong_order_stays_distinct(code):
     columns = turns(
         {"role": "user", "text": "an espresso"},
         {"role": "agent", "api": {"add_order_item": {"menu_item_id": "espresso-0001"}}},
@@ -180,7 +180,7 @@ def test_orders_are_numbered_by_their_first_mention_so_a_wrong_one_stays_another
     assert code("coffee").before_and_next(columns)[1] == "[finish_order order_id: order-1]"
 
 
-def test_an_answer_to_nobody_is_a_bad_record(code):
+def test_a_rating_without_a_customers_message_is_a_bad_record(code):
     messages, response = code("coffee").before_and_next(turns(generation={"role": "agent", "text": "Sorry, no."}))
     assert (messages, response) == ([], "Sorry, no.")
     with pytest.raises(ValueError, match=r"messages is \[\], expected a list of messages"):
@@ -190,13 +190,13 @@ def test_an_answer_to_nobody_is_a_bad_record(code):
 # ---- instruct-zh-en ----
 
 
-def test_the_assistants_name_is_filled_into_texts_alone(code):
+def test_the_assistants_name_is_filled_into_texts_only(code):
     identity = code("identity").IdentityConfig(source="json", files=("a.json",), format="alpaca", name="Mei", author="gptline")
     columns = {"instruction": "你是谁？", "input": "", "output": "我是 {{name}}，由 {{author}} 开发。", "id": 3}
     assert identity.filled(columns) == {"instruction": "你是谁？", "input": "", "output": "我是 Mei，由 gptline 开发。", "id": 3}
 
 
-def test_what_conversations_say_is_a_document_on_the_side_of_its_conversation(code, tmp_path):
+def test_a_conversation_becomes_a_document_on_the_same_side_of_the_hold_out(code, tmp_path):
     spoken, folder, output = code("spoken"), tmp_path / "conversations", tmp_path / "output"
     folder.mkdir()
     output.mkdir()
@@ -224,7 +224,7 @@ def test_what_conversations_say_is_a_document_on_the_side_of_its_conversation(co
         ("( ( 1.0 / 3.0 ) * 3.0 )", 1.0, "1 / 3 * 3 = 1\n#### 1"),
     ],
 )
-def test_an_equation_is_the_working_and_its_value_the_answer(code, equation, answer, working):
+def test_the_equation_becomes_the_working_and_its_value_the_answer(code, equation, answer, working):
     assert code("arithmetic").working({"Equation": equation, "Answer": answer}) == working
 
 
@@ -238,7 +238,7 @@ def test_an_equation_is_the_working_and_its_value_the_answer(code, equation, ans
         ("( 4.0 -", "can't be computed"),
     ],
 )
-def test_an_equation_that_gives_another_answer_is_a_bad_record(code, equation, reason):
+def test_an_equation_whose_value_is_not_the_answer_is_a_bad_record(code, equation, reason):
     with pytest.raises(ValueError, match=reason):
         code("arithmetic").working({"Equation": equation, "Answer": 1.0})
 

@@ -1,6 +1,6 @@
-"""Every setting of ingest has an effect: changed from its default it is in the stage's key, and changes what comes out or is refused.
+"""Every setting of ingest has an effect: a value other than the default changes the key and the output, or is refused.
 
-For each format there is one small data folder on which every setting that the format admits makes a difference.
+Each format has one small data folder on which every setting that the format accepts makes a difference.
 """
 
 import gzip
@@ -51,13 +51,13 @@ CHANGED: dict[str, Any] = {
     "max_bad_share": 1.0,
     "min_chars": 6,
 }
-"""A value of each setting that isn't its default. `source` and `mixture` say which of the others there are, and have tests of their own."""
+"""A value other than the default for each setting. `source` and `mixture` decide which others exist, and have tests of their own."""
 NEEDS = {"max_bad_share": {"on_bad_record": "skip"}}
-"""Settings that have an effect beside another one only; by themselves they're refused."""
+"""Settings that have an effect only beside another one, and are refused without it."""
 
 
 def content(source: str) -> bytes:
-    """Records with a duplicate among them; where the format has bytes, one that isn't UTF-8."""
+    """Return records with a duplicate among them and, if the format is text, one that isn't UTF-8."""
     match source:
         case "text":
             return b"one\nt\xffo\none\n"
@@ -76,7 +76,7 @@ def content(source: str) -> bytes:
 
 @pytest.fixture
 def outcome(tmp_path: Path):
-    """What a config makes of a format's folder: the bytes of its files and its metadata, or its failure."""
+    """Run a config on a format's folder; return checksums of its files and its metadata, or its failure."""
     made = 0
 
     def run(source: str, settings: dict[str, Any]) -> Any:
@@ -110,7 +110,7 @@ def refusal(settings: dict[str, Any]) -> str:
 
 
 def settings_for(name: str, source: str) -> dict[str, Any]:
-    """Settings beside which a change of `name` shows."""
+    """Return settings with which a change of `name` makes a difference."""
     base: dict[str, Any] = {"source": source, "files": ["a.data"], **NEEDS.get(name, {})}
     if name in ("deduplicate", "min_chars", "hold_out", "license", "fields", "text", "max_record_bytes", "unit", "quotes", "columns"):
         base |= {"on_bad_record": "skip", "max_bad_share": 1.0}
@@ -138,7 +138,7 @@ def test_a_setting_changes_the_key_and_the_output_or_is_refused(outcome, name, s
         return
     config = IngestConfig.model_validate(changed)
     before = IngestConfig.model_validate(base)
-    assert config.model_dump() != before.model_dump()  # the key holds the dump, less operational fields, of which there are none
+    assert config.model_dump() != before.model_dump()  # the key holds the dump without operational fields, of which there are none
     assert outcome(source, changed) != outcome(source, base)
 
 
@@ -151,7 +151,7 @@ def test_a_setting_changes_the_key_and_the_output_or_is_refused(outcome, name, s
         ("parquet", {"unit", "encoding", "encoding_errors", "records", "delimiter", "quotes", "columns"}),
     ],
 )
-def test_each_format_refuses_exactly_the_settings_it_has_no_use_for(source, without_effect):
+def test_each_format_refuses_exactly_the_settings_without_an_effect_on_it(source, without_effect):
     alone = {
         name: {"source": source, "files": ["a"], **NEEDS.get(name, {}), name: value} for name, value in CHANGED.items() if value is not None
     }
@@ -160,19 +160,19 @@ def test_each_format_refuses_exactly_the_settings_it_has_no_use_for(source, with
     assert set(refused) == without_effect
 
 
-def test_a_share_of_bad_records_that_is_never_asked_for_is_refused():
+def test_max_bad_share_without_skipping_is_refused():
     with pytest.raises(ValidationError, match=r'max_bad_share = 0.5 has no effect with on_bad_record = "fail"; remove it'):
         IngestConfig(source="json", files=["a"], max_bad_share=0.5)
 
 
 @pytest.mark.parametrize("encoding", ["gbkk", "hex", "idna", "unicode_escape", ""])
-def test_an_encoding_that_files_are_not_in_is_refused(encoding):
+def test_an_unknown_or_unsuitable_encoding_is_refused(encoding):
     with pytest.raises(ValidationError, match=f"is {encoding!r}, which Python has no text encoding for"):
         IngestConfig(source="text", files=["a"], encoding=encoding)
 
 
 @pytest.mark.parametrize(("name", "value"), [("columns", ["a", "b", "a"]), ("fields", ["a", "b", "a"])])
-def test_a_name_that_stands_twice_is_refused(name, value):
+def test_a_duplicate_name_in_a_list_is_refused(name, value):
     with pytest.raises(ValidationError, match="has 'a' twice, expected distinct names"):
         IngestConfig.model_validate({"source": "csv", "files": ["a"], name: value})
 

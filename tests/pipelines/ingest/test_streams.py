@@ -1,4 +1,4 @@
-"""What lies between a file and its format: compression, archives, encodings, and files that aren't what their name says."""
+"""What comes before the format: compression, archives, encodings, and files that aren't what their name says."""
 
 import bz2
 import gzip
@@ -32,7 +32,7 @@ def zipped(**members: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("compress", "suffix"), [(gzip.compress, "gz"), (bz2.compress, "bz2"), (lzma.compress, "xz"), (zstd, "zst")])
-def test_compressed_files_read_like_plain_ones_also_in_several_frames(ingested, compress, suffix):
+def test_compressed_files_read_like_plain_ones_even_in_several_frames(ingested, compress, suffix):
     assert ingested({f"a.jsonl.{suffix}": compress(b'{"text": "a"}')}, source="json").texts() == ["a"]
     assert ingested({f"A.TXT.{suffix.upper()}": compress(b"one\n") + compress(b"two")}, source="text").texts() == ["one\ntwo"]
 
@@ -44,7 +44,7 @@ def test_a_truncated_file_is_named(ingested, compress, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst", "zip"])
-def test_an_empty_file_has_no_records_whatever_its_name_says(ingested, suffix):
+def test_an_empty_file_has_no_records_whatever_its_extension(ingested, suffix):
     result = ingested({f"a.txt.{suffix}": b"", "b.txt": b"b"}, source="text")
     assert (result.texts(), result.metadata("empty_files")) == (["b"], 1)
 
@@ -64,7 +64,7 @@ def test_the_members_of_an_archive_share_one_ceiling(ingested):
         ingested({"a.zip": zipped(**members)}, source="text")
 
 
-def test_a_zip_archive_is_its_members_in_the_order_of_their_names(ingested):
+def test_a_zip_archives_members_are_read_in_the_order_of_their_names(ingested):
     members = {"d/10.jsonl": b'{"text": "ten"}', "d/2.jsonl": b'{"text": "two"}', "e.jsonl.gz": gzip.compress(b'{"text": "e"}')}
     members |= {"__MACOSX/d/2.jsonl": b"noise", "d/.hidden": b"noise"}
     result = ingested({"a.zip": zipped(**members)}, source="json")
@@ -112,14 +112,14 @@ def test_an_archive_that_cannot_be_read_is_named(ingested, content, message):
     ],
 )
 @pytest.mark.parametrize("source", ["json", "csv"])
-def test_a_file_that_is_something_else_is_called_what_it_is(ingested, source, content, message):
+def test_a_file_of_another_kind_is_refused_by_what_it_is(ingested, source, content, message):
     with pytest.raises(StageFailure, match=f"a.data: {message}"):
         ingested({"a.data": content}, source=source)
     with pytest.raises(StageFailure, match=f"a.gz: {message}"):
         ingested({"a.gz": gzip.compress(content)}, source=source)
 
 
-def test_an_html_page_may_be_read_as_text_and_a_git_lfs_pointer_may_not(ingested):
+def test_an_html_page_may_be_read_as_text_but_a_git_lfs_pointer_may_not(ingested):
     assert ingested({"a.html": b"<html>x</html>"}, source="text").texts() == ["<html>x</html>"]
     with pytest.raises(StageFailure, match="a Git LFS pointer"):
         ingested({"a.txt": b"version https://git-lfs.github.com/spec/v1\n"}, source="text")
@@ -138,13 +138,13 @@ def test_another_encoding_is_read_as_its_characters(ingested, encoding):
     assert ingested({"a.jsonl": table}, source="json", encoding=encoding).texts() == [text]
 
 
-def test_an_encoding_in_pieces_is_read_as_in_one(ingested):
+def test_a_character_across_two_pieces_is_decoded(ingested):
     # 1 MiB is a piece: with 3 bytes before it, a character of 2 bytes lies across its end
     text = "abc" + "唐" * MIB
     assert ingested({"a.txt": text.encode("gbk")}, source="text", encoding="gbk").texts() == [text]
 
 
-def test_bytes_that_the_encoding_does_not_have_are_named_or_replaced(ingested):
+def test_bytes_that_are_invalid_in_the_encoding_are_reported_or_replaced(ingested):
     content = "好\n".encode("gbk") + b"a\xff\n"
     with pytest.raises(StageFailure, match=r"a.txt, line 2, column 2 .*: invalid gbk: 0xff\. Fix"):
         ingested({"a.txt": content}, source="text", unit="line", encoding="gbk")
@@ -178,12 +178,12 @@ def test_invalid_utf8_hints_at_the_encoding(ingested, source, text, encoding):
 
 
 @pytest.mark.parametrize("unit", ["file", "paragraph", "line"])
-def test_a_lone_cr_ends_a_line_where_a_file_has_no_other_line_ends(ingested, unit):
+def test_a_lone_cr_ends_a_line_if_a_file_has_no_other_line_ends(ingested, unit):
     unix = b"one\ntwo\n\nthree\n"
     result = ingested({"a.txt": unix, "b.txt": unix.replace(b"\n", b"\r")}, source="text", unit=unit, deduplicate=False)
     texts = result.texts()
     assert texts[: len(texts) // 2] == texts[len(texts) // 2 :]
 
 
-def test_a_cr_beside_other_line_ends_is_a_character(ingested):
+def test_a_lone_cr_is_a_character_if_a_file_has_other_line_ends(ingested):
     assert ingested({"a.txt": b"10 %\r20 %\ndone"}, source="text", unit="line").texts() == ["10 %\r20 %", "done"]

@@ -1,4 +1,4 @@
-"""A column, a path or a template finds a value in a record, or the error says how far it leads."""
+"""A column, a path or a template finds a value in a record, or an error says how far it leads."""
 
 from datetime import date
 

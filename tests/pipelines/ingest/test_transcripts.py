@@ -1,4 +1,4 @@
-"""A dialogue in one text is cut at the markers before its turns."""
+"""A dialogue in one text is split at the markers before its turns."""
 
 from __future__ import annotations
 
@@ -73,6 +73,6 @@ def test_a_template_puts_two_columns_into_one_text():
         (None, {}, "text is None, expected a text with markers"),
     ],
 )
-def test_a_text_that_is_no_dialogue_is_refused_with_the_reason(text, markers, reason):
+def test_a_text_that_is_not_a_dialogue_is_refused_with_the_reason(text, markers, reason):
     with pytest.raises(ValueError, match=reason):
         to_conversation({"text": text}, settings(markers=markers))

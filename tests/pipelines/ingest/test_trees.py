@@ -1,4 +1,4 @@
-"""A tree of ranked replies becomes a conversation for each path, a pair for each choice, a prompt for each question."""
+"""A tree of ranked replies becomes a conversation per path, a pair per choice, and a prompt per question."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def node(text: str, rank: int | None = None, *replies: dict[str, Any], **others:
 
 
 TREE = node("Tree?", None, node("Cod.", 1), node("Oak.", 0, node("Why?", None, node("Leaves.")), node("More?")), node("Hm.", None))
-"""Two ranked answers and one without a rank; the better one has two questions after it, of which one is answered."""
+"""Two ranked answers and one without a rank; two questions follow the better one, of which one is answered."""
 
 
 def words(messages: list[dict[str, str]]) -> str:
@@ -89,6 +89,6 @@ def test_deleted_replies_are_left_out():
         ({"prompt": node("Tree?", None, node(" ", 0))}, r"message 2 \(the assistant's\) is empty"),
     ],
 )
-def test_what_is_no_tree_is_refused(columns, reason):
+def test_a_record_that_is_not_a_tree_is_refused(columns, reason):
     with pytest.raises(ValueError, match=reason):
         to_conversations(columns, DialogueSettings(format="tree"))

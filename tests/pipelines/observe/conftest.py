@@ -1,4 +1,4 @@
-"""The path by which the tests find the module that they share."""
+"""Let the tests import the module that they share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs in a store that end up in MLflow, and what MLflow has of them: shared by the tests of delivery."""
+"""Runs in a store that are delivered to MLflow, and queries of what MLflow has; shared by the tests of delivery."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def client(store: Store, uri: str = "sqlite") -> Any:
 
 
 def children(mlflow: Any, run: str, pipeline: str = "line") -> dict[str, Any]:
-    """Stage to its run; "" is the parent. Two runs for one stage would show here."""
+    """Each stage's run; "" is the parent. Fails if a stage has two runs."""
     experiment = mlflow.get_experiment_by_name(pipeline)
     found = [
         (each.data.tags.get("gptline.stage", ""), each)
@@ -143,7 +143,7 @@ def points(mlflow: Any, run_id: str, metric: str = "train/loss") -> list[tuple[i
 
 
 def versions(mlflow: Any, name: str = "line") -> list[tuple[str, str]]:
-    """(version, digest), oldest first."""
+    """The registered versions as (version, digest), oldest first."""
     found = mlflow.search_model_versions(f"name = '{name}'")
     return sorted((str(each.version), each.tags["gptline.digest"]) for each in found)
 
@@ -161,13 +161,13 @@ def seen(store: Store, uri: str) -> list[tuple[int, float, int]]:
 
 
 def forget(store: Store) -> None:
-    """Delete every cursor: everything is sent again, as after a sender that died before it moved one."""
+    """Delete every cursor, so that everything is sent again, as after a sender that died before it moved one."""
     for cursor in store.machine_file("runs").glob("*/tracking-*.json"):
         cursor.unlink()
 
 
 class server:
-    """A real server on loopback; killed -9 at the end of the block."""
+    """A real server on the loopback interface, killed with SIGKILL at the end of the block."""
 
     def __init__(self, store: Store, port: int) -> None:
         self._command = ui_command(store, "sqlite", port)
@@ -201,7 +201,7 @@ def is_zombie(pid: int) -> bool:
 
 
 def free_port() -> int:
-    """Below those that the kernel gives to whoever asks for any: MLflow is imported before it is used."""
+    """A port outside the kernel's ephemeral range, which nothing else takes while the server imports MLflow."""
     while True:
         with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", 20_000 + secrets.randbelow(12_000)))

@@ -1,4 +1,4 @@
-"""charts.py: curves as SVG."""
+"""charts.py draws curves as SVG."""
 
 from __future__ import annotations
 

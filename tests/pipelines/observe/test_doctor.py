@@ -19,7 +19,7 @@ def test_the_doctor_finds_this_installation_sound(store: Store):
     assert {"python", "packages", "gpu", "deepspeed", "ray", "mlflow", "disk"} <= {each.about for each in findings}
 
 
-def test_a_fault_comes_with_what_to_do():
+def test_a_fault_is_reported_with_what_to_do():
     assert str(Finding("disk", "1 GiB free", "make room")) == "!!  disk        1 GiB free\n                make room"
 
 
@@ -32,7 +32,7 @@ def test_a_temporary_folder_too_deep_for_rays_sockets_is_a_fault(length: int, sp
     assert spare == 0 or f"{-spare} characters shorter" in finding.advice
 
 
-def test_shared_memory_that_can_not_be_written_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_shared_memory_that_cannot_be_written_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))  # root may write everywhere
     assert _shared_memory(tmp_path).advice.startswith("Ray needs to write there")
 
@@ -41,7 +41,7 @@ def test_missing_shared_memory_is_a_fault(tmp_path: Path):
     assert str(_shared_memory(tmp_path / "shm")).startswith(f"!!  {tmp_path}/shm")
 
 
-def test_a_ray_that_only_pythonpath_leads_to_is_a_fault_since_workers_do_not_get_it(tmp_path: Path):
+def test_a_ray_found_only_through_pythonpath_is_a_fault_since_workers_do_not_get_it(tmp_path: Path):
     ray = ModuleSpec("ray", None, origin=str(tmp_path / "ray" / "__init__.py"))
     assert _python_path(str(tmp_path), ray).advice == f"ray is imported from {tmp_path}: install it into this Python"
     assert not _python_path(str(tmp_path / "other"), ray).wrong

@@ -144,7 +144,7 @@ def test_settings_are_written_as_in_a_pipeline_file_and_no_count_twice(store: St
     assert facts[2].strip() == 'config deduplicate = true, delimiter = ",", lr = 0.001'
 
 
-def test_the_other_direction_shows_what_was_made_from_it(store: Store, line: dict[str, Action]) -> None:
+def test_the_other_direction_shows_what_was_built_from_it(store: Store, line: dict[str, Action]) -> None:
     text = as_text(trace(store, line["documents"].output))
     below = text.split(f"made from documents {line['documents'].output[:12]}  documents:\n")[1]
     indents = {stage: row.index("─ ") for row in below.splitlines() for stage in ("pretrain", "evaluate") if f"  {stage}  " in row}
@@ -158,7 +158,7 @@ def test_an_artifact_that_is_reached_twice_is_described_once(store: Store, line:
     assert text.count("(shown above)") == 1
 
 
-def test_without_downstream_the_lineage_has_only_what_went_in(store: Store, line: dict[str, Action]) -> None:
+def test_without_downstream_the_lineage_has_only_inputs(store: Store, line: dict[str, Action]) -> None:
     lineage = trace_all(store, [line["pretrain"].output], downstream=False)
     assert {node.stage for node in lineage.nodes.values()} == {"documents", "tokenizer", "tokenize", "pretrain"}
 
@@ -180,7 +180,7 @@ def test_two_makers_of_one_artifact_are_both_shown_the_newest_first(store: Store
     assert "with steps = 800, other code in 2 definitions" in text
 
 
-def test_a_mermaid_label_can_not_break_out_of_its_quotes(store: Store) -> None:
+def test_a_mermaid_label_cannot_break_out_of_its_quotes(store: Store) -> None:
     odd = made(store, 'a"]; click b', "documents", {}, leaves={"source.<b>|x.txt": "f" * 64})
     chart = as_mermaid(trace(store, odd.output))
     assert chart.splitlines()[0] == "flowchart TD"

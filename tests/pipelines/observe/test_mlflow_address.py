@@ -1,4 +1,4 @@
-"""mlflow_address.py: which MLflow is meant, and whether it answers."""
+"""mlflow_address.py: which MLflow an address means, and whether it answers."""
 
 from __future__ import annotations
 

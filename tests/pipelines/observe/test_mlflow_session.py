@@ -1,4 +1,4 @@
-"""mlflow_session.py: a finished assistant is a version of the registered model once per digest."""
+"""mlflow_session.py: a finished assistant becomes a version of the registered model, once per digest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.store.store import Store
 
 
 @pytest.mark.slow
-def test_the_assistant_of_a_run_is_a_version_once_per_digest_and_newest_follows_the_store(store: Store, tmp_path: Path) -> None:
+def test_a_runs_assistant_becomes_one_version_per_digest_and_newest_follows_the_store(store: Store, tmp_path: Path) -> None:
     first = an_assistant(store, "r1")
     second = an_assistant(store, "r2", weights="rl of another seed")
     a_reusing(store, "r3", [first["sft"], first["rl"]])
@@ -86,7 +86,7 @@ def test_an_assistant_is_registered_once_even_if_the_delivery_broke_off_after_it
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_server_that_was_down_has_each_assistant_once_with_its_alias(store: Store) -> None:
+def test_a_server_that_was_down_gets_each_assistant_once_with_its_alias(store: Store) -> None:
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     first = an_assistant(store, "r1")

@@ -1,4 +1,4 @@
-"""`gptline overlap`: what is held out in one stage and trained on by another."""
+"""`gptline overlap` reports what one stage holds out and another trains on."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def graph(tmp_path: Path) -> Graph:
 
 
 def make(graph: Graph, store: Store, stage: str, train: list[Any], held_out: list[Any]) -> None:
-    """Put what the stage makes into the store."""
+    """Publish records as the output of a stage."""
     folder = store.new_folder()
     for split, records in (("train", train), ("held_out", held_out)):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))

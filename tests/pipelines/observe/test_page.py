@@ -44,7 +44,7 @@ def begin(store: Store, run: str = "r1", **fields: Any) -> JournalWriter:
 
 
 class Tags(HTMLParser):
-    """Which elements opened and never closed, and which addresses the page names."""
+    """Collects elements that were opened but not closed, and the addresses on the page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def test_the_forecast_is_shown_beside_the_duration_if_there_was_one(store: Store
 
 
 def row(page: str, figure: str) -> list[str]:
-    """The cells behind a figure's name."""
+    """The cells after a figure's name."""
     [found] = re.findall(rf'<th scope="row" class="metric">{figure}</th>(.*?)</tr>', page)
     return re.findall(r"<td[^>]*>(.*?)</td>", found)
 

@@ -1,4 +1,4 @@
-"""plan_rows.py: what `gptline plan` prints."""
+"""plan_rows.py writes what `gptline plan` prints."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_a_pipe_gets_a_line_when_a_stage_starts_and_one_when_it_ends() -> None:
     ]
 
 
-def test_the_line_of_a_stopped_stage_says_where_it_will_continue() -> None:
+def test_the_line_of_a_stopped_stage_says_at_which_step_it_will_resume() -> None:
     out = io.StringIO()
     progress = Progress(out, clock=Clock())
     progress.show(started("pretrain", steps=100))
@@ -204,7 +204,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("term", ["dumb", "unknown", None])
-def test_a_terminal_that_can_not_redraw_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, term: str | None) -> None:
+def test_a_terminal_that_cannot_redraw_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, term: str | None) -> None:
     monkeypatch.delenv("TERM", raising=False) if term is None else monkeypatch.setenv("TERM", term)
     out = Terminal()
     with Progress(out, clock=Clock()) as progress:
@@ -214,7 +214,7 @@ def test_a_terminal_that_can_not_redraw_gets_plain_lines(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_an_ascii_terminal_gets_escapes_for_what_it_lacks(live: bool) -> None:
+def test_an_ascii_terminal_gets_escapes_for_other_characters(live: bool) -> None:
     data = io.BytesIO()
     out = io.TextIOWrapper(data, encoding="ascii")
     with Progress(out, live=live, clock=Clock()) as progress:
@@ -247,7 +247,7 @@ def test_a_lost_output_is_given_up_after_one_attempt(live: bool) -> None:
 
 
 @pytest.mark.parametrize("output", ["a closed pipe", "a full device", "nothing"])
-def test_a_process_that_loses_its_standard_output_ends_well(output: str) -> None:
+def test_a_process_that_loses_its_standard_output_exits_cleanly(output: str) -> None:
     code = (
         "from pipelines.observe.progress import Progress; from pipelines.store.events import Announcement\n"
         "with Progress() as progress:\n"
@@ -260,7 +260,7 @@ def test_a_process_that_loses_its_standard_output_ends_well(output: str) -> None
     assert (ended.returncode, ended.stderr) == (0, "done")
 
 
-def test_the_cursor_is_visible_while_rows_change_so_that_a_killed_run_can_not_leave_it_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cursor_is_visible_while_rows_change_so_that_a_killed_run_cannot_leave_it_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     out = Terminal()
     progress = Progress(out, clock=Clock())

@@ -1,4 +1,4 @@
-"""summary.py: how much an artifact holds, in a few words."""
+"""summary.py says in a few words how much an artifact holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tracker.py: the process that sends a run depends on neither its driver nor the server."""
+"""tracker.py: the process that delivers a run depends on neither the driver nor the server."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_sending_process_outlives_a_killed_driver_and_delivers_what_it_wrote
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_server_that_is_down_at_the_start_and_killed_in_mid_run_has_each_point_once_in_the_end(store: Store) -> None:
+def test_a_server_that_is_down_at_first_and_killed_during_the_run_has_each_point_once_in_the_end(store: Store) -> None:
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     tracker = start_tracking(store, "r1", uri)

@@ -126,7 +126,7 @@ def test_every_way_to_import_is_followed(tree: Path, body: str):
         "from gpt import parts\n\ndef attention(x):\n    return parts.made_at_run_time(x)\n",
     ],
 )
-def test_a_name_that_can_not_be_resolved_adds_the_whole_module(tree: Path, body: str):
+def test_a_name_that_cannot_be_resolved_adds_the_whole_module(tree: Path, body: str):
     write(tree, "model", body)
     assert "gpt.parts:never" in leaves(tree)
 
@@ -370,7 +370,7 @@ def test_flat_names_every_leaf():
     assert dict(flat({"a": [1, {"b": None}], "c": {}}, "config")) == {"config.a.0": 1, "config.a.1.b": None, "config.c": {}}
 
 
-def test_differences_list_first_what_a_person_changed():
+def test_differences_begin_with_what_a_person_changed():
     old = {"config.lr": 1e-3, "input.tokens.0": "a" * 64, "code.gpt.model:GPT": "1", "source.a.txt": "x", "code.gpt.model:gone": "5"}
     new = {"config.lr": 3e-4, "input.tokens.0": "b" * 64, "code.gpt.model:GPT": "2", "source.a.txt": "y", "source.b.txt": "z"}
     assert differences(old, new) == [

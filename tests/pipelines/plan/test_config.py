@@ -53,7 +53,7 @@ def faults(tmp_path: Path, text: str, *overrides: str) -> list[str]:
     return [str(fault) for fault in caught.value.faults]
 
 
-def test_a_valid_file_gives_stages_in_the_order_of_their_inputs(tmp_path: Path):
+def test_a_valid_file_has_its_stages_in_the_order_of_their_inputs(tmp_path: Path):
     shuffled = LINE.replace("[stages.documents]", "[stages.late]")
     graph = built(tmp_path, LINE)
     assert list(graph.stages) == ["documents", "tokenizer", "tokenize", "pretrain"]
@@ -120,7 +120,7 @@ def test_each_fault_says_where_it_is_what_was_expected_and_what_was_found(tmp_pa
     assert any(expected in fault for fault in faults(tmp_path, LINE.replace(old, new, 1))), faults(tmp_path, LINE.replace(old, new, 1))
 
 
-def test_a_value_of_a_users_own_type_is_read_from_what_toml_has(tmp_path: Path):
+def test_a_value_of_a_users_own_type_is_converted_from_toml(tmp_path: Path):
     (tmp_path / "mine.py").write_text(
         "import datetime, pathlib\nfrom pipelines.artifacts import Documents\nfrom pipelines.stage import StageConfig\n\n"
         "class C(StageConfig):\n    words: tuple[str, ...]\n    path: pathlib.Path\n    day: datetime.date\n    share: float\n\n"
@@ -144,7 +144,7 @@ def test_tables_nested_too_deeply_are_a_fault(tmp_path: Path, depth: int):
         *("http://", "http:host", "http:///path", "http://:5000", "http://host:port", "http://host:99999", "http://my host"),
     ],
 )
-def test_an_address_that_mlflow_does_not_take_is_refused_when_the_file_is_read(tmp_path: Path, uri: str):
+def test_an_address_that_mlflow_rejects_is_refused_when_the_file_is_read(tmp_path: Path, uri: str):
     (fault,) = faults(tmp_path, LINE, f"tracking.uri={uri!r}")
     assert fault.startswith("tracking.uri: expected 'sqlite' (a file inside the store), a server such as")
     assert fault.endswith(f"found {uri!r}")
@@ -154,7 +154,7 @@ def test_an_address_that_mlflow_does_not_take_is_refused_when_the_file_is_read(t
     "uri",
     ["sqlite", "sqlite:////data/mlflow.db", "http://127.0.0.1:5000", "https://me@mlflow.example/team/", "postgresql+psycopg2://host/runs"],
 )
-def test_an_address_that_mlflow_takes_is_left_as_it_is(tmp_path: Path, uri: str):
+def test_an_address_that_mlflow_accepts_is_left_unchanged(tmp_path: Path, uri: str):
     assert built(tmp_path, LINE, f"tracking.uri={uri!r}").loaded.file.tracking.uri == uri
 
 
@@ -219,7 +219,7 @@ def test_a_users_settings_that_fail_by_themselves_are_a_fault(tmp_path: Path, bo
     assert fault.startswith(f"stages.mine{expected}")
 
 
-def test_two_neighbours_of_one_name_are_refused(tmp_path: Path):
+def test_two_modules_of_one_name_in_two_folders_are_refused(tmp_path: Path):
     text = 'pipeline = "p"\n'
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -281,7 +281,7 @@ def test_ranks_must_share_the_batch(tmp_path: Path):
         ("class Mine(BaseException): ...\n\nraise Mine(3)", "can't be imported: Mine: 3"),
     ],
 )
-def test_a_function_that_can_not_be_a_kind_says_why(tmp_path: Path, source: str, expected: str):
+def test_a_function_that_cannot_be_a_kind_says_why(tmp_path: Path, source: str, expected: str):
     (tmp_path / "mine.py").write_text(
         "from typing import List\nfrom pipelines.artifacts import Documents\nfrom pipelines.stage import StageConfig, StageContext\n\n"
         f"class C(StageConfig): ...\n\n{source}\n"

@@ -1,4 +1,4 @@
-"""What `gptline describe` shows of kinds, tables and a user's own functions."""
+"""What `gptline describe` shows about stage kinds, tables and a user's own functions."""
 
 from __future__ import annotations
 
@@ -91,6 +91,6 @@ def test_every_table_is_described(name: str):
     assert len(describe(name, Path())) > 2
 
 
-def test_an_unknown_known_kinds_the_nearest_one():
+def test_an_unknown_kind_is_refused_with_the_nearest_one():
     with pytest.raises(ValueError, match="did you mean 'sft'"):
         describe("stf", Path())

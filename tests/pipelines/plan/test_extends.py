@@ -54,7 +54,7 @@ def documents(config: MineConfig, stage: StageContext) -> Documents: ...
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """base/base.toml with code and data, and an empty folder variants/."""
+    """A folder with base/base.toml, its code and data, and an empty folder variants/."""
     for name, text in {
         "base/base.toml": BASE,
         "base/mine.py": MINE,
@@ -114,7 +114,7 @@ def test_a_stage_is_dropped_with_false(project: Path):
     assert list(build(load(project / "base" / "base.toml", ["stages.pretrain=false"])).stages) == ["documents", "tokenizer", "tokenize"]
 
 
-def test_a_stage_that_is_not_there_can_not_be_dropped(project: Path):
+def test_an_unknown_stage_cannot_be_dropped(project: Path):
     path = variant(project, 'extends = "../base/base.toml"\n[stages]\npretrian = false\n')
     assert fault_lines(path) == [
         "variant.toml, line 3: stages.pretrian: drops a stage that variant.toml does not extend; did you mean 'pretrain'?"
@@ -147,7 +147,7 @@ def test_files_that_extend_each_other_are_refused(project: Path):
         ('extends = "../base/mine.py"', "../base/mine.py, line 2: TOML: can't be parsed: "),
     ],
 )
-def test_a_base_that_can_not_be_read_is_a_fault_of_the_line_that_names_it(project: Path, text: str, fault: str):
+def test_a_base_that_cannot_be_read_is_a_fault_of_the_line_that_names_it(project: Path, text: str, fault: str):
     (found,) = fault_lines(variant(project, text))
     assert found.startswith(fault.format(base=project / "variants" / ".." / "base"))
 
@@ -164,7 +164,7 @@ def test_faults_name_the_file_and_line_that_wrote_the_setting_or_the_override(pr
     ]
 
 
-def test_functions_of_one_stage_that_files_of_two_folders_name_are_refused(project: Path):
+def test_functions_of_one_stage_named_by_files_of_two_folders_are_refused(project: Path):
     (project / "base" / "base.toml").write_text(
         BASE + '\n[stages.rl]\ninputs = { policy = "pretrain", prompts = "prompts" }\nreward = "./mine.py:score"\n'
     )

@@ -1,4 +1,4 @@
-"""Gates: what a closed gate stops, what it leaves alone, and how it is reported."""
+"""Gates: what a closed gate blocks, what it doesn't affect, and how it is reported."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Gated:
         return build(load(self.folder / "gated.toml", overrides))
 
     def run(self, *overrides: str, **options: Any) -> tuple[int, dict[str, str]]:
-        """Run the pipeline; the exit code and the status of each stage."""
+        """Run the pipeline; return the exit code and the status of each stage."""
         graph = self.graph(*overrides)
         self.out = io.StringIO()
         with Progress(self.out, live=False) as progress:
@@ -169,7 +169,7 @@ def test_a_closed_gate_is_reported_when_the_stage_ends_in_the_last_line_and_on_t
     assert "gate is closed: eval/pair_accuracy is 0.61, expected at least 0.65" in render(gated.store, gated.store.runs()[-1])
 
 
-def test_the_output_behind_a_closed_gate_is_kept_and_the_plan_agrees_with_the_run(gated: Gated):
+def test_the_output_behind_a_closed_gate_is_kept_and_plan_and_run_agree(gated: Gated):
     gated.run()
     assert gated.run() == (1, {"measure": "reused", "aside": "reused", "read": "blocked", "read_again": "blocked"})
     assert gated.reason("read") == CLOSED
@@ -286,7 +286,7 @@ def test_newest_stays_on_the_finished_model_if_a_run_does_not_complete(
     assert gated.newest() == finished
 
 
-def test_an_artifact_given_by_use_needs_no_figures(gated: Gated):
+def test_an_artifact_from_use_needs_no_figures(gated: Gated):
     gated.run()
     given = f"run:{gated.store.runs()[0]}/measure"
     assert gated.run(use={"measure": given}) == (0, {"measure": "reused", "aside": "reused", "read": "done", "read_again": "done"})
@@ -320,6 +320,6 @@ def test_a_gate_is_in_the_runs_config_but_not_in_the_key(gated: Gated):
         ("[{figure='eval/x', min=1}, {figure='eval/y'}]", "stages.measure.gate.1: has no bound; expected min, max or both"),
     ],
 )
-def test_a_gate_that_can_not_be_read_is_a_fault_of_the_file(gated: Gated, gate: str, fault: str):
+def test_a_gate_that_cannot_be_read_is_a_fault_of_the_file(gated: Gated, gate: str, fault: str):
     (found,) = gated.faults(gate)
     assert found.startswith(fault)

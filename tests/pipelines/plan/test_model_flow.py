@@ -1,4 +1,4 @@
-"""Models that can't work in the place where they are named: refused while the file is read, before anything runs."""
+"""Models that can't work where they are named are refused while the file is read, before anything runs."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def faults(folder: Path, *overrides: str, text: str = LINE) -> list[str]:
     return [str(fault) for fault in caught.value.faults]
 
 
-def test_a_line_whose_models_fit_is_accepted(folder: Path):
+def test_a_pipeline_whose_models_fit_is_accepted(folder: Path):
     assert graph(folder).last() == ["pretrain_other", "evaluate"]
 
 
@@ -152,14 +152,14 @@ def test_rl_needs_a_policy_with_a_chat_format(folder: Path):
         ("stages.sft.inputs.policy='pretrain_other'", "evaluate.inputs.baseline", "'pretrain'", "'rl'"),
     ],
 )
-def test_models_and_tokens_of_two_tokenizers_do_not_go_together(folder: Path, override: str, where: str, found: str, first: str):
+def test_models_and_tokens_of_two_tokenizers_cannot_be_combined(folder: Path, override: str, where: str, found: str, first: str):
     (fault,) = [each for each in faults(folder, override) if where in each]
     assert fault.startswith(f"stages.{where}: {found} has the tokenizer of stage ")
     assert f"but {first} has the tokenizer of stage " in fault
     assert fault.endswith(f"; expected one tokenizer for all inputs of {where.partition('.')[0]}")
 
 
-def test_two_stages_that_make_the_same_tokenizer_go_together(folder: Path):
+def test_two_stages_that_make_the_same_tokenizer_can_be_combined(folder: Path):
     same = LINE.replace("vocab_size = 300", "vocab_size = 280").replace('tokens = ["tokenize"]', 'tokens = ["tokenize", "tokenize_other"]')
     assert graph(folder, text=same).stages["pretrain"].inputs["tokens"] == ["tokenize", "tokenize_other"]
 
@@ -209,7 +209,7 @@ def test_a_model_given_in_a_stages_place_is_checked_too(folder: Path):
         Planner(graph(folder, use={"sft": f"sha256:{judge}"}), store, ROOT, given={"sft": f"sha256:{judge}"})
 
 
-def test_what_a_users_own_kind_makes_is_left_to_the_stage(folder: Path):
+def test_the_output_of_a_users_own_kind_is_checked_by_the_stage_that_reads_it(folder: Path):
     (folder / "mine.py").write_text(
         "from pipelines.artifacts import Model\nfrom pipelines.stage import StageContext\n\n\n"
         "def merge(models: list[Model], stage: StageContext) -> Model: ...\n"

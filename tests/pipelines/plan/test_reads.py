@@ -41,7 +41,7 @@ MODEL = "e" * 64
 
 
 class CountingBackend:
-    """A backend in memory that counts its reads, and the names that its listings return."""
+    """An in-memory backend that counts its reads and the names that its listings return."""
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
@@ -79,7 +79,7 @@ def add_action(backend: CountingBackend, key: str, stage: str, output: str, arti
 
 
 def filled(folder: Path, graph: Graph, others: int) -> tuple[Store, CountingBackend]:
-    """A store with `others` actions of other pipelines, in which `documents` is finished, `more` had another key, the rest is new."""
+    """A store with `others` actions of other pipelines, in which `documents` is built, `more` had another key, and the rest is new."""
     store = Store(folder / "store")
     store.backend = backend = CountingBackend()
     for number in range(others):

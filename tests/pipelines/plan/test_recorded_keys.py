@@ -1,4 +1,4 @@
-"""The key of every stage kind is the recorded one, so no user's finished stages rerun by accident.
+"""The key of every stage kind is the recorded one, so that no user's finished stages rerun by accident.
 
 The keys are those of the pipeline in `sound_pipeline.py`, with digests of zeros for inputs and source files: they depend on the kinds'
 names, settings and code, not on data. `recorded_keys.json` says for each stage since when it has its key. After an intended change:
@@ -32,7 +32,7 @@ ZEROS = "0" * 64
 
 
 def keys(folder: Path) -> dict[str, dict[str, str]]:
-    """Stage to its kind and key."""
+    """Each stage's kind and key."""
     foreign = folder / "foreign"
     foreign.mkdir()
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 8, "vocab_size": 8}
@@ -77,7 +77,7 @@ def test_every_recorded_stage_still_exists(found: dict[str, dict[str, str]]):
 
 
 def record(today: str) -> list[str]:
-    """Write the present keys; a key that didn't change keeps its date. Returns the stages whose keys changed."""
+    """Write the current keys; a key that didn't change keeps its date. Return the stages whose keys changed."""
     before: dict[str, Any] = recorded() if FILE.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         found = keys(Path(folder))

@@ -20,7 +20,7 @@ def test_each_form_is_read_in_a_file_and_on_the_command_line(text: str, referenc
     assert parse_artifact(text) == reference
 
 
-def test_a_word_is_a_stage_in_a_file_and_a_digest_on_the_command_line():
+def test_a_single_word_is_a_stage_in_a_file_and_a_digest_on_the_command_line():
     assert parse("1f0c93ab27d4") == StageName("1f0c93ab27d4")
     assert parse_artifact("1f0c93ab27d4") == Digest("1f0c93ab27d4")
 
@@ -32,6 +32,6 @@ def test_other_forms_are_refused(text: str):
 
 
 @pytest.mark.parametrize("text", ["tokenize", "1f0c93ab27d", "sha256:12"])
-def test_the_command_line_takes_no_stage_and_no_short_digest(text: str):
+def test_the_command_line_accepts_no_stage_and_no_short_digest(text: str):
     with pytest.raises(ValueError, match="does not name an artifact; expected sha256:<at least 8 digits>, run:<id>/<stage>"):
         parse_artifact(text)

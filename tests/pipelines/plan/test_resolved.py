@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 
 @pytest.fixture
 def configs(tmp_path: Path) -> Path:
-    """A copy of the shipped configs, with an empty file wherever one of them names data."""
+    """A copy of the shipped configs, with an empty file for each data file that they name."""
     copy = tmp_path / "configs"
     shutil.copytree(CONFIGS, copy)
     for path in CONFIGS.glob("*.toml"):

@@ -1,7 +1,7 @@
 """The key is sound: every project function that ran for a stage is in that stage's key.
 
-Each kind runs tiny and in this process while a profiler notes which functions ran. What lies behind `StageContext` and `Rank`
-is left out by design: it decides how work is carried out, not what comes out.
+Each kind runs on tiny data in this process while a profiler records which functions ran. Code behind `StageContext` and `Rank`
+is left out by design: it decides how work is carried out, not what the result is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BEHIND_THE_SEAM = (  # StageContext and Rank, and what stands behind them
 
 
 class Profiler:
-    """Notes the project's functions that run, by file and name, in all threads."""
+    """Records which functions of the project run in any thread, by file and name."""
 
     def __init__(self) -> None:
         self.ran: set[CodeType] = set()
@@ -57,7 +57,7 @@ class Profiler:
         threading.setprofile(None)
 
     def functions(self) -> Iterator[tuple[str, str]]:
-        """(module, top-level name) of what ran."""
+        """The (module, top-level name) of each function that ran."""
         for code in self.ran:
             path = Path(code.co_filename)
             if not path.is_relative_to(ROOT) or "site-packages" in path.parts or ".venv" in path.parts:
@@ -74,7 +74,7 @@ class Profiler:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory, save_foreign: Callable[..., Any]) -> dict[str, tuple[set[tuple[str, str]], set[str]]]:
-    """Stage to what ran and what its key holds."""
+    """For each stage, what ran and what its key holds."""
     folder = tmp_path_factory.mktemp("sound")
     save_foreign(folder / "foreign", shards="4KB", tie_word_embeddings=False)
     graph = build(load(write_sound_pipeline(folder)))

@@ -1,4 +1,4 @@
-"""A line is right or absent."""
+"""Line numbers of a TOML file's keys: each is right or absent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents as a person would write them."""
+"""TOML is written as a person would write it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions that a stage's settings name: what is in the key, what is refused, and that the frozen code is what runs."""
+"""Functions that a stage's settings name: what is in the key, what is refused, and that the frozen code runs."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def test_two_files_of_one_name_in_two_folders_are_refused_for_functions_too(mark
     assert fault.endswith("/letters.py have the same name; rename one")
 
 
-def test_a_stage_can_not_get_a_function_that_no_setting_names(marks: Marks):
+def test_a_stage_cannot_get_a_function_that_no_setting_names(marks: Marks):
     marks.edit("kinds.py", "stage.function(each)", "stage.function('./reward.py:score')")
     assert marks.run() == 1
     (last,) = _ended(marks, "plain")

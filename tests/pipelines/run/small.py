@@ -1,4 +1,4 @@
-"""A pipeline of three small stages in a folder of its own, run in this process without MLflow."""
+"""A pipeline of three small stages in a folder of its own, which runs in this process without MLflow."""
 
 from __future__ import annotations
 
@@ -121,10 +121,10 @@ class Small:
         return build(load(self.folder / "small.toml", overrides))
 
     def run(self, *overrides: str, **options: Any) -> tuple[int, dict[str, str]]:
-        """Exit code, and what was done about each stage."""
-        asked = Options("gptline rerun small.toml cut", "gptline run small.toml", **{"inline": True, **options})
+        """Run the pipeline; return the exit code and each stage's status."""
+        chosen = Options("gptline rerun small.toml cut", "gptline run small.toml", **{"inline": True, **options})
         self.shown: list[JournalEvent | Announcement] = []
-        run = Run(self.graph(*overrides), self.store, asked, self.shown.append)
+        run = Run(self.graph(*overrides), self.store, chosen, self.shown.append)
         code = run.execute()
         self.events = read_journal(self.store, run.run)
         return code, {event.stage: event.status for event in self.ended()}
@@ -140,7 +140,7 @@ class Small:
         return event
 
     def announced(self) -> list[str]:
-        """The sentences that were shown beside the rows."""
+        """The announcements that were shown beside the rows."""
         return [event.text for event in self.shown if isinstance(event, Announcement)]
 
     def ending(self) -> RunEnded:
@@ -153,7 +153,7 @@ class Small:
 
 
 class NoTracker:
-    """Delivers nothing to MLflow."""
+    """A tracker that delivers nothing to MLflow."""
 
     def news(self) -> None: ...
 

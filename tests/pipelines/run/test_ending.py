@@ -18,14 +18,14 @@ def full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_page_that_cannot_be_made_takes_nothing_along(small: Small, monkeypatch: pytest.MonkeyPatch):
+def test_a_page_that_cannot_be_written_does_not_undo_the_run(small: Small, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pipelines.run.ending.render", full)
     assert small.run() == (1, {"words": "done", "cut": "done", "report": "done"})
     assert small.ending().status == "FINISHED"
     assert small.announced()[1:] == ["could not write the run's page: OSError: [Errno 28] No space left on device"]
 
 
-def test_what_a_full_disk_cannot_record_has_failed_and_the_run_says_how_to_go_on(small: Small, monkeypatch: pytest.MonkeyPatch):
+def test_a_stage_whose_result_a_full_disk_cannot_record_fails_and_the_run_says_how_to_resume(small: Small, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Store, "record", full)
     assert small.run() == (1, {"words": "failed", "cut": "blocked", "report": "blocked"})
     assert small.error() == "its result can't be recorded: [Errno 28] No space left on device"
@@ -40,17 +40,17 @@ def test_a_full_disk_does_not_hide_why_a_stage_failed(small: Small, monkeypatch:
     assert small.error().startswith("KeyError: 'no such word'")
 
 
-def test_a_disk_that_is_full_in_the_middle_ends_the_run_with_its_last_words(small: Small, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_that_fills_up_during_the_run_ends_it_with_a_full_report(small: Small, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Recorder, "forward", lambda *_: monkeypatch.setattr(FolderBackend, "put_if_absent", full))
     code, status = small.run()
-    assert (code, status) == (1, {"words": "done"})  # then `cut` had something to tell, and the disk was full
+    assert (code, status) == (1, {"words": "done"})  # the disk was full when `cut` reported its first event
     assert small.announced()[1] == "can't go on: [Errno 28] No space left on device"
-    last = small.ending()  # on the screen, where the journal can't have it
+    last = small.ending()  # shown on the screen, since the journal can't be written
     assert (last.status, last.exit_code) == ("FAILED", 1)
     assert last.text == "cut failed; the other results are kept. Fix the cause, then resume with: gptline run small.toml"
 
 
-def test_a_store_that_is_deleted_while_a_run_uses_it_fails_the_run_and_nothing_worse(small: Small):
+def test_a_store_that_is_deleted_during_a_run_only_fails_the_run(small: Small):
     small.write(
         "kinds.py",
         KINDS.replace("    text = (documents.path", "    import shutil; shutil.rmtree(stage._store.root)\n    text = (documents.path"),
@@ -61,14 +61,14 @@ def test_a_store_that_is_deleted_while_a_run_uses_it_fails_the_run_and_nothing_w
     assert last.text.startswith("cut failed; ")
 
 
-def test_whatever_fails_in_the_driver_the_run_has_its_last_word(small: Small, monkeypatch: pytest.MonkeyPatch):
-    def unheard(*_: object) -> None:
+def test_an_error_in_the_driver_still_ends_the_run_with_a_report(small: Small, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
         raise TypeError("Object of type int64 is not JSON serializable")
 
-    monkeypatch.setattr(Supervisor, "_attend", unheard)
+    monkeypatch.setattr(Supervisor, "_attend", fail)
     assert small.run() == (1, {"words": "stopped"})
-    said = "TypeError: Object of type int64 is not JSON serializable"
-    assert small.announced()[1] == f"can't go on: {said}"
+    error = "TypeError: Object of type int64 is not JSON serializable"
+    assert small.announced()[1] == f"can't go on: {error}"
     last = small.ending()
     assert (last.status, last.exit_code) == ("FAILED", 1)
-    assert last.text == f"the driver failed ({said}); what the store has is kept. Fix the cause, then resume with: gptline run small.toml"
+    assert last.text == f"the driver failed ({error}); what the store has is kept. Fix the cause, then resume with: gptline run small.toml"

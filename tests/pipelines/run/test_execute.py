@@ -1,4 +1,4 @@
-"""One stage carried out in this process: what it may open, name, publish and hold, and what its outcome says."""
+"""One stage executed in this process: what it may open, log, publish and use, and what its outcome says."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def report(stage):
 
 
 class Bench:
-    """Runs one function, written out as text, as a stage."""
+    """Run one function, given as source text, as a stage."""
 
     def __init__(self, folder: Path, store: Store) -> None:
         self.folder = folder
@@ -68,7 +68,7 @@ class Bench:
         return execute(job, self.events.append, lambda: False)
 
     def source(self, text: str) -> Source:
-        """A file that was changed after it was planned."""
+        """A source file that was changed after the plan was made."""
         path = self.folder / "words.txt"
         path.write_text(text)
         return Source("words.txt", path, hashlib.sha256(b"as it was planned").hexdigest())
@@ -90,7 +90,7 @@ def bench(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Benc
     ],
 )
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_changed_source_is_noticed_however_it_was_read(bench: Bench, read: str):
+def test_a_changed_source_is_noticed_however_it_is_read(bench: Bench, read: str):
     outcome = bench.run(read + "\nreturn report(stage)", sources=(bench.source("changed"),))
     assert outcome.error == "words.txt was changed after this run was planned; run again to read it as it is now"
     assert bench.store.digests() == []
@@ -153,12 +153,12 @@ TOKENS = FILES.format(("train.bin", "held_out.bin", "tokenizer.json"))
         ),
     ],
 )
-def test_what_a_kind_promises_has_to_be_there(bench: Bench, kind: str, body: str, fault: str):
+def test_an_artifact_must_have_what_its_type_requires(bench: Bench, kind: str, body: str, fault: str):
     assert bench.run(body, kind=kind).error == f"./bench.py:it publishes {fault}"
     assert bench.store.digests() == []
 
 
-def test_what_a_kind_promises_is_enough_and_more_is_welcome(bench: Bench):
+def test_an_artifact_may_have_more_than_its_type_requires(bench: Bench):
     body = DOCUMENTS + "(stage.output / 'notes.txt').write_text('n')\n"
     outcome = bench.run(body + "return stage.publish(Documents, train=COUNTS, held_out=COUNTS, language='zh')", kind="Documents")
     assert outcome.output is not None
@@ -166,25 +166,25 @@ def test_what_a_kind_promises_is_enough_and_more_is_welcome(bench: Bench):
 
 
 @pytest.mark.parametrize("call", ["stage.log(1, {'Loss (nats)': 1.0})", "stage.figure('Loss (nats)', 1.0)"])
-def test_a_metrics_name_is_checked_where_it_is_given(bench: Bench, call: str):
+def test_a_metric_name_is_checked_where_it_is_logged(bench: Bench, call: str):
     error = bench.run(call + "\nreturn report(stage)").error
     assert error is not None
     assert error.startswith("ValueError: metric name 'Loss (nats)': expected area/name_unit in lower case, e.g. 'time/step_s'")
 
 
-def test_a_stage_has_as_many_threads_as_it_asked_cpus_for_and_they_are_given_back(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+def test_a_stage_uses_as_many_threads_as_it_has_cpus_and_restores_the_number(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
-    told = []
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(get_num_threads=lambda: 5, set_num_threads=told.append))
+    set_threads = []
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(get_num_threads=lambda: 5, set_num_threads=set_threads.append))
     body = "for name in ('OMP', 'RAYON'): stage.figure(f'system/{name.lower()}', int(os.environ[f'{name}_NUM_THREADS']))\n"
     assert bench.run(body + "return report(stage)", cpus=3).figures == {"system/omp": 3, "system/rayon": 3}
-    assert told == [3, 5]
+    assert set_threads == [3, 5]
     assert os.environ["OMP_NUM_THREADS"] == "7"
     assert "RAYON_NUM_THREADS" not in os.environ
 
 
-def test_threads_are_given_back_by_a_stage_that_fails_and_torch_is_not_loaded_for_them(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_stage_restores_the_threads_and_torch_is_not_loaded_for_that(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     outcome = bench.run("assert os.environ['OMP_NUM_THREADS'] == '3'\nraise KeyError('torch' in sys.modules)", cpus=3)
@@ -192,13 +192,13 @@ def test_threads_are_given_back_by_a_stage_that_fails_and_torch_is_not_loaded_fo
     assert os.environ["OMP_NUM_THREADS"] == "7"
 
 
-def test_an_outcome_says_where_the_stage_really_ran(bench: Bench):
+def test_an_outcome_says_where_the_stage_ran(bench: Bench):
     for body in ("return report(stage)", "raise KeyError('no')"):
         outcome = bench.run(body)
         assert (outcome.host, outcome.pid, outcome.versions) == (socket.gethostname(), os.getpid(), versions())
 
 
-def test_numbers_of_numpy_are_plain_ones_in_what_a_stage_tells(bench: Bench):
+def test_numpy_numbers_become_plain_numbers_in_what_a_stage_reports(bench: Bench):
     body = "import numpy as np\nstage.progress(np.int64(3), np.float32(4.5), 'rows')\nstage.log(np.int64(2), {'eval/x': np.float32(0.5)})\n"
     outcome = bench.run(body + "stage.figure('eval/y', np.int64(7))\nreturn report(stage)")
     progress, points = bench.events

@@ -1,4 +1,4 @@
-"""Stages that fail, sources that vanish, code that is edited, records that are damaged: what a run makes of it."""
+"""How a run handles stages that fail, sources that vanish, code that is edited, and records that are damaged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.pipelines.run.small import KINDS, OTHERS, TOML, Small
         ("empty", "./kinds.py:empty publishes report, but wrote nothing into stage.output"),
     ],
 )
-def test_a_failed_stage_leaves_the_others_results_and_says_how_to_go_on(small: Small, function: str, error: str):
+def test_a_failed_stage_keeps_the_other_results_and_the_run_says_how_to_resume(small: Small, function: str, error: str):
     small.write("small.toml", TOML + f'\n[stages.last]\nuses = "./kinds.py:{function}"\ninputs = {{ documents = "words" }}\n')
     assert small.run() == (1, {"words": "done", "cut": "done", "report": "done", "last": "failed"})
     assert small.error().startswith(error)
@@ -38,7 +38,7 @@ def test_a_failed_stage_leaves_the_others_results_and_says_how_to_go_on(small: S
     assert small.run()[1] == {"words": "reused", "cut": "reused", "report": "reused", "last": "failed"}
 
 
-def test_what_reads_a_failed_stage_is_blocked_and_says_so(small: Small):
+def test_a_stage_that_reads_a_failed_one_is_blocked_with_that_reason(small: Small):
     small.write("kinds.py", KINDS.replace("    text = (documents.path", "    raise StageFailure('no')\n    text = (documents.path"))
     code, status = small.run()
     assert (code, status) == (1, {"words": "done", "cut": "failed", "report": "blocked"})
@@ -52,7 +52,7 @@ def test_a_source_that_changes_between_plan_and_reading_is_refused(small: Small)
     assert small.error() == "words.txt was changed after this run was planned; run again to read it as it is now"
 
 
-def test_ctrl_c_in_a_stage_ends_the_run_with_130_and_the_command_that_goes_on(small: Small):
+def test_ctrl_c_in_a_stage_ends_the_run_with_130_and_the_command_that_resumes(small: Small):
     small.write("small.toml", TOML.replace("./kinds.py:cut", "./kinds.py:interrupted").replace('["words", "cut"]', '["words"]'))
     before = signal.getsignal(signal.SIGINT)
     code, status = small.run()
@@ -64,25 +64,25 @@ def test_ctrl_c_in_a_stage_ends_the_run_with_130_and_the_command_that_goes_on(sm
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_damaged_artifact_is_made_again(small: Small):
+def test_a_damaged_artifact_is_rebuilt(small: Small):
     small.run()
     digest = resolve(small.store, f"run:{small.store.runs()[0]}/cut")
     (small.store.artifact(digest).path / "train.jsonl").unlink()
-    word, reason = small.plan()["cut"]
-    assert word == "run"
+    decision, reason = small.plan()["cut"]
+    assert decision == "run"
     assert reason == f"its artifact {digest[:12]} is damaged: train.jsonl is gone"
     assert small.run() == (0, {"words": "reused", "cut": "done", "report": "reused"})
     assert small.store.damage(digest) is None
 
 
-def test_a_held_lease_makes_others_wait_and_says_for_whom(small: Small):
+def test_a_held_lease_makes_others_wait_and_names_its_holder(small: Small):
 
     key = next(each.key for each in Planner(small.graph(), small.store, ROOT).plan() if each.stage == "words")
     assert key is not None
     lease = Watch(small.store, key).take(run="another")
     assert lease is not None
-    word, reason = small.plan()["words"]
-    assert word == "wait"
+    decision, reason = small.plan()["words"]
+    assert decision == "wait"
     assert reason.endswith("run another is building it")
     lease.release()
     assert small.plan()["words"][0] == "run"
@@ -91,19 +91,19 @@ def test_a_held_lease_makes_others_wait_and_says_for_whom(small: Small):
 def test_strict_environment_puts_versions_into_the_key(small: Small):
     small.run()
     small.write("small.toml", TOML.replace("seed = 1", "seed = 1\nstrict_environment = true"))
-    word, reason = small.plan()["words"]
-    assert word == "run"
+    decision, reason = small.plan()["words"]
+    assert decision == "run"
     assert "deepspeed: none -> 0.19.8" in reason
 
 
-def test_a_loss_that_is_no_number_is_recorded_and_read_again(small: Small):
+def test_a_nan_loss_is_recorded_and_read_back(small: Small):
     small.write("kinds.py", KINDS.replace("config.letters})", "float('nan')})"))
     small.run()
     (action,) = [each for each in small.store.all_actions() if each.stage == "cut"]
     assert str(action.curves["eval/letters"][0].value) == "nan"
 
 
-def test_a_run_whose_driver_is_gone_is_known_as_dead(small: Small):
+def test_a_run_whose_driver_is_gone_counts_as_dead(small: Small):
     small.run()
     assert dead_runs(small.store) == []
     last = small.store.backend.list(f"runs/{small.store.runs()[0]}/journal/")[-1]
@@ -112,7 +112,7 @@ def test_a_run_whose_driver_is_gone_is_known_as_dead(small: Small):
 
 
 @pytest.mark.parametrize("during", ["    with stage.open", "    text = (documents.path"])
-def test_code_that_is_edited_before_or_while_it_runs_in_this_process_is_not_recorded(small: Small, during: str):
+def test_a_result_of_code_that_is_edited_before_or_while_it_runs_inline_is_not_recorded(small: Small, during: str):
     edit = (
         f"    __import__('pathlib').Path({str(small.folder / 'words.py')!r}).write_text('def shorten(text, letters): return text[-1:]')\n"
     )
@@ -123,7 +123,7 @@ def test_code_that_is_edited_before_or_while_it_runs_in_this_process_is_not_reco
     assert small.run() == (0, {"words": "reused", "cut": "done", "report": "done"})
 
 
-def test_a_source_that_is_gone_blocks_what_needs_it_whatever_else_is_made_for_that(small: Small):
+def test_a_missing_source_blocks_the_stages_that_need_it_even_if_their_other_inputs_are_built(small: Small):
     small.write("small.toml", TOML.replace('["words", "cut"]', '["others", "words"]') + OTHERS)
     small.write("other.txt", "uvw")
     graph = small.graph()
@@ -136,7 +136,7 @@ def test_a_source_that_is_gone_blocks_what_needs_it_whatever_else_is_made_for_th
     }
 
 
-def test_a_source_that_goes_while_the_run_begins_leaves_the_other_branch_whole(small: Small, monkeypatch: pytest.MonkeyPatch):
+def test_a_source_that_vanishes_as_the_run_starts_does_not_affect_the_other_branch(small: Small, monkeypatch: pytest.MonkeyPatch):
     small.write("small.toml", TOML + OTHERS)
     small.write("other.txt", "uvw")
     begin = Run._begin
@@ -152,7 +152,7 @@ def test_a_source_that_goes_while_the_run_begins_leaves_the_other_branch_whole(s
     assert small.ending().text == "words failed; the other results are kept. Fix the cause, then resume with: gptline run small.toml"
 
 
-def test_what_a_given_stage_reads_is_not_needed(small: Small):
+def test_the_inputs_of_a_stage_replaced_by_use_are_not_needed(small: Small):
     small.run()
     cut = resolve(small.store, f"run:{small.store.runs()[0]}/cut")
     small.write(
@@ -161,7 +161,7 @@ def test_what_a_given_stage_reads_is_not_needed(small: Small):
     assert small.run(use={"cut": f"sha256:{cut}"}) == (0, {"cut": "reused", "report": "done"})
 
 
-def test_a_stop_that_is_asked_for_through_the_store_stops_the_run(small: Small):
+def test_a_stop_requested_through_the_store_stops_the_run(small: Small):
     stop = "    stage._store.backend.put(f'runs/{stage._job.run}/stop', b'')\n    import time; time.sleep(0.4)\n    with stage.open"
     small.write("kinds.py", KINDS.replace("    with stage.open", stop))
     code, status = small.run()
@@ -170,7 +170,7 @@ def test_a_stop_that_is_asked_for_through_the_store_stops_the_run(small: Small):
     assert small.ending().status == "KILLED"
 
 
-def test_only_stages_that_will_run_need_room(small: Small):
+def test_only_stages_that_will_run_need_resources(small: Small):
     small.run()
     text = (small.folder / "small.toml").read_text()
     small.write("small.toml", text + "\n[stages.words.resources]\ncpus = 4096\n")
@@ -180,13 +180,13 @@ def test_only_stages_that_will_run_need_room(small: Small):
         Run(small.graph(), small.store, Options("gptline", "gptline", fresh=["words"]), lambda event: None).execute()
 
 
-def test_the_newest_model_is_none_where_no_stage_makes_one(small: Small):
+def test_there_is_no_newest_model_if_no_stage_makes_one(small: Small):
     small.run()
     with pytest.raises(ValueError, match="there is no such model; the store has none yet"):
         resolve(small.store, "model:small@newest")
 
 
-def test_a_users_own_kind_of_artifact_goes_from_stage_to_stage(small: Small):
+def test_a_users_own_artifact_type_passes_from_stage_to_stage(small: Small):
     own = (
         "\nfrom pipelines.artifacts import Artifact\n\n\nclass Letters(Artifact):\n    kind = 'letters'\n\n\n"
         "def spell(documents: Documents, stage: StageContext) -> Letters:\n    (stage.output / 'letters').write_text('abc')\n"
@@ -203,7 +203,7 @@ def test_a_users_own_kind_of_artifact_goes_from_stage_to_stage(small: Small):
     assert small.run()[1]["count"] == "reused"
 
 
-def test_a_bare_digest_as_it_is_printed_is_a_reference(small: Small):
+def test_a_printed_digest_is_a_reference(small: Small):
     small.run()
     digest = resolve(small.store, f"run:{small.store.runs()[0]}/cut")
     assert resolve(small.store, digest[:12]) == digest
@@ -220,14 +220,14 @@ def test_a_bare_digest_as_it_is_printed_is_a_reference(small: Small):
         ("raise ValueError('bad \\udcff name')", "ValueError: bad "),
     ],
 )
-def test_no_way_to_fail_takes_the_run_along(small: Small, body: str, error: str):
+def test_a_stage_that_fails_in_any_way_does_not_end_the_run(small: Small, body: str, error: str):
     small.write("kinds.py", KINDS.replace('    raise KeyError("no such word")', f"    {body}"))
     small.write("small.toml", TOML + '\n[stages.last]\nuses = "./kinds.py:broken"\ninputs = { documents = "words" }\n')
     assert small.run() == (1, {"words": "done", "cut": "done", "report": "done", "last": "failed"})
     assert small.error().startswith(error)
 
 
-def test_one_damaged_record_or_journal_line_hides_nothing_else(small: Small):
+def test_a_damaged_record_or_journal_line_hides_nothing_else(small: Small):
     small.run()
     first = small.store.runs()[0]
     small.store.backend.put(small.store.backend.list(f"runs/{first}/journal/")[1], b'{"a":\n[]\n')

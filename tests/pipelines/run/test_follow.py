@@ -1,4 +1,4 @@
-"""A run from outside: the store's word first, Ray's where the store has none."""
+"""Following a run from outside: the store is asked first, and Ray only where the store can't tell."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ ADDRESS = "http://127.0.0.1:8265"
 
 
 class Ray:
-    """What a cluster would say; itself the door to it."""
+    """A fake cluster, and the function that connects to it."""
 
     def __init__(self, *states: JobState | None, log: str = "", error: Exception | None = None) -> None:
-        """Each look at the job sees the next of `states`, at last always the last one."""
+        """Each query of the job's state returns the next of `states`; the last one repeats."""
         self.states = list(states)
         self.printed = log
         self.error = error
@@ -58,13 +58,13 @@ class Ray:
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOOK_EVERY_S", "ASK_EVERY_S"):
         monkeypatch.setattr(follow, name, 0.01)
-    still = SimpleNamespace(monotonic=time.monotonic, time_ns=lambda: 1_790_000_000 * 10**9)  # a run takes 0:00, on any machine
-    monkeypatch.setattr("pipelines.store.events.time", still)
+    frozen = SimpleNamespace(monotonic=time.monotonic, time_ns=lambda: 1_790_000_000 * 10**9)  # every run takes 0:00
+    monkeypatch.setattr("pipelines.store.events.time", frozen)
 
 
 @pytest.fixture
 def begun(store: Store) -> Callable[..., tuple[JournalWriter, Lease]]:
-    """A run under way: its journal, and the lease that its driver, this process, holds."""
+    """Begin a run: return its journal, and the lease that its driver (this process) holds."""
     leases = []
 
     def begin(run: str = FIRST) -> tuple[JournalWriter, Lease]:
@@ -101,7 +101,7 @@ def end(journal: JournalWriter, status: str = "FINISHED", text: str = "") -> Non
 # ---- status ----
 
 
-def test_a_run_under_way_is_told_by_its_stage_and_step(store: Store, begun: Any) -> None:
+def test_the_status_of_a_run_is_its_stage_and_step(store: Store, begun: Any) -> None:
     journal, _ = begun()
     train(journal, 12)
     (line,) = status(store, None, Ray())
@@ -110,7 +110,7 @@ def test_a_run_under_way_is_told_by_its_stage_and_step(store: Store, begun: Any)
     assert status(store, FIRST, Ray())[0].startswith(f"{FIRST}  STOPPING   pretrain at step 12")
 
 
-def test_a_stage_that_counts_no_steps_is_told_by_its_share(store: Store, begun: Any) -> None:
+def test_the_status_of_a_stage_without_steps_is_its_share(store: Store, begun: Any) -> None:
     journal, _ = begun()
     journal.write(StageStarted(stage="documents", key="k", decision="run", reason="", steps=None))
     journal.write(StageProgress(stage="documents", done=43, total=100, unit="files"))
@@ -118,7 +118,7 @@ def test_a_stage_that_counts_no_steps_is_told_by_its_share(store: Store, begun: 
     assert "documents 43%, since" in status(store, None, Ray())[0]
 
 
-def test_the_newest_ten_are_shown_and_ray_is_not_asked_of_what_has_ended(store: Store, begun: Any) -> None:
+def test_the_newest_ten_runs_are_shown_and_ray_is_not_asked_about_finished_ones(store: Store, begun: Any) -> None:
     for hour in range(10, 22):
         run = f"20261122-{hour}0000-small-aaaa"
         journal, _ = begun(run)
@@ -139,7 +139,7 @@ def test_a_store_without_runs_says_so(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "told"),
+    ("state", "shown"),
     [
         (JobState("PENDING"), f"PENDING    its job at {ADDRESS} is PENDING, submitted 1970"),
         (JobState("RUNNING"), f"STARTING   its job at {ADDRESS} is RUNNING, submitted 1970"),
@@ -151,13 +151,13 @@ def test_a_store_without_runs_says_so(store: Store) -> None:
         (None, f"SUBMITTED  the cluster at {ADDRESS} has no such job: it was restarted since, submitted"),
     ],
 )
-def test_a_job_whose_driver_has_not_spoken_is_told_by_ray(store: Store, state: JobState | None, told: str) -> None:
+def test_ray_gives_the_status_of_a_job_whose_driver_has_not_started(store: Store, state: JobState | None, shown: str) -> None:
     submitted(store)
     (line,) = status(store, None, Ray(state))
-    assert line.startswith(f"{FIRST}  {told}")
+    assert line.startswith(f"{FIRST}  {shown}")
 
 
-def test_a_cluster_that_can_not_be_asked_hides_nothing_and_is_knocked_at_once(store: Store, begun: Any) -> None:
+def test_an_unreachable_cluster_hides_nothing_and_is_asked_only_once(store: Store, begun: Any) -> None:
     for run in (FIRST, SECOND):
         journal, _ = begun(run)
         submitted(store, run)
@@ -169,7 +169,7 @@ def test_a_cluster_that_can_not_be_asked_hides_nothing_and_is_knocked_at_once(st
     assert ray.knocked == [ADDRESS]
 
 
-def test_a_driver_that_is_gone_gets_its_last_word_from_who_looks(store: Store, begun: Any) -> None:
+def test_status_ends_a_run_whose_driver_is_gone(store: Store, begun: Any) -> None:
     journal, lease = begun()
     train(journal, 3)
     lease.release()
@@ -181,8 +181,8 @@ def test_a_driver_that_is_gone_gets_its_last_word_from_who_looks(store: Store, b
     assert last.status == "KILLED"
 
 
-def test_ray_knows_at_once_that_a_driver_elsewhere_is_gone(store: Store, begun: Any) -> None:
-    journal, _ = begun()  # its lease looks alive, as that of another machine's dead driver does for half a minute
+def test_ray_reports_at_once_that_a_driver_on_another_machine_is_gone(store: Store, begun: Any) -> None:
+    journal, _ = begun()  # its lease looks held, as that of a dead driver on another machine does for half a minute
     submitted(store)
     train(journal, 3)
     (line,) = status(store, None, Ray(JobState("FAILED", "a log", -9)))
@@ -193,7 +193,7 @@ def test_ray_knows_at_once_that_a_driver_elsewhere_is_gone(store: Store, begun: 
 # ---- which run ----
 
 
-def test_an_unknown_run_is_answered_with_the_nearest(store: Store, begun: Any) -> None:
+def test_an_unknown_run_is_refused_with_the_nearest(store: Store, begun: Any) -> None:
     begun(FIRST)
     begun(SECOND)
     assert known(store, FIRST) == FIRST
@@ -203,7 +203,7 @@ def test_an_unknown_run_is_answered_with_the_nearest(store: Store, begun: Any) -
         known(store, "../..")
 
 
-def test_where_no_run_is_named_the_newest_open_one_is_meant(store: Store, begun: Any) -> None:
+def test_without_a_name_the_newest_run_that_has_not_ended_is_used(store: Store, begun: Any) -> None:
     begun(FIRST)
     journal, _ = begun(SECOND)
     assert newest(store) == SECOND
@@ -224,7 +224,7 @@ LINES = [
 ]
 
 
-def test_a_log_is_what_run_would_have_printed(store: Store, begun: Any) -> None:
+def test_a_log_is_what_gptline_run_prints(store: Store, begun: Any) -> None:
     journal, _ = begun()
     train(journal, 3)
     out = io.StringIO()
@@ -236,7 +236,7 @@ def test_a_log_is_what_run_would_have_printed(store: Store, begun: Any) -> None:
     assert out.getvalue().splitlines() == [*LINES, "all is well"]
 
 
-def test_lines_of_a_long_training_are_told_by_the_journals_clock(store: Store, begun: Any) -> None:
+def test_the_log_of_a_long_training_follows_the_journals_clock(store: Store, begun: Any) -> None:
     begun()
     name = f"runs/{FIRST}/journal/00000002.jsonl"
     events: list[dict[str, Any]] = [{"time_ms": 0, "type": "stage_started", "stage": "pretrain", "decision": "run", "steps": 30}]
@@ -253,7 +253,7 @@ def test_lines_of_a_long_training_are_told_by_the_journals_clock(store: Store, b
     ]
 
 
-def test_following_waits_for_the_driver_and_goes_on_to_the_end(store: Store, begun: Any) -> None:
+def test_following_waits_for_the_driver_and_continues_to_the_end(store: Store, begun: Any) -> None:
     submitted(store)
     ray = Ray(JobState("PENDING"), JobState("PENDING"), JobState("RUNNING"))
     out = io.StringIO()
@@ -266,13 +266,13 @@ def test_following_waits_for_the_driver_and_goes_on_to_the_end(store: Store, beg
     end(journal)
     follower.join(20)
     assert not follower.is_alive()
-    said = out.getvalue().splitlines()
-    assert said[0] == f"its job at {ADDRESS} is PENDING"
-    assert said[-4:] == LINES
-    assert said[1:-4] in ([], [f"its job at {ADDRESS} is RUNNING"])
+    printed = out.getvalue().splitlines()
+    assert printed[0] == f"its job at {ADDRESS} is PENDING"
+    assert printed[-4:] == LINES
+    assert printed[1:-4] in ([], [f"its job at {ADDRESS} is RUNNING"])
 
 
-def test_following_ends_where_the_driver_was_killed(store: Store, begun: Any) -> None:
+def test_following_ends_when_the_driver_was_killed(store: Store, begun: Any) -> None:
     journal, lease = begun()
     train(journal, 3)
     lease.release()
@@ -283,7 +283,7 @@ def test_following_ends_where_the_driver_was_killed(store: Store, begun: Any) ->
 
 @pytest.fixture
 def begins_when_looked_for(store: Store, begun: Any, monkeypatch: pytest.MonkeyPatch) -> list[JournalWriter]:
-    """Whoever looks for the driver first finds none, and it begins right after that look."""
+    """The first check for a driver finds none, and a driver starts right after it."""
     look, journals = Watch.holder, []
 
     def late(watch: Watch) -> Any:
@@ -298,26 +298,26 @@ def begins_when_looked_for(store: Store, begun: Any, monkeypatch: pytest.MonkeyP
     return journals
 
 
-def test_a_driver_that_begins_as_it_is_looked_for_is_followed(store: Store, begins_when_looked_for: Any) -> None:
+def test_a_driver_that_starts_during_the_check_is_followed(store: Store, begins_when_looked_for: Any) -> None:
     submitted(store)
     out = io.StringIO()
     follower = threading.Thread(target=show_log, args=(store, FIRST, out, Ray(JobState("PENDING"))), kwargs={"follow": True})
     follower.start()
     while not store.backend.list(f"runs/{FIRST}/journal/"):
         time.sleep(0.01)
-    time.sleep(0.1)  # several more looks
+    time.sleep(0.1)  # several more checks
     end(begins_when_looked_for[0])
     follower.join(20)
     assert out.getvalue().splitlines() == LINES
 
 
-def test_a_driver_that_begins_as_it_is_stopped_is_not_taken_for_dead(store: Store, begins_when_looked_for: Any) -> None:
+def test_a_driver_that_starts_during_a_stop_does_not_count_as_dead(store: Store, begins_when_looked_for: Any) -> None:
     submitted(store)
     stop(store, FIRST, lambda sentence: None, Ray(JobState("RUNNING")), deadline_s=0.3)
     assert not any(isinstance(event, RunEnded) for event in read_journal(store, FIRST))
 
 
-def test_a_job_that_failed_before_its_driver_spoke_shows_its_own_log(store: Store) -> None:
+def test_the_log_of_a_job_that_failed_before_its_driver_started_is_rays(store: Store) -> None:
     submitted(store)
     out = io.StringIO()
     show_log(store, FIRST, out, Ray(JobState("FAILED", "a log", 127), log="sh: no such python\n"), follow=True)
@@ -327,7 +327,7 @@ def test_a_job_that_failed_before_its_driver_spoke_shows_its_own_log(store: Stor
 # ---- stop ----
 
 
-def test_stop_sets_the_mark_waits_and_says_what_became_of_the_run(store: Store, begun: Any) -> None:
+def test_stop_sets_the_mark_waits_and_reports_how_the_run_ended(store: Store, begun: Any) -> None:
     journal, _ = begun()
     train(journal, 3)
 
@@ -335,25 +335,25 @@ def test_stop_sets_the_mark_waits_and_says_what_became_of_the_run(store: Store, 
         while store.backend.get(f"runs/{FIRST}/stop") is None:
             time.sleep(0.01)
         journal.write(StageEnded(stage="pretrain", status="stopped", decision="run", reason="saved at step 4"))
-        journal.write(RunEnded(status="KILLED", exit_code=143, text="interrupted; go on with: gptline run small.toml"))
+        journal.write(RunEnded(status="KILLED", exit_code=143, text="interrupted; resume with: gptline run small.toml"))
 
     driver = threading.Thread(target=heed)
     driver.start()
-    said: list[str] = []
-    assert stop(store, FIRST, said.append, Ray())
+    shown: list[str] = []
+    assert stop(store, FIRST, shown.append, Ray())
     driver.join()
-    assert said[0] == f"{FIRST}: asked to stop; training stages finish their step and save a checkpoint"
-    assert said[1] == f"{FIRST} ended: KILLED, 1 reused, 1 stopped in 0:00; interrupted; go on with: gptline run small.toml"
-    assert stop(store, FIRST, said.append, Ray())
-    assert said[2] == f"{FIRST} has ended already: KILLED"
+    assert shown[0] == f"{FIRST}: asked to stop; training stages finish their step and save a checkpoint"
+    assert shown[1] == f"{FIRST} ended: KILLED, 1 reused, 1 stopped in 0:00; interrupted; resume with: gptline run small.toml"
+    assert stop(store, FIRST, shown.append, Ray())
+    assert shown[2] == f"{FIRST} has ended already: KILLED"
 
 
 def test_stop_waits_no_longer_than_its_deadline(store: Store, begun: Any) -> None:
     journal, _ = begun()
     train(journal, 3)
-    said: list[str] = []
-    assert not stop(store, FIRST, said.append, Ray(), deadline_s=0.05)
-    assert said[-1] == f"{FIRST} is still stopping after 0 s; `gptline status {FIRST}` shows when it has ended"
+    shown: list[str] = []
+    assert not stop(store, FIRST, shown.append, Ray(), deadline_s=0.05)
+    assert shown[-1] == f"{FIRST} is still stopping after 0 s; `gptline status {FIRST}` shows when it has ended"
 
 
 def test_stop_reads_each_segment_once_however_long_it_waits(store: Store, begun: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +372,7 @@ def test_stop_reads_each_segment_once_however_long_it_waits(store: Store, begun:
     assert read == [f"runs/{FIRST}/journal/00000001.jsonl"]
 
 
-def test_stop_tells_the_last_word_of_a_driver_that_ended_while_it_was_taken_for_dead(
+def test_stop_reports_the_ending_of_a_driver_that_ended_while_it_counted_as_dead(
     store: Store, begun: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal, lease = begun()
@@ -385,41 +385,41 @@ def test_stop_tells_the_last_word_of_a_driver_that_ended_while_it_was_taken_for_
         return real(store, run)
 
     monkeypatch.setattr(follow, "end_dead_run", ended_meanwhile)
-    said: list[str] = []
-    assert stop(store, FIRST, said.append, Ray())
-    assert said[1:] == [f"{FIRST} ended: FINISHED, 1 reused, 1 made in 0:00"]
+    shown: list[str] = []
+    assert stop(store, FIRST, shown.append, Ray())
+    assert shown[1:] == [f"{FIRST} ended: FINISHED, 1 reused, 1 made in 0:00"]
 
 
-def test_stop_of_a_run_whose_driver_is_gone_ends_it(store: Store, begun: Any) -> None:
+def test_stop_ends_a_run_whose_driver_is_gone(store: Store, begun: Any) -> None:
     journal, lease = begun()
     train(journal, 3)
     lease.release()
-    said: list[str] = []
-    assert stop(store, FIRST, said.append, Ray())
-    assert said[-1] == f"{FIRST}: its driver ended without a last event; what it finished is kept"
+    shown: list[str] = []
+    assert stop(store, FIRST, shown.append, Ray())
+    assert shown[-1] == f"{FIRST}: its driver ended without a last event; what it finished is kept"
     assert isinstance(read_journal(store, FIRST)[-1], RunEnded)
 
 
-def test_stop_of_a_job_that_waits_to_be_started_asks_ray(store: Store) -> None:
+def test_stop_stops_a_pending_job_through_ray(store: Store) -> None:
     submitted(store)
     ray = Ray(JobState("PENDING"), JobState("STOPPED"))
-    said: list[str] = []
-    assert stop(store, FIRST, said.append, ray)
+    shown: list[str] = []
+    assert stop(store, FIRST, shown.append, ray)
     assert ray.stopped == [FIRST]
-    assert said[1:] == [f"its job at {ADDRESS} is PENDING", f"its job at {ADDRESS} is STOPPED"]
+    assert shown[1:] == [f"its job at {ADDRESS} is PENDING", f"its job at {ADDRESS} is STOPPED"]
 
 
-def test_stop_of_a_driver_that_does_not_come_to_its_journal_asks_ray_in_the_end(store: Store) -> None:
+def test_stop_stops_a_job_through_ray_if_its_driver_writes_no_journal_in_time(store: Store) -> None:
     submitted(store)
     ray = Ray(JobState("RUNNING"))
-    said: list[str] = []
-    assert not stop(store, FIRST, said.append, ray, deadline_s=0.05)
+    shown: list[str] = []
+    assert not stop(store, FIRST, shown.append, ray, deadline_s=0.05)
     assert ray.stopped == [FIRST]
-    assert "did not begin within 0 s, so its job was stopped" in said[-1]
+    assert "did not begin within 0 s, so its job was stopped" in shown[-1]
 
 
-def test_stop_of_a_run_that_never_began_has_nothing_to_do(store: Store) -> None:
+def test_stop_has_nothing_to_do_for_a_run_that_never_began(store: Store) -> None:
     os.makedirs(store.root / "runs" / FIRST)
-    said: list[str] = []
-    assert stop(store, FIRST, said.append, Ray())
-    assert said == [f"{FIRST} never began: there is nothing to stop"]
+    shown: list[str] = []
+    assert stop(store, FIRST, shown.append, Ray())
+    assert shown == [f"{FIRST} never began: there is nothing to stop"]

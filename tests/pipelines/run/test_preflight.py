@@ -1,4 +1,4 @@
-"""What is asked of a cluster that was there before the run."""
+"""The checks of an existing cluster before a run."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def nodes(monkeypatch: pytest.MonkeyPatch, before: Callable[[], object]) -> None
     monkeypatch.setattr("cluster.ray_session.ask_nodes", ask)
 
 
-def test_a_store_that_a_node_shares_is_as_it_was_afterwards(store: Store, monkeypatch: pytest.MonkeyPatch):
+def test_the_check_of_a_shared_store_leaves_it_unchanged(store: Store, monkeypatch: pytest.MonkeyPatch):
     nodes(monkeypatch, lambda: None)
     assert unshared(store) == []
     assert list((store.root / "tmp").iterdir()) == []
 
 
-def test_a_node_with_another_disk_at_the_same_path_is_named(store: Store, monkeypatch: pytest.MonkeyPatch):
+def test_a_node_with_a_different_disk_at_the_same_path_is_named(store: Store, monkeypatch: pytest.MonkeyPatch):
     nodes(monkeypatch, lambda: shutil.rmtree(store.root))
     (fault,) = unshared(store)
     assert str(fault) == (
@@ -49,7 +49,7 @@ def test_a_node_that_can_only_read_the_store_is_named(store: Store, monkeypatch:
     assert "node node7 (10.0.0.7) can't write there ([Errno 30] Read-only file system); expected" in str(fault)
 
 
-def test_a_node_that_stays_silent_is_named_and_the_probe_is_gone(store: Store, monkeypatch: pytest.MonkeyPatch):
+def test_a_node_that_does_not_answer_is_named_and_the_probe_is_removed(store: Store, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cluster.ray_session.ask_nodes", lambda question, deadline_s: {"node7": f"did not answer within {deadline_s:g} s"})
     (fault,) = unshared(store)
     assert "node node7 did not answer within 60 s; expected" in str(fault)

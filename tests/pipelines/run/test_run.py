@@ -11,7 +11,7 @@ from pipelines.plan.resolve import resolve
 from tests.pipelines.run.small import KINDS, TOML, WORDS, Small
 
 
-def test_a_run_says_first_how_much_there_is_to_do_and_a_first_one_what_its_file_says_of_itself(small: Small) -> None:
+def test_a_run_begins_with_how_much_it_will_do_and_the_first_run_with_its_files_about(small: Small) -> None:
     small.write("small.toml", TOML.replace("seed = 1", 'about = "three letters of each word; a second"\nseed = 1'))
     small.run()
     begun = small.announced()[:2]
@@ -22,7 +22,7 @@ def test_a_run_says_first_how_much_there_is_to_do_and_a_first_one_what_its_file_
     assert not any("to run" in text for text in small.announced())
 
 
-def test_a_second_run_reuses_all_and_a_plan_says_by_whom(small: Small):
+def test_a_second_run_reuses_everything_and_the_plan_names_the_run_that_made_it(small: Small):
     assert small.run() == (0, {"words": "done", "cut": "done", "report": "done"})
     first = small.store.runs()[0]
     assert small.plan() == {name: ("reuse", f"made by run {first}") for name in ("words", "cut", "report")}
@@ -30,7 +30,7 @@ def test_a_second_run_reuses_all_and_a_plan_says_by_whom(small: Small):
 
 
 def test_a_plan_of_a_new_store_writes_nothing(small: Small):
-    assert [word for word, _ in small.plan().values()] == ["run", "run", "run"]
+    assert [decision for decision, _ in small.plan().values()] == ["run", "run", "run"]
     assert not small.store.root.exists()
 
 
@@ -57,21 +57,21 @@ def test_a_plan_of_a_new_store_writes_nothing(small: Small):
         ),
     ],
 )
-def test_what_was_changed_is_the_reason(small: Small, change: Callable[[Small], None], reasons: tuple[str, str, str]):
+def test_the_reason_names_what_changed(small: Small, change: Callable[[Small], None], reasons: tuple[str, str, str]):
     small.run()
     made_by = f"made by run {small.store.runs()[0]}"
     change(small)
     assert tuple(reason for _, reason in small.plan().values()) == tuple(reason or made_by for reason in reasons)
 
 
-def test_an_upstream_stage_that_comes_to_the_same_bytes_stops_the_change_there(small: Small):
+def test_an_upstream_stage_with_an_unchanged_output_reruns_nothing_behind_it(small: Small):
     small.run()
     small.write("kinds.py", KINDS.replace("file.read()", "file.read() + b''"))
-    assert small.plan()["report"] == ("run", "its input words will be rebuilt")  # its new output may turn out equal
+    assert small.plan()["report"] == ("run", "its input words will be rebuilt")  # although its new output may be equal
     assert small.run() == (0, {"words": "done", "cut": "reused", "report": "reused"})
 
 
-def test_rerun_makes_one_stage_afresh_and_keeps_the_old_making(small: Small):
+def test_rerun_executes_one_stage_again_and_keeps_the_earlier_action(small: Small):
     small.run()
     assert small.run(fresh=["cut"]) == (0, {"words": "reused", "cut": "done", "report": "reused"})
     key = small.ended_stage("cut").key
@@ -80,14 +80,14 @@ def test_rerun_makes_one_stage_afresh_and_keeps_the_old_making(small: Small):
 
 
 @pytest.mark.parametrize(("end", "status"), [("raise KeyboardInterrupt", "stopped"), ("raise StageFailure('no')", "failed")])
-def test_a_rerun_that_did_not_come_to_its_end_is_not_forgotten(small: Small, end: str, status: str):
+def test_an_unfinished_rerun_is_not_forgotten(small: Small, end: str, status: str):
     mark = small.folder / "mark"
     fault = f"    if __import__('os').path.exists({str(mark)!r}):\n        {end}\n"
     small.write("kinds.py", KINDS.replace("    text = (documents.path", f"{fault}    text = (documents.path"))
     small.run()
     mark.touch()
     assert small.run(fresh=["cut", "report"])[1]["cut"] == status
-    assert small.ending().text.endswith("resume with: gptline run small.toml --fresh report")  # which was not begun
+    assert small.ending().text.endswith("resume with: gptline run small.toml --fresh report")  # which had not started
     assert small.plan()["cut"] == ("run", "a requested rerun was interrupted")
     mark.unlink()
     assert small.run(fresh=["report"]) == (0, {"words": "reused", "cut": "done", "report": "done"})
@@ -95,13 +95,13 @@ def test_a_rerun_that_did_not_come_to_its_end_is_not_forgotten(small: Small, end
     assert set(small.run()[1].values()) == {"reused"}
 
 
-def test_until_makes_a_stage_and_what_it_needs_and_no_more(small: Small):
+def test_until_builds_only_a_stage_and_what_it_needs(small: Small):
     assert small.run(until="cut") == (0, {"words": "done", "cut": "done"})
     with pytest.raises(ConfigError, match="--until cutt: there is no such stage; the stages are words, cut, report"):
         small.run(until="cutt")
 
 
-def test_use_takes_an_artifact_as_a_stages_output(small: Small):
+def test_use_substitutes_an_artifact_for_a_stages_output(small: Small):
     small.run()
     cut = resolve(small.store, f"run:{small.store.runs()[0]}/cut")
     small.write("words.txt", "uvwxyz")
@@ -110,7 +110,7 @@ def test_use_takes_an_artifact_as_a_stages_output(small: Small):
         small.run(use={"cut": f"run:{small.store.runs()[0]}/report"})
 
 
-def test_an_artifact_of_another_run_is_an_input(small: Small):
+def test_an_artifact_of_another_run_can_be_an_input(small: Small):
     small.run()
     run = small.store.runs()[0]
     small.write("small.toml", TOML.replace('inputs = { documents = "words" }', f'inputs = {{ documents = "run:{run}/words" }}'))

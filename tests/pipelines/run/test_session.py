@@ -22,7 +22,7 @@ from tests.pipelines.run.small import KINDS, OTHERS, TOML, Small
 
 
 class Cluster:
-    """A session that is none: what is submitted runs in this process, at the third look. A node of two CPUs, one of them in use."""
+    """A fake session: a submitted job runs in this process, at the third poll. It has one node of two CPUs, one of them in use."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import ray
@@ -74,14 +74,14 @@ def test_a_stage_that_the_session_can_never_hold_is_refused_before_the_run_begin
     assert small.store.runs() == []
 
 
-def test_a_stage_that_waits_for_room_says_once_for_what(small: Small, cluster: Cluster):
+def test_a_stage_that_waits_for_resources_reports_them_once(small: Small, cluster: Cluster):
     small.write("small.toml", TOML + "\n[stages.words.resources]\ncpus = 2\nmemory_gib = 2\n")
     assert small.run(inline=False) == (0, {"words": "done", "cut": "done", "report": "done"})
     notes = [event.text for event in small.events if isinstance(event, Note) and event.stage == "words"]
     assert notes == ["waiting for 2 CPUs and 2 GiB (free now: 1 of 2 CPUs and 1.0 of 2.0 GiB on head)"]
 
 
-def test_a_session_is_opened_when_what_was_to_be_reused_is_gone(small: Small, cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
+def test_a_session_is_opened_when_an_artifact_to_reuse_is_gone(small: Small, cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
     small.run()
     assert small.run(inline=False)[0] == 0
     assert cluster.joined == 0
@@ -101,7 +101,7 @@ def test_a_session_is_opened_when_what_was_to_be_reused_is_gone(small: Small, cl
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_lost_lease_records_nothing_and_says_what_to_do(small: Small):
+def test_a_stage_that_lost_its_lease_records_nothing_and_says_what_to_do(small: Small):
     lose = "    [stage._store.backend.delete(each) for each in stage._store.backend.list(f'leases/{stage._job.key}')]\n    with stage.open"
     small.write("kinds.py", KINDS.replace("    with stage.open", lose))
     assert small.run() == (1, {"words": "failed", "cut": "blocked", "report": "blocked"})
@@ -109,14 +109,14 @@ def test_a_lost_lease_records_nothing_and_says_what_to_do(small: Small):
     assert list(small.store.all_actions()) == []
 
 
-def test_a_driver_whose_journal_was_taken_over_gives_its_stages_back_and_says_nothing_more(small: Small, cluster: Cluster):
+def test_a_driver_whose_journal_was_taken_over_releases_its_stages_and_writes_no_more(small: Small, cluster: Cluster):
     end = (
         "    from pipelines.store.events import RunEnded\n"
         "    from pipelines.store.journal import JournalWriter\n"
         "    JournalWriter(stage._store, stage._job.run).write(RunEnded(status='KILLED'))\n"
     )
     small.write("kinds.py", KINDS.replace("    with stage.open", f"{end}    with stage.open"))
-    small.write("small.toml", TOML + OTHERS)  # runs meanwhile
+    small.write("small.toml", TOML + OTHERS)  # `others` runs meanwhile
     small.write("other.txt", "uvw")
     with pytest.raises(Superseded):
         small.run(inline=False)

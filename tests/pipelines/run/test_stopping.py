@@ -45,7 +45,7 @@ lr = 1e-3
 
 @pytest.fixture
 def drilled(small: Small) -> Small:
-    """A line whose training was stopped by Ctrl-C, in a run of one process, when it had saved step 3 of 10."""
+    """A pipeline whose training, inline, was stopped by Ctrl-C after it saved step 3 of 10."""
     small.write("kinds.py", KINDS + DRILL)
     small.write("small.toml", TOML + DRILL_TOML)
     code, status = small.run(until="drill")
@@ -53,13 +53,13 @@ def drilled(small: Small) -> Small:
     return small
 
 
-def test_a_training_that_was_stopped_says_at_which_step_it_was_saved(drilled: Small):
+def test_a_stopped_training_reports_the_step_at_which_it_was_saved(drilled: Small):
     last = drilled.ended_stage("drill")
     assert (last.reason, last.error) == ("saved at step 3", "")
     assert drilled.run(until="drill") == (0, {"words": "reused", "drill": "done"})
 
 
-def test_a_stop_through_the_store_reaches_a_training_of_one_process_and_is_the_runs_end_though_nothing_else_was_to_do(small: Small):
+def test_a_stop_through_the_store_reaches_an_inline_training_and_ends_the_run(small: Small):
     runs = str(small.store.root / "runs")
     stop = f"import pathlib, time; [(run / 'stop').touch() for run in pathlib.Path({runs!r}).iterdir()]; time.sleep(0.4)"
     small.write("kinds.py", KINDS + DRILL.replace("os.kill(os.getpid(), signal.SIGINT)", stop))
@@ -70,11 +70,11 @@ def test_a_stop_through_the_store_reaches_a_training_of_one_process_and_is_the_r
     assert small.ending().status == "KILLED"
 
 
-def test_a_plan_is_made_for_the_run_that_is_asked_for(drilled: Small):
+def test_a_plan_is_made_for_the_run_with_the_same_options(drilled: Small):
     def plan(*words: str) -> str:
-        drilled.graph()  # as in a process of its own
-        asked = ["plan", str(drilled.folder / "small.toml"), "--set", f"store.root={drilled.store.root}", *words]
-        return CliRunner().invoke(app, asked, catch_exceptions=False).output
+        drilled.graph()  # forgets imported modules, like a new process
+        arguments = ["plan", str(drilled.folder / "small.toml"), "--set", f"store.root={drilled.store.root}", *words]
+        return CliRunner().invoke(app, arguments, catch_exceptions=False).output
 
     assert "drill   resume  resumes at step 3 of 10" in plan("--inline")
     assert (

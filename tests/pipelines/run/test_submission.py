@@ -1,4 +1,4 @@
-"""What a submitted run is made of: code, config and words that mean on the cluster what they meant to who typed them."""
+"""What a submitted run consists of: code, config and options that mean the same on the cluster as where they were typed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ inputs = { documents = "words" }
 
 
 class Sent:
-    """A cluster that takes every job, or none."""
+    """A cluster that accepts every job, or refuses every job with `error`."""
 
     address = "http://127.0.0.1:8265"
 
@@ -94,7 +94,7 @@ class Sent:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """line/small.toml with a file of its own, its neighbour, two in ../shared, and data."""
+    """line/small.toml with a file of functions and its neighbour, two more files in ../shared, and data."""
     folder = tmp_path / "project"
     for name, text in {
         "line/small.toml": TOML,
@@ -123,7 +123,7 @@ def leaves(graph: Graph, store: Store) -> dict[str, dict[str, Any]]:
     return {name: planner.leaves(stage, {}) for name, stage in graph.stages.items()}
 
 
-def test_the_frozen_config_has_the_keys_and_the_code_of_the_one_that_was_submitted(project: Path, store: Store, tmp_path: Path) -> None:
+def test_the_frozen_config_has_the_keys_and_code_of_the_submitted_one(project: Path, store: Store, tmp_path: Path) -> None:
     graph = graph_of(project / "line" / "small.toml", "stages.words.file=a.txt", "seed=7")
     snapshot = freeze(graph, store)
     config = freeze_config(graph, store, snapshot, tmp_path / "elsewhere" / "submitted")
@@ -137,7 +137,7 @@ def test_the_frozen_config_has_the_keys_and_the_code_of_the_one_that_was_submitt
     assert freeze(again, store).artifact.digest == snapshot.artifact.digest
 
 
-def test_relative_paths_mean_what_they_meant_to_who_submitted(project: Path, store: Store, tmp_path: Path) -> None:
+def test_relative_paths_mean_what_they_meant_on_submission(project: Path, store: Store, tmp_path: Path) -> None:
     graph = graph_of(project / "line" / "small.toml")
     again = graph_of(freeze_config(graph, store, freeze(graph, store), tmp_path / "elsewhere")).loaded
     assert again.data() == project / "line" / "texts"
@@ -146,7 +146,7 @@ def test_relative_paths_mean_what_they_meant_to_who_submitted(project: Path, sto
     assert again.file.cluster.address == "auto"
 
 
-def test_a_variant_is_frozen_with_what_it_extends_and_the_functions_of_both_folders(project: Path, store: Store, tmp_path: Path) -> None:
+def test_a_variant_is_frozen_with_its_base_and_the_functions_of_both_folders(project: Path, store: Store, tmp_path: Path) -> None:
     (project / "variants").mkdir()
     (project / "variants" / "our_score.py").write_text(RULE.replace("rule", "score"))
     (project / "line" / "small.toml").write_text(TOML.replace("../shared/own_cut.py:cut", "./own_rule_cut.py:cut"))
@@ -175,7 +175,7 @@ def test_a_config_near_the_root_puts_nothing_outside_its_folder(project: Path, s
     assert list(graph_of(config).stages) == ["words", "cut"]
 
 
-def test_a_file_that_is_named_absolutely_can_not_be_frozen(project: Path, store: Store) -> None:
+def test_a_file_with_an_absolute_path_cannot_be_frozen(project: Path, store: Store) -> None:
     file = project / "line" / "small.toml"
     file.write_text(TOML.replace("../shared", f"{project}/shared"))
     with pytest.raises(ConfigError, match=r"stages.cut.by: found the absolute path '/"):
@@ -183,7 +183,7 @@ def test_a_file_that_is_named_absolutely_can_not_be_frozen(project: Path, store:
     assert store.runs() == []
 
 
-def test_one_job_is_sent_which_is_called_as_the_run_is(project: Path, store: Store) -> None:
+def test_one_job_is_sent_with_the_runs_name(project: Path, store: Store) -> None:
     sent = Sent()
     asked = Options("gptline submit small.toml", "gptline submit small.toml", fresh=["cut"], until="cut")
     run = submit(graph_of(project / "line" / "small.toml"), store, asked, {}, sent)  # type: ignore[arg-type]
@@ -192,19 +192,19 @@ def test_one_job_is_sent_which_is_called_as_the_run_is(project: Path, store: Sto
     assert record.address == "http://127.0.0.1:8265"
     code = store.root / "artifacts" / record.snapshot
     assert sent.jobs == [(run, entrypoint(code, store, run), {})]
-    told = Options(**record.options)
-    assert (told.run, told.fresh, told.until, told.inline) == (run, ["cut"], "cut", False)
+    options = Options(**record.options)
+    assert (options.run, options.fresh, options.until, options.inline) == (run, ["cut"], "cut", False)
     assert record.config == "submitted/line/small.toml"
 
 
-def test_a_job_that_can_not_be_sent_leaves_no_run(project: Path, store: Store) -> None:
+def test_a_job_that_cannot_be_sent_leaves_no_run(project: Path, store: Store) -> None:
     with pytest.raises(ConnectionError, match="gone"):
         submit(graph_of(project / "line" / "small.toml"), store, Options("", ""), {}, Sent(ConnectionError("gone")))  # type: ignore[arg-type]
     assert store.runs() == []
 
 
 @pytest.mark.parametrize("options", [{"until": "wrods"}, {"fresh": ["wrods"]}, {"use": {"wrods": "sha256:00000000"}}])
-def test_what_is_asked_of_a_stage_that_is_not_there_is_told_before_anything_is_sent(
+def test_an_option_that_names_an_unknown_stage_is_refused_before_anything_is_sent(
     project: Path, store: Store, options: dict[str, Any]
 ) -> None:
     sent = Sent()
@@ -214,7 +214,7 @@ def test_what_is_asked_of_a_stage_that_is_not_there_is_told_before_anything_is_s
     assert not list(store.root.iterdir())
 
 
-def test_a_jobs_line_survives_the_shell_and_starts_the_code_that_it_names(tmp_path: Path) -> None:
+def test_a_jobs_command_survives_the_shell_and_starts_the_code_that_it_names(tmp_path: Path) -> None:
     store = Store(tmp_path / "it's a $HOME; store")
     code = tmp_path / "the code & more"
     (code / "pipelines" / "run").mkdir(parents=True)
@@ -233,7 +233,7 @@ def test_a_jobs_line_survives_the_shell_and_starts_the_code_that_it_names(tmp_pa
     assert shlex.split(line)[0] == "exec"
 
 
-def test_a_node_that_does_not_see_the_store_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_node_without_the_store_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nowhere"), "run-1"]) == 2
     assert capsys.readouterr().err == (
         f"this node does not see {tmp_path}/nowhere/runs/run-1; expected the store on storage that every node has at this same path\n"

@@ -1,4 +1,4 @@
-"""Models that write what a test scripts: the next token depends on the last one only."""
+"""Models that write what a test scripts: the next token depends only on the last one."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def moon(store: Store) -> Model:
 
 @pytest.fixture
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The prompts that the model is given; it answers "ab", cut off where that is too long."""
+    """Record the prompts that the model is given; it answers "ab", truncated if that is too long."""
     seen: list[list[int]] = []
 
     def scripted(model: GPT, prompt: list[int], *, max_tokens: int, **settings: Any) -> Iterator[int]:
@@ -71,7 +71,7 @@ class Terminal(io.StringIO):
 
 
 def type_in(chat: Chat, monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> tuple[bool, str, str]:
-    """Talk on a terminal, where each line is typed or Ctrl-C is pressed (KeyboardInterrupt); it ends with Ctrl-D."""
+    """Talk on a terminal: each line is typed, or is Ctrl-C (KeyboardInterrupt); Ctrl-D follows the last one."""
     waiting = iter(lines)
 
     def typed(prompt: str) -> str:
@@ -131,10 +131,10 @@ def test_an_answer_without_an_end_is_reported_as_cut_off_with_the_reason(store: 
     model = publish(store, after_the_last([*b"abab"], 16))
     found = ask(store, "0123456\n", f"sha256:{model.digest}", "--tokens", "4")
     assert found.stdout == "abab\n"
-    assert found.stderr.endswith("(cut off after 4 tokens; --tokens allows more)\n")
+    assert found.stderr.endswith("(cut off after 4 tokens; raise --tokens for more)\n")
     found = ask(store, "0123456789\n", f"sha256:{model.digest}", "--tokens", "4")  # with its three special tokens 13 of 16
     assert found.stdout == "aba\n"
-    assert found.stderr.endswith("(cut off after 3 tokens: this model's context is 16 tokens, the conversation included)\n")
+    assert found.stderr.endswith("(cut off after 3 tokens: with the conversation, this model's context of 16 tokens is full)\n")
 
 
 # ---- the conversation ----
@@ -174,7 +174,7 @@ def test_a_question_that_is_too_long_is_refused_and_the_conversation_is_kept(moo
     if fits:  # 60 and its three special tokens leave room for 1 of 64
         assert "".join(chat.answer("q" * length)) == ""
     else:
-        with pytest.raises(ValueError, match="found 64 tokens, and this model's context is 64 tokens, the answer included"):
+        with pytest.raises(ValueError, match="found 64 tokens, and this model's context is 64 tokens including the answer"):
             chat.answer("q" * length)
         assert chat.turns == before
 

@@ -1,4 +1,4 @@
-"""Which model a reference means, and which models are refused."""
+"""Which model a reference names, and which models are refused."""
 
 from __future__ import annotations
 
@@ -59,13 +59,17 @@ def test_if_no_pipelines_newest_model_has_a_chat_format_the_message_names_the_la
 @pytest.mark.parametrize(
     ("metadata", "harm", "fault"),
     [
-        ({"chat_format": None}, None, " continues text and has no chat format: .* `gptline sample sha256:{digest}` lets it write"),
+        (
+            {"chat_format": None},
+            None,
+            " continues text and has no chat format: .* `gptline sample sha256:{digest}` continues a text with it",
+        ),
         ({"chat_format": "gptline-2"}, None, ": expected the chat format gptline-1, found gptline-2"),
         ({"role": "reward"}, None, ": expected a policy, which writes text, found a model with the role reward"),
         ({}, flip_a_byte, " is damaged: model.safetensors has sha256 "),
     ],
 )
-def test_a_model_that_can_not_chat_is_refused(store: Store, metadata: dict[str, Any], harm: Callable[[Model], None] | None, fault: str):
+def test_a_model_that_cannot_chat_is_refused(store: Store, metadata: dict[str, Any], harm: Callable[[Model], None] | None, fault: str):
     model = publish(store, random_model(), **metadata)
     if harm:
         harm(model)

@@ -1,4 +1,4 @@
-"""Text that a model continues."""
+"""`gptline sample`: a model continues a text."""
 
 from __future__ import annotations
 

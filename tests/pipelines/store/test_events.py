@@ -1,4 +1,4 @@
-"""Events as JSON lines and back."""
+"""Events are written as JSON lines and read back."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_points_are_written_as_metric_step_value_and_time():
     assert line == '{"type": "points", "time_ms": 9, "stage": "sft", "points": [["train/loss", 1, 0.5, 9]]}'
 
 
-def test_a_loss_that_is_not_a_number_survives():
+def test_a_nan_loss_survives():
     event = from_json(to_json(StagePoints(stage="sft", curves={"train/loss": [Point(1, math.nan, 9)]})))
     assert isinstance(event, StagePoints)
     assert math.isnan(event.curves["train/loss"][0].value)

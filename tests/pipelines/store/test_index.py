@@ -66,7 +66,7 @@ def test_an_unindexed_store_that_cannot_be_written_is_read_as_a_whole(store: Sto
 
 
 class Counted(FolderBackend):
-    """Counts its calls."""
+    """A backend that counts its calls."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)

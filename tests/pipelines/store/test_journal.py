@@ -15,7 +15,7 @@ STARTED = RunStarted(run="r", pipeline="p")
 
 
 def loss(*values: float, step: int = 1) -> Curves:
-    """train/loss with these values, from `step` on."""
+    """Points of train/loss with these values, from `step` on."""
     return {"train/loss": [Point(step + at, value, 0) for at, value in enumerate(values)]}
 
 
@@ -74,7 +74,7 @@ def test_a_second_driver_fences_the_first(store: Store):
     assert read_journal(store, "r") == [STARTED, taken_over]
 
 
-def test_a_loss_that_is_not_a_number_is_kept_as_it_is(store: Store):
+def test_a_nan_loss_is_kept(store: Store):
     writer = JournalWriter(store, "r")
     writer.write(StagePoints(stage="s", curves=loss(math.nan, math.inf)))
     writer.flush()

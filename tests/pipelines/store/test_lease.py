@@ -25,7 +25,7 @@ def me() -> dict[str, Any]:
 
 
 class Interrupted(FolderBackend):
-    """Something happens right after the first call of one kind."""
+    """A backend on which something happens right after the first call of one kind."""
 
     def __init__(self, store: Store, call: str, then: Callable[[], Any]) -> None:
         super().__init__(store.root)
@@ -174,7 +174,7 @@ def test_free_leases_among_many_are_found_in_one_common_wait(store: Store):
     assert module.DEAD_AFTER_S < sum(paused_s) <= module.DEAD_AFTER_S + module.LOOK_EVERY_S
 
 
-def test_a_user_without_a_name_is_called_by_number(monkeypatch: pytest.MonkeyPatch):
+def test_a_user_without_a_name_is_identified_by_number(monkeypatch: pytest.MonkeyPatch):
     def nameless() -> str:
         raise KeyError("getpwuid(): uid not found: 4711")
 
