@@ -306,11 +306,11 @@ def main() -> None:
 
 
 def _print_resolved(graph: Graph) -> None:
-    from pipelines.plan.resolved import home, resolved
+    from pipelines.plan.resolved import home, saved_in
     from pipelines.plan.toml_writer import write_toml
 
     folder = home(graph)
-    write(write_toml(resolved(graph, folder)))
+    write(write_toml(saved_in(folder, graph)))
     if folder != graph.user_folder():
         sys.stderr.write(f"save it in {folder}, which its functions are relative to\n")
 
