@@ -18,8 +18,10 @@ from pipelines.plan.graph import Graph, build
 from pipelines.plan.planner import Planner
 from pipelines.plan.snapshot import freeze
 from pipelines.run.frozen_config import freeze_config
-from pipelines.run.runner import Options
+from pipelines.run.runner import Options, Run
 from pipelines.run.submission import entrypoint, main, submit
+from pipelines.stage import StageFailure
+from pipelines.store.journal import Superseded
 from pipelines.store.runs import RunFolder
 from pipelines.store.store import Store
 
@@ -243,7 +245,60 @@ def test_a_jobs_line_survives_the_shell_and_starts_the_code_that_it_names(tmp_pa
 
 
 def test_a_node_that_does_not_see_the_store_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "nowhere"), "run-1"]) == 2
+    assert main([str(tmp_path / "nowhere"), "run-1"]) == 3
     assert capsys.readouterr().err == (
-        f"this node does not see {tmp_path}/nowhere/runs/run-1; expected the store on storage that every node has at this same path\n"
+        f"can't continue: this node does not see {tmp_path}/nowhere/runs/run-1; "
+        "expected the store on storage that every node has at this same path\n"
     )
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(28, "No space left on device", "/store/x"), 3, "can't continue: [Errno 28] No space left on device: '/store/x'"),
+        (ConnectionError("the cluster does not answer"), 3, "can't continue: the cluster does not answer"),
+        (caused(ValueError("the token can't be read"), PermissionError()), 3, "the token can't be read"),
+        (ConfigError("small.toml", []), 2, "small.toml: 0 faults; no stage was started."),
+        (StageFailure("the store is of a later version"), 2, "the store is of a later version"),
+        (
+            Superseded("run r was taken over by another driver"),
+            1,
+            "run r was taken over by another driver, or `gptline sync` took it for dead and ended it; `gptline status` shows which",
+        ),
+    ],
+)
+def test_a_jobs_driver_ends_with_the_exit_code_and_the_words_of_run(
+    project: Path,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    code: int,
+    message: str,
+) -> None:
+    graph = graph_of(project / "line" / "small.toml")
+    run = submit(graph, store, Options("", ""), {}, Sent())  # type: ignore[arg-type]
+
+    def execute(self: Run) -> int:
+        raise error
+
+    monkeypatch.setattr(Run, "execute", execute)
+    graph_of(project / "line" / "small.toml")  # forget the modules: the job reads frozen files
+    assert main([str(store.root), run]) == code
+    assert capsys.readouterr().err == f"{message}\n"
+
+
+def test_a_jobs_driver_that_can_not_read_the_stores_files_ends_with_3(
+    project: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = submit(graph_of(project / "line" / "small.toml"), store, Options("", ""), {}, Sent())  # type: ignore[arg-type]
+    job = RunFolder(store, run).path("job.json")
+    job.unlink()
+    job.mkdir()
+    assert main([str(store.root), run]) == 3
+    assert capsys.readouterr().err == f"can't continue: [Errno 21] Is a directory: '{job}'\n"
