@@ -15,12 +15,12 @@ import typer
 
 from pipelines.options import Config, Fresh, Inline, Root, RunId, Set, Until, Uri, Use, port_number, utf8_text
 from pipelines.plan.config import load
-from pipelines.plan.faults import ConfigError, did_you_mean
+from pipelines.plan.faults import did_you_mean
 from pipelines.plan.graph import Graph, build
+from pipelines.run.exit_codes import ENDING, UNREACHABLE, exit_of
 from pipelines.stage import StageFailure
-from pipelines.store.journal import Superseded
 from pipelines.store.store import Store
-from pipelines.terminal import EXIT_CODES, UNREACHABLE, fail, nobody_reads, print_lines, restore_cursor_and_quit, write
+from pipelines.terminal import EXIT_CODES, fail, nobody_reads, print_lines, restore_cursor_and_quit, write
 
 
 def _show_version(asked: bool) -> None:
@@ -293,24 +293,19 @@ def main() -> None:
     signal.signal(signal.SIGQUIT, restore_cursor_and_quit)
     try:
         app(prog_name="gptline")
-    except (ConfigError, StageFailure, ValueError) as error:
-        fail(error, UNREACHABLE if isinstance(error.__cause__, OSError) else 2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before any stage was started\n")
         sys.exit(130)
-    except OSError as error:
-        fail(error, UNREACHABLE, "can't continue: ")
-    except Superseded as error:
-        sys.stderr.write(f"{error}, or `gptline sync` found no sign of life and ended it; `gptline status` shows which\n")
-        sys.exit(1)
+    except ENDING as error:
+        fail(error, *exit_of(error))
 
 
 def _print_resolved(graph: Graph) -> None:
-    from pipelines.plan.resolved import home, resolved
+    from pipelines.plan.resolved import home, saved_in
     from pipelines.plan.toml_writer import write_toml
 
     folder = home(graph)
-    write(write_toml(resolved(graph, folder)))
+    write(write_toml(saved_in(folder, graph)))
     if folder != graph.user_folder():
         sys.stderr.write(f"save it in {folder}, since the paths of its functions are relative to that folder\n")
 

@@ -18,7 +18,6 @@ Exit codes:
   3    the store, the cluster, MLflow or a file could not be reached, read or written
   130  interrupted by Ctrl-C; 143: by SIGTERM; 141: the reader of the output stopped reading
 """
-UNREACHABLE = 3
 NOT_READ = 141
 _BRANCHES = "│├└─"
 """What trees are drawn with; a terminal without these characters gets others."""
@@ -47,10 +46,10 @@ def nobody_reads() -> NoReturn:
     raise typer.Exit(NOT_READ) from None
 
 
-def fail(error: Exception, code: int, prefix: str = "") -> None:
+def fail(error: Exception, code: int, text: str) -> NoReturn:
     if os.environ.get("GPTLINE_DEBUG"):
         raise error
-    sys.stderr.write(f"{prefix}{error}\n")
+    sys.stderr.write(f"{text}\n")
     sys.exit(code)
 
 

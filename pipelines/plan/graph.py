@@ -90,7 +90,7 @@ class Graph:
 
     def model_faults(self, outside: Mapping[str, Traits]) -> list[Fault]:
         """Faults in what models and tokenizers are used for; `outside` is what is known of artifacts that no stage here makes."""
-        return model_faults(self.stages, {name: stage.semantic() for name, stage in self.stages.items()}, outside)
+        return model_faults(self.stages, outside)
 
     def outside(self) -> list[str]:
         """The references of all stages that are not stages."""

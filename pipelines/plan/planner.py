@@ -252,7 +252,11 @@ class Planner:
     def _traits(self, digests: Mapping[str, str]) -> dict[str, Traits]:
         """What the store knows of the artifacts that no stage here makes."""
         manifests = {name: self.store.manifest(digest) for name, digest in digests.items() if digest}
-        return {name: traits_of(digests[name], each["kind"], each["metadata"]) for name, each in manifests.items() if each}
+        return {
+            name: traits_of(digests[name], each["kind"], each["metadata"], self.store.read(digests[name], "config.json"))
+            for name, each in manifests.items()
+            if each
+        }
 
 
 def identity(stage: Stage, *, inline: bool = False) -> dict[str, Any]:

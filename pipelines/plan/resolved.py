@@ -9,11 +9,9 @@ from typing import Any
 from pipelines.plan.graph import Graph
 
 
-def resolved(graph: Graph, folder: Path | None = None) -> dict[str, Any]:
-    """The pipeline as a document that `run` accepts and that plans to the same keys, if it is saved in `folder` (see `home`)."""
-    folder = home(graph) if folder is None else folder
+def resolved(graph: Graph) -> dict[str, Any]:
+    """The pipeline as a document, as runs record it; its `data` is still relative to the file that wrote it."""
     file = graph.loaded.file.model_dump(mode="json")
-    file["data"] = os.path.relpath(graph.loaded.data(), folder)
     file["stages"] = {
         name: {
             "uses": stage.kind.uses,
@@ -25,6 +23,11 @@ def resolved(graph: Graph, folder: Path | None = None) -> dict[str, Any]:
         for name, stage in graph.stages.items()
     }
     return file
+
+
+def saved_in(folder: Path, graph: Graph) -> dict[str, Any]:
+    """The document that `run` accepts and that plans to the same keys, if it is saved in `folder` (see `home`)."""
+    return {**resolved(graph), "data": os.path.relpath(graph.loaded.data(), folder)}
 
 
 def home(graph: Graph) -> Path:

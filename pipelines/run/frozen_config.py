@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from pipelines.plan.config import Fault
 from pipelines.plan.graph import Graph
 from pipelines.plan.snapshot import Snapshot
+from pipelines.plan.toml_writer import write_toml
 from pipelines.store.store import Store
 
 
@@ -51,7 +50,7 @@ def freeze_config(graph: Graph, store: Store, snapshot: Snapshot, folder: Path) 
     file["cluster"]["address"] = "auto"
     file["tracking"]["uri"] = _absolute(file["tracking"]["uri"])
     config = home / graph.loaded.path.name
-    config.write_text("".join(f"{as_toml(key)} = {as_toml(value)}\n" for key, value in file.items()), encoding="utf-8")
+    config.write_text(write_toml(file), encoding="utf-8")
     return config
 
 
@@ -59,17 +58,3 @@ def _absolute(uri: str) -> str:
     """A database file's address, wherever it is opened from."""
     path = uri.removeprefix("sqlite:///")
     return uri if path == uri else f"sqlite:///{Path(path).absolute()}"
-
-
-def as_toml(value: Any) -> str:
-    """A value of a pipeline file, in one line of TOML."""
-    if isinstance(value, dict):
-        pairs = (f"{as_toml(str(name))} = {as_toml(each)}" for name, each in value.items() if each is not None)
-        return "{" + ", ".join(pairs) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(as_toml(each) for each in value) + "]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, float):
-        return repr(value)  # TOML writes inf and nan as Python does
-    return json.dumps(value)

@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from cluster.checkpoint import attempts, newest_checkpoint
 from cluster.events import Notice, Points, Progress, StageEvent
@@ -218,19 +217,3 @@ class Recorder:
             user=user_name(),
             pid=outcome.pid or os.getpid(),
         )
-
-
-def resolved_config(graph: Graph) -> dict[str, Any]:
-    """The whole config with every default filled in."""
-    file = graph.loaded.file.model_dump(mode="json")
-    file["stages"] = {
-        name: {
-            "uses": stage.kind.uses,
-            "inputs": stage.inputs,
-            **stage.config.model_dump(mode="json"),
-            "resources": stage.resources.model_dump(mode="json"),
-            **({"gate": [gate.model_dump(mode="json") for gate in stage.gates]} if stage.gates else {}),
-        }
-        for name, stage in graph.stages.items()
-    }
-    return file

@@ -14,9 +14,10 @@ from pipelines.observe.tracker import start_tracking
 from pipelines.plan.environment import ROOT, git_state, versions
 from pipelines.plan.graph import Graph
 from pipelines.plan.planner import Decision, Planner
+from pipelines.plan.resolved import resolved
 from pipelines.plan.snapshot import Snapshot, freeze
 from pipelines.run.ending import Ending
-from pipelines.run.recorder import Recorder, RunState, resolved_config
+from pipelines.run.recorder import Recorder, RunState
 from pipelines.run.session import Interrupts, Session, faults_here
 from pipelines.run.supervisor import Begun, Supervisor
 from pipelines.store.events import Announcement, JournalEvent, RunStarted, StagePlanned, now_ms
@@ -116,7 +117,7 @@ class Run:
         record = RunRecord(
             run=self.run,
             pipeline=file.pipeline,
-            config=resolved_config(self.graph),
+            config=resolved(self.graph),
             config_path=str(self.graph.loaded.path),
             command=self.options.command,
             tracking=file.tracking.model_dump(),

@@ -23,16 +23,15 @@ from pathlib import Path
 from cluster.jobs import Jobs
 from pipelines.observe.progress import Progress
 from pipelines.observe.summary import summary_of
-from pipelines.plan.config import ConfigError, load
+from pipelines.plan.config import load
 from pipelines.plan.environment import ROOT
 from pipelines.plan.graph import Graph, build
 from pipelines.plan.planner import Planner
 from pipelines.plan.snapshot import freeze
+from pipelines.run.exit_codes import ENDING, exit_of
 from pipelines.run.frozen_config import freeze_config, not_freezable
 from pipelines.run.runner import Options, Run
-from pipelines.stage import StageFailure
 from pipelines.store.events import now_ms
-from pipelines.store.journal import Superseded
 from pipelines.store.processes import user_name
 from pipelines.store.runs import JobRecord, RunFolder, new_run_id
 from pipelines.store.store import Store
@@ -83,23 +82,20 @@ def entrypoint(code: Path, store: Store, run: str) -> str:
 def main(arguments: Sequence[str]) -> int:
     """The job's driver; its exit code is the run's."""
     root, run = Path(arguments[0]), arguments[1]
-    store = Store(root)
-    folder = RunFolder(store, run)
-    job = folder.job()
-    if job is None:
-        sys.stderr.write(f"this node does not see {root}/runs/{run}; expected the store on storage that every node has at this same path\n")
-        return 2
     try:
+        store = Store(root)
+        folder = RunFolder(store, run)
+        job = folder.job()
+        if job is None:
+            raise OSError(f"this node does not see {root}/runs/{run}; expected the store on storage that every node has at this same path")
         graph = build(load(folder.path(job.config)), job.use)
         options = Options(**job.options | {"use": graph.use})
         with Progress(sys.stdout, summarize=partial(summary_of, store)) as progress:
             return Run(graph, store, options, progress.show).execute()
-    except (ConfigError, StageFailure, ValueError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    except Superseded as error:
-        sys.stderr.write(f"{error}; it continues there\n")
-        return 1
+    except ENDING as error:
+        code, text = exit_of(error)
+        sys.stderr.write(f"{text}\n")
+        return code
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 from pipelines.plan.config import ConfigError, load
 from pipelines.plan.graph import ROOT, Graph, build
 from pipelines.plan.planner import Planner
-from pipelines.plan.resolved import resolved
+from pipelines.plan.resolved import home, saved_in
 from pipelines.plan.toml_writer import write_toml
 from pipelines.store.store import Store
 
@@ -175,7 +175,7 @@ def test_functions_of_one_stage_named_by_files_of_two_folders_are_refused(projec
 def test_the_resolved_pipeline_of_a_variant_has_its_keys_when_saved_beside_its_functions(project: Path, store: Store):
     graph = build(load(variant(project, 'extends = "../base/base.toml"\n[stages.pretrain]\nlr = 2e-3\n'), ["seed=4"]))
     saved = project / "base" / "saved.toml"
-    saved.write_text(write_toml(resolved(graph)))
+    saved.write_text(write_toml(saved_in(home(graph), graph)))
     assert leaves(build(load(saved)), store) == leaves(graph, store)
 
 

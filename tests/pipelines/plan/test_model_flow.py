@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt.settings import PRESETS, GPTConfig
 from pipelines.plan.config import ConfigError, load
 from pipelines.plan.environment import ROOT
 from pipelines.plan.graph import Graph, build
@@ -120,26 +121,27 @@ def test_a_pipeline_whose_models_fit_is_accepted(folder: Path):
 
 
 @pytest.mark.parametrize(
-    ("override", "fault"),
+    ("where", "found", "fault"),
     [
-        ("stages.sft.inputs.policy='judge'", "stages.sft.inputs.policy: 'judge' is a reward model, expected a policy"),
-        ("stages.rl.inputs.policy='judge'", "stages.rl.inputs.policy: 'judge' is a reward model, expected a policy"),
-        ("stages.rl.inputs.reward_model='sft'", "stages.rl.inputs.reward_model: 'sft' is a policy, expected a reward model"),
-        ("stages.evaluate.inputs.reward_model='sft'", "stages.evaluate.inputs.reward_model: 'sft' is a policy, expected a reward model"),
-        ("stages.evaluate.inputs.model='judge'", "stages.evaluate.inputs.model: 'judge' is a reward model, expected a policy"),
+        ("sft.inputs.policy", "judge", "'judge' is a reward model, expected a policy, such as 'pretrain_other'"),
+        ("rl.inputs.policy", "judge", "'judge' is a reward model, expected a policy, such as 'sft'"),
+        ("rl.inputs.reward_model", "sft", "'sft' is a policy, expected a reward model, such as 'judge'"),
+        ("evaluate.inputs.reward_model", "sft", "'sft' is a policy, expected a reward model, such as 'judge'"),
+        ("evaluate.inputs.model", "judge", "'judge' is a reward model, expected a policy, such as 'rl'"),
     ],
 )
-def test_a_model_in_another_role_is_refused(folder: Path, override: str, fault: str):
+def test_a_model_in_another_role_is_refused(folder: Path, where: str, found: str, fault: str):
     text = LINE
-    if override.startswith("stages.sft"):  # no cycle: the judge of another policy
+    if where.startswith("sft"):  # no cycle: the judge of another policy
         text = LINE.replace('inputs = { policy = "sft", preferences', 'inputs = { policy = "pretrain", preferences')
-    assert faults(folder, override, text=text) == [fault]
+    assert faults(folder, f"stages.{where}='{found}'", text=text) == [f"stages.{where}: {fault}"]
 
 
 def test_rl_needs_a_policy_with_a_chat_format(folder: Path):
     (fault,) = faults(folder, "stages.rl.inputs.policy='pretrain'")
     assert fault == (
-        "stages.rl.inputs.policy: 'pretrain' has no chat format, so it can't end a turn; expected a policy that an sft stage made"
+        "stages.rl.inputs.policy: 'pretrain' has no chat format, so it can't end a turn; "
+        "expected a policy that an sft stage made, such as 'sft'"
     )
 
 
@@ -173,10 +175,10 @@ def test_byte_tokenizers_are_the_same_whatever_they_read(folder: Path):
     graph(folder, "stages.pretrain.inputs.tokens=['tokenize', 'tokenize_other']", text=text + more)
 
 
-def publish(store: Store, **metadata: str) -> str:
+def publish(store: Store, config: str = "", **metadata: str) -> str:
     model = store.new_folder()
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        (model / name).write_text(str(metadata))
+        (model / name).write_text(config or str(metadata))
     return store.publish(model, "model", metadata).digest
 
 
@@ -216,3 +218,65 @@ def test_the_output_of_a_users_own_kind_is_checked_by_the_stage_that_reads_it(fo
     )
     merged = '\n[stages.merged]\nuses = "./mine.py:merge"\ninputs = { models = ["pretrain", "pretrain_other", "judge"] }\n'
     graph(folder, "stages.rl.inputs.policy='merged'", "stages.evaluate.inputs.reward_model='merged'", text=LINE + merged)
+
+
+EXPORT = '\n[stages.export]\ninputs = { model = "rl" }\n'
+FURTHER = """
+[stages.further]
+uses = "pretrain"
+preset = "gpt2-nano"
+dropout = 0.2
+steps = 2
+global_batch_size = 4
+lr = 1e-3
+inputs = { tokens = ["tokenize"], model = "pretrain" }
+"""
+
+
+def test_an_export_of_gpt_2s_architecture_is_accepted_after_rl(folder: Path):
+    assert "export" in graph(folder, text=LINE + EXPORT).last()
+
+
+@pytest.mark.parametrize(
+    ("override", "source", "found"),
+    [
+        ("preset='llama-nano'", "stages.pretrain (preset = 'llama-nano')", "positions = 'learned', found 'rope'; expected norm = "),
+        ("preset='transformer-nano'", "stages.pretrain (preset = 'transformer-nano')", "positions = 'learned', found 'sinusoidal'"),
+        ("n_kv_head=1", "stages.pretrain (preset = 'gpt2-nano')", "n_kv_head = 2, found 1"),
+    ],
+)
+def test_an_export_that_would_fail_after_all_training_is_refused_in_the_file(folder: Path, override: str, source: str, found: str):
+    with pytest.raises(ConfigError) as caught:
+        graph(folder, f"stages.pretrain.{override}", text=LINE + EXPORT)
+    (fault,) = caught.value.faults
+    line = (LINE + EXPORT).split("\n").index('inputs = { model = "rl" }') + 1
+    assert fault.located().startswith(
+        f"line.toml, line {line}: stages.export.inputs.model: 'rl' has the shape of {source}; "
+        f"only gpt2-* presets can be exported to transformers: expected {found}"
+    )
+    assert fault.what.endswith("; use a model of such a preset, or drop the export: --set stages.export=false")
+    graph(folder, f"stages.pretrain.{override}", "stages.export=false", text=LINE + EXPORT)
+
+
+def test_a_reward_model_is_not_exported(folder: Path):
+    (fault,) = faults(folder, "stages.export.inputs.model='judge'", text=LINE + EXPORT)
+    assert fault == "stages.export.inputs.model: 'judge' is a reward model, expected a policy, such as 'rl'"
+
+
+def test_a_model_is_trained_further_in_its_own_shape_only(folder: Path):
+    assert "further" in graph(folder, text=LINE + FURTHER).stages  # its dropout may differ
+    (fault,) = faults(folder, "stages.further.preset='llama-nano'", "stages.further.n_kv_head=2", text=LINE + FURTHER)
+    assert fault.startswith(
+        "stages.further.inputs.model: 'pretrain' has the shape of stages.pretrain (preset = 'gpt2-nano'): "
+        "expected n_kv_head = 2, found None; expected positions = 'rope', found 'learned'; "
+    )
+    assert fault.endswith("; set the same shape here, or start without a model")
+
+
+def test_a_model_of_the_store_that_can_not_be_exported_is_refused_when_the_plan_is_made(folder: Path):
+    store = Store(folder / "store")
+    config = GPTConfig(**PRESETS["llama-nano"].model_dump(), vocab_size=300).model_dump_json()
+    model = publish(store, config, role="policy", tokenizer="1" * 64)
+    loaded = graph(folder, f"stages.export.inputs.model='sha256:{model}'", text=LINE + EXPORT)
+    with pytest.raises(ConfigError, match=rf"has the shape of artifact {model[:12]}; only gpt2-\* presets can be exported"):
+        Planner(loaded, store, ROOT)

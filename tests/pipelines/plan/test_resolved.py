@@ -12,7 +12,7 @@ import pytest
 from pipelines.plan.config import load
 from pipelines.plan.graph import ROOT, Graph, build
 from pipelines.plan.planner import Planner
-from pipelines.plan.resolved import resolved
+from pipelines.plan.resolved import home, resolved, saved_in
 from pipelines.plan.toml_writer import write_toml
 from pipelines.store.store import Store
 
@@ -43,7 +43,7 @@ def leaves(graph: Graph, store: Store) -> dict[str, dict[str, Any]]:
 def test_the_resolved_pipeline_has_the_keys_of_the_shipped_config(configs: Path, store: Store, name: str):
     graph = build(load(configs / name, ["seed=3"]))
     saved = configs / "saved.toml"
-    saved.write_text(write_toml(resolved(graph)), encoding="utf-8")
+    saved.write_text(write_toml(saved_in(home(graph), graph)), encoding="utf-8")
     again = build(load(saved))
     assert leaves(again, store) == leaves(graph, store)
     for stage, other in zip(graph.stages.values(), again.stages.values(), strict=True):
@@ -53,7 +53,22 @@ def test_the_resolved_pipeline_has_the_keys_of_the_shipped_config(configs: Path,
 
 def test_every_default_is_written_and_what_is_not_set_is_left_out(configs: Path):
     graph = build(load(configs / "quickstart.toml"))
-    stage = tomllib.loads(write_toml(resolved(graph)))["stages"]["pretrain"]
+    stage = tomllib.loads(write_toml(saved_in(home(graph), graph)))["stages"]["pretrain"]
     assert stage["weight_decay"] == 0.1
     assert stage["resources"]["cpus_per_rank"] == 1
     assert "micro_batch_size" not in stage
+
+
+def test_a_run_records_data_as_the_file_writes_it_even_if_no_one_folder_would_do_for_a_saved_file(tmp_path: Path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"kind_{name}.py").write_text(
+            "from pipelines.artifacts import Documents\nfrom pipelines.stage import StageContext\n\n\n"
+            f"def {name}(stage: StageContext) -> Documents: ...\n"
+        )
+    (tmp_path / "one" / "base.toml").write_text('pipeline = "p"\ndata = "texts"\n[stages.one]\nuses = "./kind_one.py:one"\n')
+    (tmp_path / "two" / "p.toml").write_text('extends = "../one/base.toml"\n[stages.two]\nuses = "./kind_two.py:two"\n')
+    graph = build(load(tmp_path / "two" / "p.toml"))
+    assert resolved(graph)["data"] == "texts"
+    with pytest.raises(ValueError, match=r"one file can't name functions relative to 2 folders: one in .*/one, two in .*/two; put the"):
+        home(graph)

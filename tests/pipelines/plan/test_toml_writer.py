@@ -24,6 +24,11 @@ def test_every_value_is_read_back(value: Any):
     assert tomllib.loads(f"value = {write_value(value)}") == {"value": value}
 
 
+@given(st.dictionaries(TEXT, VALUES, max_size=3), st.dictionaries(TEXT, st.dictionaries(TEXT, VALUES, max_size=3), max_size=3))
+def test_every_document_is_read_back(document: dict[str, Any], stages: dict[str, Any]):
+    assert tomllib.loads(write_toml(document | {"stages": stages})) == document | {"stages": stages}
+
+
 def test_short_tables_and_lists_take_one_line_and_every_stage_a_table():
     document = {
         "pipeline": "p",

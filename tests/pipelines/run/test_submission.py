@@ -6,23 +6,22 @@ import json
 import shlex
 import subprocess
 import sys
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipelines.plan.config import ConfigError, load
 from pipelines.plan.environment import ROOT
 from pipelines.plan.graph import Graph, build
 from pipelines.plan.planner import Planner
 from pipelines.plan.snapshot import freeze
-from pipelines.run.frozen_config import as_toml, freeze_config
-from pipelines.run.runner import Options
+from pipelines.run.frozen_config import freeze_config
+from pipelines.run.runner import Options, Run
 from pipelines.run.submission import entrypoint, main, submit
+from pipelines.stage import StageFailure
+from pipelines.store.journal import Superseded
 from pipelines.store.runs import RunFolder
 from pipelines.store.store import Store
 
@@ -137,6 +136,18 @@ def test_the_frozen_config_has_the_keys_and_code_of_the_submitted_one(project: P
     assert freeze(again, store).artifact.digest == snapshot.artifact.digest
 
 
+def test_a_config_that_an_earlier_version_froze_on_one_line_per_key_has_the_same_keys(project: Path, store: Store, tmp_path: Path) -> None:
+    graph = graph_of(project / "line" / "small.toml")
+    before = leaves(graph, store)
+    config = freeze_config(graph, store, freeze(graph, store), tmp_path / "elsewhere" / "submitted")
+    config.write_text(
+        'pipeline = "small"\nseed = 0\nstages = {"words" = {"uses" = "own_words.py:words", "file" = "a.txt"}, "cut" = {"uses" = '
+        '"../shared/own_cut.py:cut", "by" = "../shared/own_rule.py:rule", "inputs" = {"documents" = "words"}}}\n'
+        f'data = "{project}/line/texts"\n'
+    )
+    assert leaves(graph_of(config), store) == before
+
+
 def test_relative_paths_mean_what_they_meant_on_submission(project: Path, store: Store, tmp_path: Path) -> None:
     graph = graph_of(project / "line" / "small.toml")
     again = graph_of(freeze_config(graph, store, freeze(graph, store), tmp_path / "elsewhere")).loaded
@@ -234,20 +245,60 @@ def test_a_jobs_command_survives_the_shell_and_starts_the_code_that_it_names(tmp
 
 
 def test_a_node_without_the_store_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "nowhere"), "run-1"]) == 2
+    assert main([str(tmp_path / "nowhere"), "run-1"]) == 3
     assert capsys.readouterr().err == (
-        f"this node does not see {tmp_path}/nowhere/runs/run-1; expected the store on storage that every node has at this same path\n"
+        f"can't continue: this node does not see {tmp_path}/nowhere/runs/run-1; "
+        "expected the store on storage that every node has at this same path\n"
     )
 
 
-TEXT = st.text(st.characters(exclude_categories=("Cs",)))
-VALUES = st.recursive(
-    st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | TEXT,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
-    max_leaves=8,
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(28, "No space left on device", "/store/x"), 3, "can't continue: [Errno 28] No space left on device: '/store/x'"),
+        (ConnectionError("the cluster does not answer"), 3, "can't continue: the cluster does not answer"),
+        (caused(ValueError("the token can't be read"), PermissionError()), 3, "the token can't be read"),
+        (ConfigError("small.toml", []), 2, "small.toml: 0 faults; no stage was started."),
+        (StageFailure("the store is of a later version"), 2, "the store is of a later version"),
+        (
+            Superseded("run r was taken over by another driver"),
+            1,
+            "run r was taken over by another driver, or `gptline sync` found no sign of life and ended it; `gptline status` shows which",
+        ),
+    ],
 )
+def test_a_jobs_driver_ends_with_the_exit_code_and_the_words_of_run(
+    project: Path,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    code: int,
+    message: str,
+) -> None:
+    graph = graph_of(project / "line" / "small.toml")
+    run = submit(graph, store, Options("", ""), {}, Sent())  # type: ignore[arg-type]
+
+    def execute(self: Run) -> int:
+        raise error
+
+    monkeypatch.setattr(Run, "execute", execute)
+    graph_of(project / "line" / "small.toml")  # forget the modules: the job reads frozen files
+    assert main([str(store.root), run]) == code
+    assert capsys.readouterr().err == f"{message}\n"
 
 
-@given(VALUES)
-def test_every_value_of_a_pipeline_file_survives_as_toml(value: Any) -> None:
-    assert tomllib.loads(f"value = {as_toml(value)}") == {"value": value}
+def test_a_jobs_driver_that_can_not_read_the_stores_files_ends_with_3(
+    project: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = submit(graph_of(project / "line" / "small.toml"), store, Options("", ""), {}, Sent())  # type: ignore[arg-type]
+    job = RunFolder(store, run).path("job.json")
+    job.unlink()
+    job.mkdir()
+    assert main([str(store.root), run]) == 3
+    assert capsys.readouterr().err == f"can't continue: [Errno 21] Is a directory: '{job}'\n"
