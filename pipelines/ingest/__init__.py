@@ -1,9 +1,8 @@
 """The public face of ingest: what a stage of your own needs to read files and to write records."""
 
-from pipelines.ingest.columns import column_of, text_of
 from pipelines.ingest.dialogue_settings import DialogueConfig, DialogueSettings
 from pipelines.ingest.dialogues import to_conversation, to_conversations, to_prompt, to_prompts, to_rating, to_ratings
-from pipelines.ingest.documents import WeightedSource, to_text
+from pipelines.ingest.documents import WeightedSource, text_of, to_text
 from pipelines.ingest.gather import gather
 from pipelines.ingest.messages import Message
 from pipelines.ingest.pairs import to_pairs
@@ -11,6 +10,7 @@ from pipelines.ingest.reader import Reader
 from pipelines.ingest.records import Record, to_records
 from pipelines.ingest.rows import Place, Reject, Row
 from pipelines.ingest.settings import HoldOut, IngestSettings, ReadSettings, SourceSettings, Weighted
+from pipelines.ingest.templates import column_of
 
 __all__ = [
     "DialogueConfig",

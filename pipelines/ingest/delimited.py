@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from pipelines.ingest.columns import listed
 from pipelines.ingest.formats import decode, invalid_bytes, reject
 from pipelines.ingest.rows import Place, Reject, Row
 from pipelines.ingest.settings import ReadSettings, SourceSettings
 from pipelines.ingest.spans import Growing, Span, lines
 from pipelines.ingest.streams import Stream, text_pieces
+from pipelines.ingest.templates import listed
 from pipelines.stage import StageFailure
 
 QUOTED = re.compile(r'[^"]*(?:""[^"]*)*')

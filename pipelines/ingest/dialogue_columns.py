@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.ingest import templates
-from pipelines.ingest.dialogue_settings import IGNORABLE, DialogueSettings, listed
-from pipelines.ingest.templates import short
+from pipelines.ingest.dialogue_settings import IGNORABLE, DialogueSettings
+from pipelines.ingest.templates import listed, short
 
 SYNONYMS = {
     "response": ("completion", "output", "answer", "response_text", "text", "chosen"),
@@ -39,12 +39,12 @@ class Columns:
     def value(self, name: str) -> Any:
         """Return what a key stands for; ValueError where the record has no such column."""
         if name not in self.settings.keys and name not in self.columns:
-            raise ValueError(f"no column {name!r}; there are: {', '.join(self.columns) or 'none'}{self._advice(name)}")
+            raise ValueError(f"no column {name!r}; there are: {listed(self.columns)}{self._advice(name)}")
         return templates.evaluate(self.settings.where(name), self.columns, self._read)
 
     def values(self, name: str) -> list[Any]:
         """Return all that a key stands for, if it may name several columns or a path through a list."""
-        found = [templates.evaluate(where, self.columns, self._read) for where in listed(self.settings.keys[name])]
+        found = [templates.evaluate(where, self.columns, self._read) for where in templates.expressions(self.settings.keys[name])]
         return found[0] if len(found) == 1 and isinstance(found[0], list) else found
 
     def optional(self, name: str) -> Any:

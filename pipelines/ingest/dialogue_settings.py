@@ -7,7 +7,7 @@ the others are refused, so that no setting is ignored.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -106,7 +106,7 @@ class DialogueSettings(Settings):
                 raise ValueError(f"renames {name!r}, which no format has; {hint}")
             if isinstance(where, tuple) and (name not in SEVERAL_ANSWERS or not where):
                 raise ValueError(f"{name} = {list(where)!r}: expected one column, path or template")
-            for expression in [where] if isinstance(where, str) else where:
+            for expression in templates.expressions(where):
                 templates.check(expression)
                 if name in NESTED and (templates.is_template(expression) or expression.endswith("?")):
                     raise ValueError(f"{name} = {expression!r}: found a template, expected the name of a key inside each message")
@@ -248,7 +248,3 @@ class PairSource(DialogueSource, PairSettings):
 
 class WeightedPairSource(WeightedDialogueSource, PairSettings):
     """Describe one source of a mixture of pairs."""
-
-
-def listed(expressions: str | Iterable[str]) -> list[str]:
-    return [expressions] if isinstance(expressions, str) else list(expressions)

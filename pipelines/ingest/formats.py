@@ -7,12 +7,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines.ingest.columns import kind_of
 from pipelines.ingest.json_spans import array_elements, elements_at, json_values
 from pipelines.ingest.rows import BEGINS_CHARS, Place, Reject, Row
 from pipelines.ingest.settings import ReadSettings, SourceSettings
 from pipelines.ingest.spans import Span, lines, paragraphs, whole
 from pipelines.ingest.streams import Stream, likely_encoding, text_pieces
+from pipelines.ingest.templates import short
 
 
 def stream_rows(name: str, stream: Stream, settings: SourceSettings, limits: ReadSettings) -> Iterator[Row | Reject]:
@@ -84,7 +84,7 @@ def _json_row(source: str, record: int, span: Span, encoding: str, encoding_erro
     if isinstance(columns, str):
         columns = {"text": columns}
     if not isinstance(columns, dict):
-        return reject(source, record, span, b"", f"found {kind_of(columns)}, expected an object of columns, or a text")
+        return reject(source, record, span, b"", f"found {short(columns)}, expected an object of columns, or a text")
     return Row(Place(source, record, span.line, span.column, span.byte), columns, replaced)
 
 

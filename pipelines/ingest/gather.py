@@ -28,13 +28,13 @@ def gather(
     to_content: ToContent,
     unit: str,
     min_chars: int = 1,
-    columns: Callable[[Any], Iterable[str]] | None = None,
+    columns: Callable[[Any], Iterable[str] | None] = lambda part: None,
 ) -> dict[str, Any]:
     """Write `train.jsonl`, `held_out.jsonl` and `rejects.jsonl` into `stage.output`; return the artifact's metadata.
 
     `config` is an IngestSettings. `to_content(columns, part)` returns the content of a row's record, a list of several, or None to leave
     the row out; it raises ValueError with the reason where the row can't be used. `unit` is what the metadata calls a record.
-    `columns(part)` names the columns or paths that `to_content` reads, so that no others are read of a Parquet file; None: all are.
+    `columns(part)` names the columns or paths that `to_content` reads, so that no others are read of a Parquet file; None: all of them.
     """
     reader = Reader(stage, config)
     sieve = Sieve(min_chars=min_chars, deduplicate=config.deduplicate)
@@ -44,7 +44,9 @@ def gather(
     left_out = 0
     with rejects, splits:
         for index, part in enumerate(config.parts()):
-            asked = None if columns is None else [*columns(part), *part.fields, *([by] if by not in ("record", "source") else [])]
+            asked = columns(part)
+            if asked is not None:
+                asked = [*asked, *part.fields, *([by] if by not in ("record", "source") else [])]
             with splits.source(part):
                 for row in reader.rows(part, index, asked):
                     records = [row] if isinstance(row, Reject) else list(to_records(row, part, by, config.max_record_bytes, to_content))

@@ -11,8 +11,7 @@ import decimal
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
-from pipelines.ingest.columns import Unreadable
-from pipelines.ingest.rows import Place, Row
+from pipelines.ingest.rows import Place, Row, Unreadable
 from pipelines.stage import StageFailure
 
 BATCH_BYTES = 8 << 20

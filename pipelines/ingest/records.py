@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.ingest.columns import column_of, json_value
 from pipelines.ingest.rows import BEGINS_CHARS, Reject, Row
 from pipelines.ingest.settings import SourceSettings
+from pipelines.ingest.templates import column_of, short
 
 CONTENT = ("text", "messages", "prompt", "chosen", "rejected", "response", "score", "reference")
 """The keys of a record that are its content; its other keys say where it is from."""
@@ -52,7 +52,7 @@ def _to_record(row: Row, content: dict[str, Any], source: SourceSettings, by: st
         record = {**content, "source": row.place.source}
         if source.license is not None:
             record["license"] = source.license
-        record |= {name: json_value(row.columns, name) for name in source.fields}
+        record |= {name: _json_value(row.columns, name) for name in source.fields}
         if _has_nul([record[key] for key in CONTENT if key in record]):
             raise ValueError("a NUL character")
         made = record_of(record, group_of(row, record, by))
@@ -64,6 +64,15 @@ def _to_record(row: Row, content: dict[str, Any], source: SourceSettings, by: st
     except (ValueError, TypeError) as error:
         reason = str(error)
     return _reject(row, reason)
+
+
+def _json_value(columns: Mapping[str, Any], name: str) -> Any:
+    value = column_of(columns, name)
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"column {name!r} holds {short(value)}, which JSON can't hold ({error}); remove it from fields") from None
+    return value
 
 
 def _reject(row: Row, reason: str) -> Reject:

@@ -29,6 +29,13 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Unreadable:
+    """Stands where a table's value could not be read; only a stage that asks for the value fails."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Row:
     """A record that could be read."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import os
-import re
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from gpt.settings import Settings
-from pipelines.ingest.columns import is_template, template_columns
+from pipelines.ingest import templates
 from pipelines.ingest.files import expand
 from pipelines.stage import Source
 
@@ -64,8 +63,9 @@ class SourceSettings(Settings):
     """source = "text": what one document is. A paragraph ends at a blank line."""
     text: str | tuple[str, ...] = "text"
     """Where a document's text is: a column, several columns (joined by newlines), or a template such as "{title}\\n{paragraphs}".
-    `meta.title` and `turns.0.text` are paths into a column, unless a column has that very name. A list of texts is joined by newlines,
-    null is empty. Among several columns and in templates, numbers and booleans are written as in JSON: 7, 0.5, true."""
+    `meta.title` and `turns.*.text` are paths into a column, unless a column has that very name; a name that ends with ? may be missing,
+    and leaves empty what holds it. A list of texts is joined by newlines, null is empty. Among several columns and in templates, other
+    values are written as in JSON: 7, 0.5, true."""
     fields: tuple[str, ...] = ()
     """Further columns, or paths into them, that are kept in the record under the same name."""
     records: str | None = None
@@ -121,10 +121,13 @@ class SourceSettings(Settings):
 
     @model_validator(mode="after")
     def _columns_are_named(self) -> SourceSettings:
-        if isinstance(self.text, str) and is_template(self.text):
-            for name in template_columns(self.text):
-                if not name or re.search(r"[\[\]!:]", name):
-                    raise ValueError(f"text = {self.text!r}: expected a column's name or path, such as '{{title}}', found {{{name}}}")
+        if not self.text:
+            raise ValueError(f"text = {self.text!r} is empty, expected a column, several columns, or a template")
+        for expression in templates.expressions(self.text):
+            try:
+                templates.check(expression)
+            except ValueError as error:
+                raise ValueError(f"text: {error}") from None
         if taken := sorted({"text", "source", "license"} & set(self.fields)):
             raise ValueError(f"fields = {list(self.fields)}: {taken[0]!r} is a key of every record already; remove it")
         return self

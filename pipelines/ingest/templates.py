@@ -20,9 +20,11 @@ from __future__ import annotations
 import functools
 import json
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from pipelines.ingest.rows import Unreadable
 
 CONVERSIONS = ("letters", "letter", "index", "from_1")
 
@@ -43,12 +45,31 @@ def is_template(expression: str) -> bool:
     return "{" in expression or "}" in expression
 
 
+def expressions(where: str | Iterable[str]) -> list[str]:
+    return [where] if isinstance(where, str) else list(where)
+
+
 def check(expression: str) -> None:
     """Raise ValueError where a template's braces or conversions are wrong."""
     if is_template(expression):
         parse(expression)
     elif not expression.rstrip("?"):
         raise ValueError(f"{expression!r} is empty; expected a column, a path such as 'a.b.0', or a template such as '{{title}}'")
+
+
+def columns_of(expressions: Iterable[str]) -> list[str] | None:
+    """Return the columns and paths that expressions read; None where a column's name depends on another one's value."""
+    found = []
+    for expression in expressions:
+        if not is_template(expression):
+            found.append(expression)
+            continue
+        for placeholder in parse(expression):
+            if isinstance(placeholder, Placeholder):
+                if not all(isinstance(part, str) for part in placeholder.name):
+                    return None
+                found.append("".join(map(str, placeholder.name)))
+    return found
 
 
 def evaluate(expression: str, columns: Mapping[str, Any], read: set[str] | None = None) -> Any:
@@ -58,7 +79,7 @@ def evaluate(expression: str, columns: Mapping[str, Any], read: set[str] | None 
     """
     read = set() if read is None else read
     if not is_template(expression):
-        return look_up(expression, columns, read)
+        return _look_up(expression, columns, read)
     texts = []
     for part in parse(expression):
         text = part if isinstance(part, str) else _fill(part, columns, read)
@@ -68,16 +89,31 @@ def evaluate(expression: str, columns: Mapping[str, Any], read: set[str] | None 
     return "".join(texts)
 
 
-def look_up(path: str, columns: Mapping[str, Any], read: set[str]) -> Any:
-    """Return the value at a path; Missing says how far the path leads. A path through null is null."""
+def column_of(columns: Mapping[str, Any], path: str) -> Any:
+    """Return the value of a column or path; Missing says how far the path leads. A path through null is null.
+
+    `"meta.title"` is the column of that very name where there is one, otherwise the key `title` of the column `meta`.
+    """
+    first, *rest = [path] if path in columns else path.split(".")
+    if first not in columns:
+        raise Missing(f"no column {path!r}; there are: {listed(columns)}")
+    if isinstance(columns[first], Unreadable):
+        raise ValueError(f"column {first!r} can't be read: {columns[first].reason}")
+    return _walk(columns[first], rest, first)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as a list for people: quoted where a space at an end would be invisible, and at most thirty of them."""
+    shown = [name if name == name.strip() and name else repr(name) for name in map(str, names)]
+    return ", ".join(shown[:30]) + (f" and {len(shown) - 30:,} more" if len(shown) > 30 else "") or "none"
+
+
+def _look_up(path: str, columns: Mapping[str, Any], read: set[str]) -> Any:
     optional = path.endswith("?") and path not in columns
     path = path[:-1] if optional else path
-    first, *rest = [path] if path in columns else path.split(".")
-    read.add(first)
+    read.add(path if path in columns else path.split(".")[0])
     try:
-        if first not in columns:
-            raise Missing(f"no column {path!r}; there are: {', '.join(columns) or 'none'}")
-        return _walk(columns[first], rest, first)
+        return column_of(columns, path)
     except Missing:
         if optional:
             return None
@@ -103,9 +139,9 @@ def _walk(value: Any, path: list[str], above: str) -> Any:
 def _described(value: Any) -> str:
     match value:
         case Mapping():
-            return f"an object with {', '.join(map(str, value)) or 'no keys'}"
+            return f"an object with {listed(value) if value else 'no keys'}"
         case list():
-            return f"a list of {len(value)}"
+            return f"a list of {len(value)}" + (", the first at 0" if value else "")
     return short(value)
 
 
@@ -174,15 +210,20 @@ def _fill(placeholder: Placeholder, columns: Mapping[str, Any], read: set[str]) 
         if text is None:
             return None
         path += text
-    value = look_up(path, columns, read)
+    value = _look_up(path, columns, read)
     if path.endswith("?") and path not in columns and value in (None, "", [], {}):
         return None
     for conversion in placeholder.conversions:
         value = _convert(value, conversion, path)
+    return rendered(value, f"{{{path}}}")
+
+
+def rendered(value: Any, what: str) -> str:
+    """Return a value as text, as templates write it; ValueError, which calls it `what`, where JSON can't hold it."""
     try:
         return render(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{{{path}}} is {short(value)}, expected a text, a finite number, or a value that JSON can hold") from None
+        raise ValueError(f"{what} is {short(value)}, expected a text, a finite number, or a value that JSON can hold") from None
 
 
 def render(value: Any) -> str:
@@ -194,7 +235,7 @@ def render(value: Any) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value and all(isinstance(item, str | int | float) for item in value):
+    if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
         return "\n".join(map(render, value))
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 

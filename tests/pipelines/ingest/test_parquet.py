@@ -29,7 +29,7 @@ def test_parquet_rows_become_documents(ingested, data):
 
 def test_a_bad_row_of_a_table_is_named_by_its_record(ingested, data):
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), data / "a.parquet")
-    with pytest.raises(StageFailure, match=r"a.parquet, record 1: column 'text' holds the number 1"):
+    with pytest.raises(StageFailure, match=r"a.parquet, record 1: column 'text' holds 1, expected a text"):
         ingested({}, files=["a.parquet"], source="parquet")
 
 
@@ -54,19 +54,22 @@ def test_times_and_decimals_are_kept_as_text_and_a_path_leads_into_a_column(inge
 
 @pytest.mark.parametrize(
     ("value", "found"),
-    [(b"\0\1", "bytes"), ({"raw": [b"a"]}, "bytes"), (datetime.timedelta(1), "a timedelta"), (float("nan"), "NaN or an infinite number")],
+    [
+        (b"\0\1", r"b'\\x00\\x01', which JSON can't hold \(Object of type bytes is"),
+        ({"raw": [b"a"]}, r"\{'raw': \[b'a'\]\}, which JSON can't hold \(Object of type bytes is"),
+        (datetime.timedelta(1), r"datetime.timedelta.*, which JSON can't hold \(Object of type timedelta is"),
+        (float("nan"), r"nan, which JSON can't hold \(Out of range float"),
+    ],
 )
 def test_a_field_that_json_cannot_hold_is_named(ingested, table, value, found):
     table({"text": ["a"], "extra": [value]})
-    with pytest.raises(
-        StageFailure, match=rf"a.parquet, record 1: column 'extra' holds {found}, which JSON can't hold; remove it from fields"
-    ):
+    with pytest.raises(StageFailure, match=rf"a.parquet, record 1: column 'extra' holds {found}.*; remove it from fields"):
         ingested({}, files=["a.parquet"], source="parquet", fields=["extra"])
 
 
 def test_bytes_are_not_text(ingested, table):
     table({"text": [b"a"]})
-    with pytest.raises(StageFailure, match="column 'text' holds bytes, expected a text or a list of texts"):
+    with pytest.raises(StageFailure, match="column 'text' holds b'a', expected a text or a list of texts"):
         ingested({}, files=["a.parquet"], source="parquet")
 
 

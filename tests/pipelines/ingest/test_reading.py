@@ -99,7 +99,7 @@ def test_elements_of_an_array_have_their_own_place(ingested):
     assert result.texts() == ["a", "c"]
     (reject,) = result.rejects()
     assert (reject["record"], reject["line"], reject["column"], reject["byte"]) == (2, 3, 3, array.index(b'{"text": 7'))
-    assert reject["reason"] == "column 'text' holds the number 7, expected a text or a list of texts"
+    assert reject["reason"] == "column 'text' holds 7, expected a text or a list of texts; text = \"{text}\" writes it as text"
 
 
 def test_a_malformed_element_spoils_no_other(ingested):
@@ -117,7 +117,7 @@ def test_a_malformed_element_spoils_no_other(ingested):
         (b'[{"text": "a"},,{"text": "b"}]', "malformed JSON: Expecting value"),
         (b'[{"text": "a"} {"text": "b"}]', "malformed JSON: Extra data"),
         (b'[{"text": "a"}] [{"text": "b"}]', "data after the array's end"),
-        (b"[7]", "found the number 7, expected an object of columns, or a text"),
+        (b"[7]", "found 7, expected an object of columns, or a text"),
     ],
 )
 def test_a_faulty_array_is_a_bad_record(ingested, array, reason):

@@ -4,7 +4,8 @@ from datetime import date
 
 import pytest
 
-from pipelines.ingest.templates import check, evaluate
+from pipelines.ingest.rows import Unreadable
+from pipelines.ingest.templates import check, column_of, columns_of, evaluate
 
 RECORD = {
     "question": "2 + 2?",
@@ -21,6 +22,7 @@ RECORD = {
     "none": None,
     "unknown": -1,
     "numbers": [1, 0.5, True],
+    "nothing": [],
     "option1": "cat",
     "option2": "dog",
 }
@@ -45,6 +47,10 @@ RECORD = {
         ("{answer} {share} {right} {none}", "1 0.5 true "),
         ("{choices}", "3\n4\n5"),
         ("{numbers}", "1\n0.5\ntrue"),
+        ("{nothing}|", "|"),
+        ("{meta}", '{"title": "Sums", "turns": [{"text": "one"}, {"text": "two"}]}'),
+        ("none.deeper.0", None),
+        ("{{{meta.turns.0.text}}}", "{one}"),
         ("{choices:letters}", "A. 3\nB. 4\nC. 5"),
         ("{options:letters}", "A. yes\nB. no"),
         ("{meta.turns.*.text:letters}", "A. one\nB. two"),
@@ -77,6 +83,7 @@ def test_an_expression_finds_its_value(expression, value):
         ("meta.turns.*.rank", "no 'rank' in 'meta.turns.0', which is an object with text"),
         ("meta.*.text", r"no '\*' in 'meta', which is an object with title, turns"),
         ("{choices.{unknown}}", "no '-1' in 'choices', which is a list of 3"),
+        ("meta.turns.first", r"no 'first' in 'meta.turns', which is a list of 2, the first at 0"),
         ("question.0", r"no '0' in 'question', which is '2 \+ 2\?'"),
         ("{question:letters}", r"\{question:letters\} found '2 \+ 2\?', expected a list of at most 26 texts, or an object of texts"),
         ("{meta:letters}", r"a path leads to it, such as \{choices.text:letters\}"),
@@ -129,3 +136,33 @@ def test_the_columns_that_an_expression_looks_at_are_known():
     read: set[str] = set()
     evaluate("{question}{meta.title}{choices.{answer}}", RECORD, read)
     assert read == {"question", "meta", "choices", "answer"}
+
+
+def test_the_columns_that_expressions_may_read_are_known_before_any_record_is():
+    assert columns_of(["question", "meta.title?", "{{x}} {choices:letters}{answer:from_1:letter}"]) == [
+        "question",
+        "meta.title?",
+        "choices",
+        "answer",
+    ]
+    assert columns_of(["question", "{option{label}}"]) is None  # option1 or option2: only the record knows
+
+
+@pytest.mark.parametrize("expression", ["title", "title.x", "title?", "{title}", "{title?}"])
+def test_a_value_that_could_not_be_read_is_missed_only_where_it_is_asked_for(expression):
+    columns = {"title": Unreadable("a value of type date32[day]: year 10000 is out of range"), "text": "a"}
+    assert evaluate("text", columns) == "a"
+    with pytest.raises(ValueError, match=r"column 'title' can't be read: .* year 10000 is out of range"):
+        evaluate(expression, columns)
+
+
+def test_a_path_leads_into_a_column_unless_one_has_that_very_name():
+    assert column_of({"a.b": "literal", "a": {"b": "path", "c": None}}, "a.b") == "literal"
+    assert column_of({"a": {"b": "path", "c": None}}, "a.b") == "path"
+    with pytest.raises(ValueError, match="no 'd' in 'a', which is an object with b, ' c'"):
+        column_of({"a": {"b": 1, " c": 2}}, "a.d")
+
+
+def test_a_list_of_many_columns_ends_with_how_many_more_there_are():
+    with pytest.raises(ValueError, match=r"there are: c0, c1, .*, c29 and 2 more$"):
+        column_of({f"c{number}": 0 for number in range(32)}, "text")
