@@ -303,7 +303,7 @@ def test_a_gate_is_in_the_runs_config_but_not_in_the_key(gated: Gated):
     (action,) = [each for each in gated.store.all_actions() if each.stage == "measure"]
     assert {name for name in action.leaves if not name.startswith("code.")} == {"kind", "seed", "config.accuracy", "config.broken"}
     record = gated.store.backend.get(f"runs/{gated.store.runs()[0]}/run.json")
-    assert b'"gate": [{"figure": "eval/pair_accuracy", "min": 0.65, "max": null}]' in (record or b"")
+    assert b'"gate": [{"figure": "eval/pair_accuracy", "min": 0.65' in (record or b"")
 
 
 @pytest.mark.parametrize(
