@@ -201,6 +201,20 @@ class DialogueConfig(IngestSettings, StageConfig, DialogueSource):
                 raise ValueError("replies has no effect on preferences, which compare all replies; remove it")
         return self
 
+    def columns_read(self, part: DialogueSettings) -> list[str] | None:
+        """Return the columns and paths that the kind's records are made of in one source; None where only a record knows."""
+        if self.kind is None:
+            return None
+        names = keys_read(part.format, self.kind)
+        if part.format == "tree":
+            names = (*names, "deleted")  # the record itself may be a message
+        else:
+            names = tuple(name for name in names if name not in NESTED)
+        if part.format == "plain" and "prompt" not in part.keys:
+            names = (*names, "text")  # prompts as the only column
+        refused = [name for name in IGNORABLE if name not in part.left_out()]
+        return templates.columns_of([*(each for name in names for each in templates.expressions(part.keys.get(name, name))), *refused])
+
 
 def _check_rated(keys: Collection[str]) -> None:
     if ("responses" in keys) != ("scores" in keys):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.ingest.rows import BEGINS_CHARS, Reject, Row
+from pipelines.ingest.rows import BEGINS_CHARS, Reject, Row, Unreadable
 from pipelines.ingest.settings import SourceSettings
 from pipelines.ingest.templates import column_of, short
 
@@ -76,7 +76,8 @@ def _json_value(columns: Mapping[str, Any], name: str) -> Any:
 
 
 def _reject(row: Row, reason: str) -> Reject:
-    return Reject(row.place, reason, json.dumps(row.columns, ensure_ascii=False, default=str)[:BEGINS_CHARS])
+    read = {name: value for name, value in row.columns.items() if not isinstance(value, Unreadable)}
+    return Reject(row.place, reason, json.dumps(read, ensure_ascii=False, default=str)[:BEGINS_CHARS])
 
 
 def _records_hint(row: Row, source: SourceSettings, reason: str) -> str:
