@@ -24,7 +24,7 @@ from typing import Any
 from pipelines.ingest import trees
 from pipelines.ingest.dialogue_columns import Columns, as_template, empty, number_of, verdict_of
 from pipelines.ingest.dialogue_settings import DialogueSettings
-from pipelines.ingest.messages import Message, checked, ending_with_user, read_message, read_messages
+from pipelines.ingest.messages import Message, checked, ending_with_user, list_of, read_message, read_messages
 from pipelines.ingest.templates import short
 from pipelines.ingest.transcripts import MARKERS, begins_with_marker, read_transcript
 
@@ -149,8 +149,9 @@ def read_prompt(record: Columns) -> list[Message]:
 
 def _history(record: Columns) -> list[Message]:
     """Return alpaca's earlier turns: `[["Hello", "Hi."], ...]`."""
+    history = list_of(record.optional("history"), record.called("history")) or []
     messages = []
-    for turn in record.optional("history") or []:
+    for turn in history if isinstance(history, list) else [history]:
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise ValueError(f"history has {short(turn)}, expected turns such as ['Hello', 'Hi.']: a user's text and the assistant's")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
@@ -160,7 +161,7 @@ def _history(record: Columns) -> list[Message]:
 def dialogue(record: Columns, messages: Sequence[Message]) -> list[Message]:
     """Return the messages, checked, after the record's system message or the one that is set for all."""
     own = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
-    system = "" if "system" in record.settings.ignore else record.text("system", optional=True)
+    system = record.text("system", optional=True)
     if not system.strip():
         system = own or record.settings.system or ""
     if own and own in system:  # the column repeats it, or a template holds it

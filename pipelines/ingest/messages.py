@@ -46,16 +46,22 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 def read_messages(value: Any, settings: DialogueSettings, what: str = "messages") -> list[Message]:
     """Return the messages of a list, unchecked; `what` is what error messages call it."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)  # as tables keep lists
-        except ValueError as error:
-            raise ValueError(f"{what} is {short(value)}, expected a list of messages as JSON: {error}") from None
+    value = list_of(value, what)
     if isinstance(value, dict) and "replies" in value:
         raise ValueError(f'{what} is a tree of replies, expected a list of messages; set format = "tree"')
     if not isinstance(value, list) or not value:
         raise ValueError(f"{what} is {short(value)}, expected a list of messages, such as {{'role': 'user', 'content': 'Hello'}}")
     return [read_message(each, settings) for each in value]
+
+
+def list_of(value: Any, what: str) -> Any:
+    """Return the list that a table keeps as JSON text, and anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{what} is {short(value)}, expected a list as JSON: {error}") from None
 
 
 def read_message(value: Any, settings: DialogueSettings) -> Message:

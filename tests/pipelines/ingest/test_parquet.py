@@ -132,7 +132,7 @@ def test_two_columns_of_one_name_are_refused_where_that_name_is_asked_for(ingest
     columns = [pyarrow.array(["a"]), pyarrow.array([1]), pyarrow.array([2])]
     pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "id", "id"]), data / "a.parquet")
     assert ingested({}, files=["a.parquet"], source="parquet").texts() == ["a"]
-    with pytest.raises(StageFailure, match="a.parquet: two columns are called 'id'; rename one of them"):
+    with pytest.raises(StageFailure, match=r"a.parquet: two columns are called 'id'; rename one of them"):
         ingested({}, files=["a.parquet"], source="parquet", fields=["id"])
 
 
