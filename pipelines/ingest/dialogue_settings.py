@@ -38,6 +38,12 @@ SEVERAL_ANSWERS = ("responses", "votes", "scores", "ranks")
 """Keys that may name several columns."""
 ALL_KEYS = tuple(dict.fromkeys([*(key for keys in OF_A_FORMAT.values() for key in keys), "output", *ONE_ANSWER, *SEVERAL_ANSWERS]))
 
+KEYS_OF_A_RECORD: dict[DialogueKind, tuple[str, ...]] = {
+    "conversations": ("messages",),
+    "preferences": ("prompt", "chosen", "rejected"),
+    "ratings": ("prompt", "response", "score"),
+    "prompts": ("prompt", "reference"),
+}
 IGNORABLE = {
     "system": "keys.system names something else; a template such as {system} can hold both",
     "system_prompt": 'keys = { system = "system_prompt" } makes it the system message',
@@ -214,6 +220,9 @@ class DialogueConfig(IngestSettings, StageConfig, DialogueSource):
     def _keys_have_an_effect_on_the_kind(self) -> DialogueConfig:
         for part in self.parts():
             part.check_keys(self.kind)
+            taken = {"messages"} | (set(KEYS_OF_A_RECORD[self.kind]) if self.kind else set())
+            if found := sorted(taken & set(part.fields)):
+                raise ValueError(f"fields = {list(part.fields)}: {found[0]!r} is a key of the record itself; remove it")
             if part.source == "text" and part.format == "plain" and self.kind == "conversations":
                 raise ValueError('source = "text" holds one text a record, which makes no conversations; set format = "transcript"')
             if part.source == "text" and self.kind in ("preferences", "ratings"):

@@ -26,7 +26,7 @@ from pipelines.ingest.dialogue_columns import Columns, as_template, empty, numbe
 from pipelines.ingest.dialogue_settings import DialogueSettings
 from pipelines.ingest.messages import Message, checked, ending_with_user, list_of, read_message, read_messages
 from pipelines.ingest.templates import short
-from pipelines.ingest.transcripts import MARKERS, begins_with_marker, read_transcript
+from pipelines.ingest.transcripts import MARKERS, begins_with_marker, is_transcript, read_transcript
 
 # ---- one record becomes one ----
 
@@ -133,6 +133,7 @@ def read_prompt(record: Columns) -> list[Message]:
             name = "text" if not record.has("prompt") and set(record.columns) == {"text"} else "prompt"
             prompt = record.value(name)
             if isinstance(prompt, str):
+                _refuse_transcript(prompt, record.called(name), "prompt" if name == "text" else name)
                 return [{"role": "user", "content": prompt}]
             if advice := as_template(name, record.settings.where(name), prompt):
                 raise ValueError(f"{record.called(name)} is {short(prompt)}, expected a text or a list of messages{advice}")
@@ -145,6 +146,14 @@ def read_prompt(record: Columns) -> list[Message]:
             return read_transcript(record.value("text"), record.settings, record.called("text"))
         case "tree":
             raise ValueError('format = "tree" makes several of one record; expected to_conversations, to_pairs or to_prompts')
+
+
+def _refuse_transcript(text: str, what: str, name: str) -> None:
+    if is_transcript(text):
+        raise ValueError(
+            f'{what} is a whole dialogue, {short(text)}, expected one message; format = "transcript" reads it'
+            + (f' with keys = {{ text = "{name}" }}' if name in ("prompt", "response") else "")
+        )
 
 
 def _history(record: Columns) -> list[Message]:
@@ -208,6 +217,8 @@ def read_response(record: Columns, value: Any, name: str) -> tuple[list[Message]
         raise ValueError(f"{what} is {short(value)}, expected a text or an assistant's message{advice}")
     elif not value.strip():
         raise ValueError(f"{what} is empty")
+    else:
+        _refuse_transcript(value, what, name)
     *before, last = checked(messages or [{"role": "assistant", "content": value}], record.settings)
     if last["role"] != "assistant":
         raise ValueError(f"{what} ends with the {last['role']}'s message, expected an assistant's")
@@ -283,9 +294,10 @@ def read_reference(record: Columns) -> str | None:
         return None
     where = record.settings.where("reference")
     if isinstance(value, list) and not isinstance(value[0], dict):
+        others = f', or score all of them with a reward function of your own and fields = ["{where}"]' if where != "reference" else ""
         raise ValueError(
             f"{record.called('reference')} has {len(value)} alternatives, {short(value)}, expected one right answer; take one with "
-            f'keys = {{ reference = "{where}.0" }}, or score all of them with a reward function of your own and fields = ["{where}"]'
+            f'keys = {{ reference = "{where}.0" }}{others}'
         )
     if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
         advice = f'; keys = {{ reference = "{{{where}}}" }} writes true and false as texts' if isinstance(value, bool) else ""

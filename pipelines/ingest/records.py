@@ -52,7 +52,10 @@ def _to_record(row: Row, content: dict[str, Any], source: SourceSettings, by: st
         record = {**content, "source": row.place.source}
         if source.license is not None:
             record["license"] = source.license
-        record |= {name: _json_value(row.columns, name) for name in source.fields}
+        for name in source.fields:
+            if name in content:
+                raise ValueError(f"fields names {name!r}, which is a key of every record already; remove it")
+            record[name] = _json_value(row.columns, name)
         if _has_nul([record[key] for key in CONTENT if key in record]):
             raise ValueError("a NUL character")
         made = record_of(record, group_of(row, record, by))

@@ -59,6 +59,26 @@ def test_alpacas_input_follows_its_instruction_and_its_history_comes_before():
     assert messages == [BRIEF, *HELLO, {"role": "user", "content": "Translate.\n\nchat"}, {"role": "assistant", "content": "cat"}]
 
 
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        ({"prompt": "\n\nHuman: Hello\n\nAssistant:", "response": "Hi."}, "prompt"),
+        ({"prompt": "Hello", "response": "Human: Hello\n\nAssistant: Hi."}, "response"),
+    ],
+)
+def test_a_whole_dialogue_where_one_message_is_expected_is_refused_with_the_format_that_reads_it(columns, name):
+    with pytest.raises(ValueError, match=rf'{name} is a whole dialogue, .* format = "transcript" reads it with keys = .* text = "{name}"'):
+        to_conversation(columns, settings("plain"))
+
+
+@pytest.mark.parametrize("format", ["messages", "plain"])
+def test_an_empty_system_message_says_nothing_and_is_left_out(format):
+    messages = [{"role": "system", "content": None}, *HELLO]
+    columns = {"messages": messages, "prompt": messages[:2], "response": messages}
+    assert to_conversation(columns, settings(format)) == {"messages": HELLO}
+    assert to_conversation(columns, settings(format, system="Be brief.")) == {"messages": [BRIEF, *HELLO]}
+
+
 def test_alpacas_history_in_a_table_is_a_list_as_json():
     columns = {"instruction": "Translate.", "output": "cat", "history": '[["Hello", "Hi."]]'}
     assert contents(to_conversation(columns, settings("alpaca"))) == ["Hello", "Hi.", "Translate.", "cat"]
