@@ -97,7 +97,7 @@ def csv_rows(
     name: str, stream: Stream, settings: SourceSettings, limits: ReadSettings, asked: Iterable[str] | None
 ) -> Iterator[Row | Reject]:
     """The rows of a CSV or TSV file, with the line that each begins on; StageFailure where the header can't be used."""
-    pieces, begin = text_pieces(stream, settings.encoding)
+    pieces, begin = text_pieces(name, stream, settings.encoding)
     records = _records(lines(pieces, begin, limits.max_record_bytes), settings, limits)
     header = list(settings.columns)
     if not header:

@@ -59,7 +59,7 @@ class Columns:
             raise ValueError(f"{error}; a name that ends with ? may be missing, as in {example}") from None
 
     def has(self, name: str) -> bool:
-        return name in self.settings.keys or name in self.columns
+        return name in self.settings.keys or (name in self.columns and name not in self.settings.ignore)
 
     def text(self, name: str, *, optional: bool = False) -> str:
         value = self.optional(name) if optional else self.value(name)
@@ -77,7 +77,7 @@ class Columns:
     def check_read(self) -> None:
         """Raise ValueError where a column that usually changes what an answer means holds something that nothing read."""
         for name in IGNORABLE:
-            if name in self._read or name in self.settings.left_out() or empty(self.columns.get(name)):
+            if name in self._read or name in self.settings.left_out() or _says_nothing(self.columns.get(name)):
                 continue
             raise ValueError(
                 f"column {name!r} holds {short(self.columns[name])}, which no message would have: {self._use(name)}; "
@@ -114,6 +114,10 @@ def _like_a_transcript(value: Any) -> bool:
 
 def empty(value: Any) -> bool:
     return value is None or value in ("", [], {}) or (isinstance(value, list) and all(map(empty, value)))
+
+
+def _says_nothing(value: Any) -> bool:
+    return empty(value) or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))  # as tables keep them
 
 
 def as_template(name: str, where: str, value: Any) -> str:

@@ -38,6 +38,12 @@ SEVERAL_ANSWERS = ("responses", "votes", "scores", "ranks")
 """Keys that may name several columns."""
 ALL_KEYS = tuple(dict.fromkeys([*(key for keys in OF_A_FORMAT.values() for key in keys), "output", *ONE_ANSWER, *SEVERAL_ANSWERS]))
 
+KEYS_OF_A_RECORD: dict[DialogueKind, tuple[str, ...]] = {
+    "conversations": ("messages",),
+    "preferences": ("prompt", "chosen", "rejected"),
+    "ratings": ("prompt", "response", "score"),
+    "prompts": ("prompt", "reference"),
+}
 IGNORABLE = {
     "system": "keys.system names something else; a template such as {system} can hold both",
     "system_prompt": 'keys = { system = "system_prompt" } makes it the system message',
@@ -126,8 +132,14 @@ class DialogueSettings(Settings):
         self.check_keys(None)
         if self.markers and self.format != "transcript":
             raise ValueError(f'markers has no effect with format = "{self.format}"; remove it, or set format = "transcript"')
-        if "system" in self.ignore and (self.system is not None or "system" in self.keys):
+        if "system" in self.ignore and self.system is not None:
             raise ValueError('system has no effect beside ignore = ["system"]; remove one of the two')
+        for name, where in self.keys.items():
+            read = templates.columns_of(templates.expressions(where)) or []
+            for ignored in {name, *(path.split(".")[0].removesuffix("?") for path in read)} & set(self.ignore):
+                raise ValueError(f"ignore = {list(self.ignore)}: {ignored!r} is read by keys.{name} = {where!r}; remove one of the two")
+        if self.format == "tree" and (unread := [name for name in self.ignore if name not in IGNORABLE]):
+            raise ValueError(f'ignore = {list(self.ignore)}: {unread[0]!r} has no effect with format = "tree"; remove it')
         if self.replies != "best" and self.format != "tree":
             raise ValueError(f'replies = "{self.replies}" has no effect with format = "{self.format}"; remove it')
         if self.roles and self.format == "transcript":
@@ -167,8 +179,25 @@ class DialogueSource(SourceSettings, DialogueSettings):
                 f'source = "text" has no columns to find {self.format} in; expected source = "json", "csv" or "parquet", '
                 'or format = "transcript" (dialogues), or format = "plain" (prompts)'
             )
+        if self.source == "csv" and self.format == "tree":
+            raise ValueError('source = "csv" holds texts, and no tree; expected source = "json" or "parquet"')
         if self.text != "text":
             raise ValueError(f"text = {self.text!r} has no effect on dialogues; say where messages are with format and keys")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_messages_meet_messages(self) -> DialogueSource:
+        if self.source not in ("text", "csv") or self.format in ("messages", "sharegpt"):
+            return self
+        found = [f"keys.{name}" for name in self.keys if name in NESTED]
+        found += [f"ignore = {name!r}" for name in self.ignore if self.source == "text" or name not in IGNORABLE]
+        found += ["roles"] if self.roles else []
+        found += ["join_turns"] if self.join_turns and self.format != "transcript" else []
+        if found:
+            raise ValueError(
+                f'{found[0]} has no effect with source = "{self.source}" and format = "{self.format}", '
+                "where every message is a text; remove it"
+            )
         return self
 
     def left_out(self) -> set[str]:
@@ -191,8 +220,15 @@ class DialogueConfig(IngestSettings, StageConfig, DialogueSource):
     def _keys_have_an_effect_on_the_kind(self) -> DialogueConfig:
         for part in self.parts():
             part.check_keys(self.kind)
-            if part.source == "text" and part.format == "plain" and self.kind not in ("prompts", None):
-                raise ValueError(f'source = "text" holds one text a record, which makes no {self.kind}; set format = "transcript"')
+            taken = {"messages"} | (set(KEYS_OF_A_RECORD[self.kind]) if self.kind else set())
+            if found := sorted(taken & set(part.fields)):
+                raise ValueError(f"fields = {list(part.fields)}: {found[0]!r} is a key of the record itself; remove it")
+            if part.source == "text" and part.format == "plain" and self.kind == "conversations":
+                raise ValueError('source = "text" holds one text a record, which makes no conversations; set format = "transcript"')
+            if part.source == "text" and self.kind in ("preferences", "ratings"):
+                raise ValueError(
+                    f'source = "text" holds one text a record, which makes no {self.kind}; expected source = "json", "csv" or "parquet"'
+                )
             if part.format == "tree" and self.kind == "ratings":
                 raise ValueError('format = "tree" has ranks and no scores; read it as preferences')
             if self.kind == "ratings":
@@ -200,6 +236,20 @@ class DialogueConfig(IngestSettings, StageConfig, DialogueSource):
             if part.replies != "best" and self.kind == "preferences":
                 raise ValueError("replies has no effect on preferences, which compare all replies; remove it")
         return self
+
+    def columns_read(self, part: DialogueSettings) -> list[str] | None:
+        """Return the columns and paths that the kind's records are made of in one source; None where only a record knows."""
+        if self.kind is None:
+            return None
+        names = keys_read(part.format, self.kind)
+        if part.format == "tree":
+            names = (*names, "deleted")  # the record itself may be a message
+        else:
+            names = tuple(name for name in names if name not in NESTED)
+        if part.format == "plain" and "prompt" not in part.keys:
+            names = (*names, "text")  # prompts as the only column
+        named = [each for name in names if name not in part.ignore for each in templates.expressions(part.keys.get(name, name))]
+        return templates.columns_of([*named, *(name for name in IGNORABLE if name not in part.left_out())])
 
 
 def _check_rated(keys: Collection[str]) -> None:

@@ -24,9 +24,9 @@ from typing import Any
 from pipelines.ingest import trees
 from pipelines.ingest.dialogue_columns import Columns, as_template, empty, number_of, verdict_of
 from pipelines.ingest.dialogue_settings import DialogueSettings
-from pipelines.ingest.messages import Message, checked, ending_with_user, read_message, read_messages
+from pipelines.ingest.messages import Message, checked, ending_with_user, list_of, read_message, read_messages
 from pipelines.ingest.templates import short
-from pipelines.ingest.transcripts import MARKERS, begins_with_marker, read_transcript
+from pipelines.ingest.transcripts import MARKERS, begins_with_marker, is_transcript, read_transcript
 
 # ---- one record becomes one ----
 
@@ -133,6 +133,7 @@ def read_prompt(record: Columns) -> list[Message]:
             name = "text" if not record.has("prompt") and set(record.columns) == {"text"} else "prompt"
             prompt = record.value(name)
             if isinstance(prompt, str):
+                _refuse_transcript(prompt, record.called(name), "prompt" if name == "text" else name)
                 return [{"role": "user", "content": prompt}]
             if advice := as_template(name, record.settings.where(name), prompt):
                 raise ValueError(f"{record.called(name)} is {short(prompt)}, expected a text or a list of messages{advice}")
@@ -147,10 +148,19 @@ def read_prompt(record: Columns) -> list[Message]:
             raise ValueError('format = "tree" makes several of one record; expected to_conversations, to_pairs or to_prompts')
 
 
+def _refuse_transcript(text: str, what: str, name: str) -> None:
+    if is_transcript(text):
+        raise ValueError(
+            f'{what} is a whole dialogue, {short(text)}, expected one message; format = "transcript" reads it'
+            + (f' with keys = {{ text = "{name}" }}' if name in ("prompt", "response") else "")
+        )
+
+
 def _history(record: Columns) -> list[Message]:
     """Return alpaca's earlier turns: `[["Hello", "Hi."], ...]`."""
+    history = list_of(record.optional("history"), record.called("history")) or []
     messages = []
-    for turn in record.optional("history") or []:
+    for turn in history if isinstance(history, list) else [history]:
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise ValueError(f"history has {short(turn)}, expected turns such as ['Hello', 'Hi.']: a user's text and the assistant's")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
@@ -160,7 +170,7 @@ def _history(record: Columns) -> list[Message]:
 def dialogue(record: Columns, messages: Sequence[Message]) -> list[Message]:
     """Return the messages, checked, after the record's system message or the one that is set for all."""
     own = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
-    system = "" if "system" in record.settings.ignore else record.text("system", optional=True)
+    system = record.text("system", optional=True)
     if not system.strip():
         system = own or record.settings.system or ""
     if own and own in system:  # the column repeats it, or a template holds it
@@ -207,6 +217,8 @@ def read_response(record: Columns, value: Any, name: str) -> tuple[list[Message]
         raise ValueError(f"{what} is {short(value)}, expected a text or an assistant's message{advice}")
     elif not value.strip():
         raise ValueError(f"{what} is empty")
+    else:
+        _refuse_transcript(value, what, name)
     *before, last = checked(messages or [{"role": "assistant", "content": value}], record.settings)
     if last["role"] != "assistant":
         raise ValueError(f"{what} ends with the {last['role']}'s message, expected an assistant's")
@@ -282,9 +294,10 @@ def read_reference(record: Columns) -> str | None:
         return None
     where = record.settings.where("reference")
     if isinstance(value, list) and not isinstance(value[0], dict):
+        others = f', or score all of them with a reward function of your own and fields = ["{where}"]' if where != "reference" else ""
         raise ValueError(
             f"{record.called('reference')} has {len(value)} alternatives, {short(value)}, expected one right answer; take one with "
-            f'keys = {{ reference = "{where}.0" }}, or score all of them with a reward function of your own and fields = ["{where}"]'
+            f'keys = {{ reference = "{where}.0" }}{others}'
         )
     if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
         advice = f'; keys = {{ reference = "{{{where}}}" }} writes true and false as texts' if isinstance(value, bool) else ""

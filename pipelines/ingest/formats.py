@@ -18,15 +18,15 @@ from pipelines.ingest.templates import short
 def stream_rows(name: str, stream: Stream, settings: SourceSettings, limits: ReadSettings) -> Iterator[Row | Reject]:
     """The records of a text or JSON file."""
     parse = _json_row if settings.source == "json" else _text_row
-    for record, span in enumerate(_spans(stream, settings, limits.max_record_bytes), start=1):
+    for record, span in enumerate(_spans(name, stream, settings, limits.max_record_bytes), start=1):
         if span.fault:
             yield reject(name, record, span, b"", span.fault)
         else:
             yield parse(name, record, span, settings.encoding, limits.encoding_errors)
 
 
-def _spans(stream: Stream, settings: SourceSettings, limit: int) -> Iterator[Span]:
-    pieces, begin = text_pieces(stream, settings.encoding)
+def _spans(name: str, stream: Stream, settings: SourceSettings, limit: int) -> Iterator[Span]:
+    pieces, begin = text_pieces(name, stream, settings.encoding)
     if settings.source != "json":
         return {"file": whole, "paragraph": paragraphs, "line": lines}[settings.unit](pieces, begin, limit)
     if settings.records:
@@ -46,7 +46,10 @@ def reject(source: str, record: int, span: Span, before: bytes, reason: str, lin
 def invalid_bytes(source: str, record: int, span: Span, encoding: str, error: UnicodeDecodeError, lines: int = 1) -> Reject:
     """Reject a record for its first byte that the encoding doesn't have."""
     name = "UTF-8" if encoding == "utf-8" else encoding
-    hint = f'; it looks like {likely_encoding(span.data)}: set encoding = "{likely_encoding(span.data)}"' if encoding == "utf-8" else ""
+    hint = ""
+    if encoding == "utf-8":
+        likely = likely_encoding(span.data)
+        hint = f'; it looks like {likely}: set encoding = "{likely}"' if likely else "; if this is text, set encoding to what it is in"
     reason = f"invalid {name}: 0x{span.data[error.start]:02x}{hint}"
     return reject(source, record, span, span.data[: error.start], reason, lines)
 

@@ -68,7 +68,8 @@ def gather(
 
 
 def _nothing_left(split: str, unit: str, counts: dict[str, int], empty_files: int, reasons: str) -> str:
-    advice = "look at files, their columns and min_chars" if split == "train" else "give hold_out a larger share, or another field or seed"
+    settings = "files, their columns and min_chars" if unit == "documents" else "files and their columns"
+    advice = f"look at {settings}" if split == "train" else "give hold_out a larger share, or another field or seed"
     found = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
     bad = f"; bad ones by reason: {reasons}" if reasons else ""
     return f"no {split} {unit} are left (records: {found}; {empty_files:,} empty files{bad}); {advice}"

@@ -46,16 +46,24 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 def read_messages(value: Any, settings: DialogueSettings, what: str = "messages") -> list[Message]:
     """Return the messages of a list, unchecked; `what` is what error messages call it."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)  # as tables keep lists
-        except ValueError as error:
-            raise ValueError(f"{what} is {short(value)}, expected a list of messages as JSON: {error}") from None
+    value = list_of(value, what)
     if isinstance(value, dict) and "replies" in value:
         raise ValueError(f'{what} is a tree of replies, expected a list of messages; set format = "tree"')
     if not isinstance(value, list) or not value:
         raise ValueError(f"{what} is {short(value)}, expected a list of messages, such as {{'role': 'user', 'content': 'Hello'}}")
-    return [read_message(each, settings) for each in value]
+    messages = [read_message(each, settings) for each in value]
+    begins_empty = len(messages) > 1 and messages[0]["role"] == "system" and not messages[0]["content"].strip()
+    return messages[1:] if begins_empty else messages
+
+
+def list_of(value: Any, what: str) -> Any:
+    """Return the list that a table keeps as JSON text, and anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{what} is {short(value)}, expected a list as JSON: {error}") from None
 
 
 def read_message(value: Any, settings: DialogueSettings) -> Message:
@@ -111,7 +119,9 @@ def _part(part: Any, role: str) -> str:
         return part
     if isinstance(part, dict) and part.get("type", "text") in TEXT_PARTS and isinstance(part.get("text"), str):
         return str(part["text"])
-    found = f"a part of type {part['type']!r}" if isinstance(part, dict) and "type" in part else short(part)
+    found = short(part)
+    if isinstance(part, dict) and part.get("type", "text") not in TEXT_PARTS:
+        found = f"a part of type {part['type']!r}"
     raise ValueError(f"the {role}'s message has {found}, expected only text parts")
 
 
@@ -134,7 +144,7 @@ def _call(call: Any) -> str:
 def _changes_meaning(name: str, value: Any) -> bool:
     match name:
         case "weight":
-            return value == 0
+            return value is not None and value != 1
         case "train":
             return value is False
     return not empty(value)

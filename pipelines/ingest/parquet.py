@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 from pipelines.ingest.rows import Place, Row, Unreadable
 from pipelines.stage import StageFailure
 
+NOT_READ = Unreadable("no setting asks for it")
+"""The value of a column that isn't read: its name still counts where a message lists the columns."""
 BATCH_BYTES = 8 << 20
 BATCH_ROWS = 1000
 
@@ -29,27 +31,30 @@ def parquet_rows(name: str, file: BinaryIO, asked: Iterable[str] | None) -> Iter
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise StageFailure(f"{name}: not readable as parquet: {error}") from error
     wanted = _wanted(schema.names, asked)
+    if twice := next((column for column in wanted if schema.names.count(column) > 1), None):
+        raise StageFailure(f"{name}: two columns are called {twice!r}; rename one of them")
+    not_read = dict.fromkeys(schema.names, NOT_READ)
     total = table.metadata.num_rows
     record = 0
     try:
         for batch in table.iter_batches(batch_size=_batch_rows(table.metadata), columns=wanted, use_threads=False):
-            names = [column for column in batch.schema.names if wanted is None or column in wanted]
-            values = {column: _values(batch.column(column)) for column in names}
+            values = {column: _values(batch.column(column)) for column in wanted}
             for index in range(batch.num_rows):
                 record += 1
-                yield Row(Place(name, record), {column: values[column][index] for column in names}), record, total
+                yield Row(Place(name, record), not_read | {column: values[column][index] for column in wanted}), record, total
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        culprit = _unreadable_column(table, wanted or schema.names)
+        culprit = _unreadable_column(table, wanted)
         raise StageFailure(f"{name}: {culprit}can't be read as parquet after record {record:,}: {error}") from error
 
 
-def _wanted(names: list[str], asked: Iterable[str] | None) -> list[str] | None:
-    """The columns that hold what is asked for, by name or by path; None for all, also where one is missing and must be named as such."""
+def _wanted(names: list[str], asked: Iterable[str] | None) -> list[str]:
+    """The columns that hold what is asked for, by name or by path; all of them for None."""
     if asked is None:
-        return None
-    wanted = [name if name in names else name.split(".")[0] for name in asked]
-    if not wanted or not set(wanted) <= set(names):
-        return None
+        return names
+    wanted = set()
+    for path in asked:
+        path = path if path in names else path.removesuffix("?")
+        wanted.add(path if path in names else path.split(".")[0])
     return [name for name in names if name in wanted]
 
 

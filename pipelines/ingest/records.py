@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.ingest.rows import BEGINS_CHARS, Reject, Row
+from pipelines.ingest.rows import BEGINS_CHARS, Reject, Row, Unreadable
 from pipelines.ingest.settings import SourceSettings
 from pipelines.ingest.templates import column_of, short
 
@@ -52,7 +52,10 @@ def _to_record(row: Row, content: dict[str, Any], source: SourceSettings, by: st
         record = {**content, "source": row.place.source}
         if source.license is not None:
             record["license"] = source.license
-        record |= {name: _json_value(row.columns, name) for name in source.fields}
+        for name in source.fields:
+            if name in content:
+                raise ValueError(f"fields names {name!r}, which is a key of every record already; remove it")
+            record[name] = _json_value(row.columns, name)
         if _has_nul([record[key] for key in CONTENT if key in record]):
             raise ValueError("a NUL character")
         made = record_of(record, group_of(row, record, by))
@@ -76,7 +79,8 @@ def _json_value(columns: Mapping[str, Any], name: str) -> Any:
 
 
 def _reject(row: Row, reason: str) -> Reject:
-    return Reject(row.place, reason, json.dumps(row.columns, ensure_ascii=False, default=str)[:BEGINS_CHARS])
+    read = {name: value for name, value in row.columns.items() if not isinstance(value, Unreadable)}
+    return Reject(row.place, reason, json.dumps(read, ensure_ascii=False, default=str)[:BEGINS_CHARS])
 
 
 def _records_hint(row: Row, source: SourceSettings, reason: str) -> str:

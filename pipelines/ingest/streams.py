@@ -31,6 +31,8 @@ MAGIC = (
     (b"\x1f\x8b", "gzip data: rename it so that it ends with .gz"),
     (b"\x28\xb5\x2f\xfd", "zstd data: rename it so that it ends with .zst"),
     (b"\xfd7zXZ\x00", "xz data: rename it so that it ends with .xz"),
+    (b"BZh", "bzip2 data: rename it so that it ends with .bz2"),
+    (b"\x04\x22\x4d\x18", "lz4 data: decompress it first"),
     (b"PK\x03\x04", "a zip archive: rename it so that it ends with .zip"),
     (b"PAR1\x15", 'a Parquet file: set source = "parquet"'),
     (b"ARROW1\x00\x00", "an Arrow IPC file: convert it to Parquet"),
@@ -38,6 +40,10 @@ MAGIC = (
     (b"%PDF-", "a PDF: extract its text first"),
     (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer and not the file itself: fetch it with `git lfs pull`"),
 )
+
+
+CERTAIN_CHARACTERS = 10
+"""A character of Chinese in GBK is one of UTF-8 by chance in about 1 of 7 cases; a run of ten, in 1 of 10^8 files."""
 
 
 class Stream(Protocol):
@@ -181,11 +187,14 @@ def _refuse_disguise(name: str, first: bytes, source: str, but: bytes | None = N
     if source == "parquet" and first.startswith(b"PAR1"):
         return
     for magic, advice in MAGIC:
-        if first.startswith(magic):
+        if first.startswith(magic) and (magic != b"BZh" or first[4:10] == b"1AY&SY"):
             raise StageFailure(f"{name}: is {advice}")
+    if first[257:262] == b"ustar":
+        raise StageFailure(f"{name}: is a tar archive: unpack it first")
     text = first.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if source != "text" and text.startswith((b"<!doctype html", b"<html")):
-        raise StageFailure(f"{name}: is an HTML page, perhaps an error page that was saved in its place; download the file again")
+    if source != "text" and text.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        page = "an XML document" if text.startswith(b"<?xml") else "an HTML page"
+        raise StageFailure(f"{name}: is {page}, perhaps an error page that was saved in its place; download the file again")
 
 
 def _zstd(stream: Stream) -> Stream:
@@ -210,13 +219,13 @@ class _Readable(io.RawIOBase):
 # ---- text ----
 
 
-def text_pieces(stream: Stream, encoding: str) -> tuple[Iterator[bytes], int]:
+def text_pieces(name: str, stream: Stream, encoding: str) -> tuple[Iterator[bytes], int]:
     """The pieces of a text file as UTF-8 without a byte order mark, and how many bytes the mark took.
 
     Where a file's lines end with CR only, as old Macs wrote them, each becomes LF. Bytes that `encoding` doesn't have stay invalid
     UTF-8, so that the record that holds them can be named.
     """
-    read = _utf8(stream, encoding)
+    read = _utf8(name, stream, encoding)
     first = read()
     begin = len(codecs.BOM_UTF8) if first.startswith(codecs.BOM_UTF8) else 0
     cr_only = b"\r" in first[:-1] and b"\n" not in first
@@ -230,23 +239,38 @@ def text_pieces(stream: Stream, encoding: str) -> tuple[Iterator[bytes], int]:
     return pieces(), begin
 
 
-def _utf8(stream: Stream, encoding: str) -> Callable[[], bytes]:
+def _utf8(name: str, stream: Stream, encoding: str) -> Callable[[], bytes]:
     if codecs.lookup(encoding).name in ("utf-8", "utf-8-sig"):
         return lambda: stream.read(PIECE_BYTES)
     codecs.register_error("gptline.keep", _keep)
     decoder = codecs.getincrementaldecoder(encoding)("gptline.keep")
+    first = True
     ended = False
 
     def read() -> bytes:
-        nonlocal ended
+        nonlocal first, ended
         converted = b""
         while not converted and not ended:
             data = stream.read(PIECE_BYTES)
+            if first and _is_utf8(data):
+                raise StageFailure(
+                    f'{name}: is UTF-8 already, and encoding = "{encoding}" would make other characters of it; remove encoding'
+                )
+            first = False
             ended = not data
             converted = decoder.decode(data, final=ended).encode("utf-8", "surrogateescape")
         return converted
 
     return read
+
+
+def _is_utf8(data: bytes) -> bool:
+    """Whether there are so many characters of UTF-8, and nothing else, that another encoding can't have made them by chance."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError:
+        return False
+    return sum(character > "\x7f" for character in text) >= CERTAIN_CHARACTERS
 
 
 def _keep(error: UnicodeError) -> tuple[str, int]:
@@ -257,7 +281,7 @@ def _keep(error: UnicodeError) -> tuple[str, int]:
 
 
 def likely_encoding(data: bytes) -> str:
-    """What bytes that aren't UTF-8 are probably encoded in: by a byte order mark, or by what a sample looks like once decoded."""
+    """What bytes that aren't UTF-8 are probably encoded in, by its first bytes or by what a sample looks like; empty if nothing is."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     sample = data[:PIECE_BYTES]
@@ -273,4 +297,7 @@ def likely_encoding(data: bytes) -> str:
     common = sum(bool(character.encode("gb2312", "ignore")) for character in characters)
     if characters and common >= 0.7 * len(characters):
         return "gbk"
+    high = sum(byte >= 0x80 for byte in sample)
+    if any(byte < 0x20 and byte not in b"\t\n\f\r" for byte in sample) or high > max(2, len(sample) // 2):
+        return ""  # binary, or a script in which most letters are beyond ASCII
     return "cp1252" if any(0x80 <= byte < 0xA0 for byte in sample) else "latin-1"

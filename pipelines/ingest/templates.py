@@ -242,9 +242,9 @@ def render(value: Any) -> str:
 
 def _convert(value: Any, conversion: str, path: str) -> Any:
     match conversion, value:
-        case "letters", Mapping() if all(isinstance(item, str | int | float) for item in value.values()):
+        case "letters", Mapping() if value and all(isinstance(item, str | int | float) for item in value.values()):
             return "\n".join(f"{key}. {render(item)}" for key, item in value.items())
-        case "letters", list() if len(value) <= 26 and all(isinstance(item, str | int | float) for item in value):
+        case "letters", list() if 0 < len(value) <= 26 and all(isinstance(item, str | int | float) for item in value):
             return "\n".join(f"{letter}. {render(item)}" for letter, item in zip(string.ascii_uppercase, value, strict=False))
         case "letter", _ if (index := _whole_number(value)) is not None and 0 <= index < 26:
             return string.ascii_uppercase[index]
@@ -253,7 +253,7 @@ def _convert(value: Any, conversion: str, path: str) -> Any:
         case "from_1", _ if (number := _whole_number(value)) is not None and number >= 1:
             return number - 1
     expected = {
-        "letters": "a list of at most 26 texts, or an object of texts; a path leads to it, such as {choices.text:letters} or "
+        "letters": "a list of 1 to 26 texts, or an object of texts; a path leads to it, such as {choices.text:letters} or "
         "{choices.*.text:letters}",
         "letter": "a whole number from 0 to 25",
         "index": "a letter",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipelines.ingest.dialogue_settings import DialogueSettings
@@ -18,6 +19,11 @@ MARKERS = {"\n\nHuman:": "user", "\n\nAssistant:": "assistant"}
 def begins_with_marker(value: Any, settings: DialogueSettings) -> bool:
     """Return whether a text is a transcript, rather than the words of one turn."""
     return isinstance(value, str) and any(marker and value.lstrip().startswith(marker.strip()) for marker in settings.markers or MARKERS)
+
+
+def is_transcript(text: str) -> bool:
+    """Return whether a text is a dialogue with the usual markers, where one message is expected."""
+    return re.match(r"\s*Human:", text) is not None and "\n\nAssistant:" in text
 
 
 def read_transcript(value: Any, settings: DialogueSettings, what: str = "text") -> list[Message]:
@@ -39,6 +45,7 @@ def read_transcript(value: Any, settings: DialogueSettings, what: str = "text") 
         *((markers[marker], turn) for marker, turn in zip(pieces[1::2], pieces[2::2], strict=True)),
     ]
     messages = []
+    _refuse_other_speakers(turns, markers, what)
     for number, (role, turn) in enumerate(turns):
         if role != "end":
             messages += [{"role": role, "content": turn.strip()}] if number or turn.strip() else []
@@ -54,3 +61,19 @@ def read_transcript(value: Any, settings: DialogueSettings, what: str = "text") 
     if not messages:
         raise ValueError(f"{what} is empty, expected a text with markers")
     return messages
+
+
+def _refuse_other_speakers(turns: Iterable[tuple[str, str]], markers: Mapping[str, str], what: str) -> None:
+    """Raise ValueError where a line of a turn begins with another role's marker, but without the blank line that is part of it."""
+    loose = {marker.strip(): role for marker, role in markers.items() if marker.startswith("\n") and marker.strip()}
+    if not loose:
+        return
+    pattern = re.compile(rf"\n[ \t]*({'|'.join(map(re.escape, loose))})")
+    for role, turn in turns:
+        for match in pattern.finditer(turn):
+            if loose[match[1]] != role != "end":
+                pairs = ", ".join(f'"\\n{marker}" = "{role}"' for marker, role in loose.items())
+                raise ValueError(
+                    f"{what} has a line that begins with {match[1]!r} inside the {role}'s turn, expected a blank line before it; "
+                    f"markers = {{ {pairs} }} begins a turn at each such line"
+                )

@@ -19,8 +19,13 @@ from pipelines.ingest.templates import short
 Node = dict[str, Any]
 
 
-def root_of(columns: Columns) -> Node:
-    """Return the first message of a tree: the column `prompt`, or the record itself where it is a message with replies."""
+def roots(columns: Columns) -> list[Node]:
+    """Return the first message of a tree: the column `prompt`, or the record itself where it is a message with replies. None if deleted."""
+    root = _root(columns)
+    return [] if root.get("deleted") else [root]
+
+
+def _root(columns: Columns) -> Node:
     replies = columns.settings.where("replies")
     if not columns.has("prompt") and replies in columns.columns:
         return dict(columns.columns)
@@ -33,7 +38,7 @@ def root_of(columns: Columns) -> Node:
 def conversations(columns: Columns) -> Iterator[list[Message]]:
     """Yield every path from the root that ends with an assistant's message and isn't part of a longer one."""
     paths = []
-    for path in _paths(columns, root_of(columns), []):
+    for path in [path for root in roots(columns) for path in _paths(columns, root, [])]:
         while path and path[-1]["role"] != "assistant":
             path = path[:-1]
         paths.append(path)
@@ -46,7 +51,7 @@ def conversations(columns: Columns) -> Iterator[list[Message]]:
 
 def prompts(columns: Columns) -> Iterator[tuple[list[Message], str | None]]:
     """Yield every path from the root to a user's message, and the best reply to it if there is one."""
-    for path, node in _nodes(columns, root_of(columns), []):
+    for path, node in _all_nodes(columns):
         if path[-1]["role"] == "user":
             answers = _assistants(columns, node)
             yield path, _message(columns, answers[0])["content"] if answers else None
@@ -54,7 +59,7 @@ def prompts(columns: Columns) -> Iterator[tuple[list[Message], str | None]]:
 
 def ranked(columns: Columns) -> Iterator[tuple[list[Message], list[str], list[float]]]:
     """Yield every path from the root to a user's message with two or more ranked replies: the texts of these, and their ranks."""
-    for path, node in _nodes(columns, root_of(columns), [], every=True):
+    for path, node in _all_nodes(columns, every=True):
         answers = [each for each in _assistants(columns, node) if _rank(columns, each) < math.inf]
         if path[-1]["role"] == "user" and len(answers) > 1:
             yield path, [_message(columns, each)["content"] for each in answers], [_rank(columns, each) for each in answers]
@@ -67,6 +72,10 @@ def _paths(columns: Columns, node: Node, before: list[Message]) -> Iterator[list
         yield from _paths(columns, reply, path)
     if not followed:
         yield path
+
+
+def _all_nodes(columns: Columns, *, every: bool = False) -> list[tuple[list[Message], Node]]:
+    return [found for root in roots(columns) for found in _nodes(columns, root, [], every=every)]
 
 
 def _nodes(columns: Columns, node: Node, before: list[Message], *, every: bool = False) -> Iterator[tuple[list[Message], Node]]:

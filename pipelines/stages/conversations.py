@@ -15,4 +15,4 @@ class ConversationsConfig(DialogueConfig):
 
 def conversations(config: ConversationsConfig, stage: StageContext) -> Conversations:
     """Turn every record into a conversation, or count it under the reason why not."""
-    return stage.publish(Conversations, **gather(config, stage, to_conversations, "conversations"))
+    return stage.publish(Conversations, **gather(config, stage, to_conversations, "conversations", columns=config.columns_read))

@@ -17,4 +17,4 @@ class PreferencesConfig(DialogueConfig, PairSource):
 
 def preferences(config: PreferencesConfig, stage: StageContext) -> Preferences:
     """Turn every record into a pair, or several where it holds more than two responses, or count it under the reason why not."""
-    return stage.publish(Preferences, **gather(config, stage, to_pairs, "pairs"))
+    return stage.publish(Preferences, **gather(config, stage, to_pairs, "pairs", columns=config.columns_read))

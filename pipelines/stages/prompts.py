@@ -15,4 +15,4 @@ class PromptsConfig(DialogueConfig):
 
 def prompts(config: PromptsConfig, stage: StageContext) -> Prompts:
     """Turn every record into a prompt, or count it under the reason why not."""
-    return stage.publish(Prompts, **gather(config, stage, to_prompts, "prompts"))
+    return stage.publish(Prompts, **gather(config, stage, to_prompts, "prompts", columns=config.columns_read))

@@ -34,4 +34,4 @@ def ratings(config: RatingsConfig, stage: StageContext) -> Ratings:
     def to_content(columns: dict[str, Any], source: DialogueSettings) -> list[dict[str, Any]]:
         return to_ratings(columns, source, config.score_range)
 
-    return stage.publish(Ratings, **gather(config, stage, to_content, "ratings"))
+    return stage.publish(Ratings, **gather(config, stage, to_content, "ratings", columns=config.columns_read))

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from pipelines.artifacts import Documents
@@ -47,6 +49,20 @@ class Ingested:
 
 def rejects(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def write_damaged_parquet(path: Path, columns: Any, damaged: str) -> None:
+    """Write a table with a column whose pages are overwritten; the footer and the other columns are sound."""
+    table = pyarrow.table(columns)
+    table = table.append_column(damaged, pyarrow.array(["x" * 50] * len(table)))
+    pyarrow.parquet.write_table(table, path, compression="none", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    group = pyarrow.parquet.ParquetFile(path).metadata.row_group(0)
+    begin = next(
+        group.column(index).data_page_offset for index in range(group.num_columns) if group.column(index).path_in_schema == damaged
+    )
+    content[begin : begin + 20] = b"\xff" * 20
+    path.write_bytes(content)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipelines.stages.preferences import PreferencesConfig, preferences
 from pipelines.stages.prompts import PromptsConfig, prompts
 from pipelines.stages.ratings import RatingsConfig, ratings
 
-from .conftest import FakeStage
+from .conftest import FakeStage, write_damaged_parquet
 
 PAGE = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
 SAMPLES = dict(re.findall(r"```(?:json|text|csv) (\S+)\n(.*?)```", PAGE, re.DOTALL))
@@ -72,6 +73,19 @@ def test_a_sample_of_the_page_is_read_by_the_settings_below_it(data, output, nam
     made: Records = kind(config, FakeStage(output, config.sources(data)))
     found = [{key: value for key, value in record.items() if key != "source"} for record in made.records("train")]
     assert found == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", sorted(set(STAGES) - {"documents", "questions", "stars", "calls"}))  # no JSON, or content of two types
+def test_the_same_sample_in_parquet_is_read_past_a_damaged_column_that_nothing_names(data, output, name):
+    settings = dict(STAGES[name]) | {"source": "parquet"}
+    config_class, kind = KINDS[settings.pop("uses")]
+    settings.pop("hold_out", None)
+    for file in settings["files"]:
+        rows = [json.loads(line) for line in SAMPLES[file].splitlines()]
+        write_damaged_parquet(data / file, {column: [row[column] for row in rows] for column in rows[0]}, "noise")
+    config = config_class(**settings)
+    made: Records = kind(config, FakeStage(output, config.sources(data)))
+    assert [{key: value for key, value in record.items() if key != "source"} for record in made.records("train")] == EXPECTED[name]
 
 
 @pytest.mark.parametrize("name", [name for name in STAGES if "hold_out" in STAGES[name]])

@@ -59,7 +59,44 @@ def test_alpacas_input_follows_its_instruction_and_its_history_comes_before():
     assert messages == [BRIEF, *HELLO, {"role": "user", "content": "Translate.\n\nchat"}, {"role": "assistant", "content": "cat"}]
 
 
-@pytest.mark.parametrize("history", [[["Hello"]], ["Hello", "Hi."], [["Hello", None]], "Hello"])
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        ({"prompt": "\n\nHuman: Hello\n\nAssistant:", "response": "Hi."}, "prompt"),
+        ({"prompt": "Hello", "response": "Human: Hello\n\nAssistant: Hi."}, "response"),
+    ],
+)
+def test_a_whole_dialogue_where_one_message_is_expected_is_refused_with_the_format_that_reads_it(columns, name):
+    with pytest.raises(ValueError, match=rf'{name} is a whole dialogue, .* format = "transcript" reads it with keys = .* text = "{name}"'):
+        to_conversation(columns, settings("plain"))
+
+
+@pytest.mark.parametrize("format", ["messages", "plain"])
+def test_an_empty_system_message_says_nothing_and_is_left_out(format):
+    messages = [{"role": "system", "content": None}, *HELLO]
+    columns = {"messages": messages, "prompt": messages[:2], "response": messages}
+    assert to_conversation(columns, settings(format)) == {"messages": HELLO}
+    assert to_conversation(columns, settings(format, system="Be brief.")) == {"messages": [BRIEF, *HELLO]}
+
+
+def test_alpacas_history_in_a_table_is_a_list_as_json():
+    columns = {"instruction": "Translate.", "output": "cat", "history": '[["Hello", "Hi."]]'}
+    assert contents(to_conversation(columns, settings("alpaca"))) == ["Hello", "Hi.", "Translate.", "cat"]
+    assert contents(to_conversation({**columns, "history": "[]"}, settings("alpaca"))) == ["Translate.", "cat"]
+
+
+def test_what_is_ignored_is_left_out_of_a_format_that_reads_it_otherwise():
+    columns = {"instruction": "Translate.", "input": "chat", "output": "cat", "history": [["Hello", "Hi."]]}
+    assert contents(to_conversation(columns, settings("alpaca", ignore=["history"]))) == ["Translate.\n\nchat", "cat"]
+    assert contents(to_conversation(columns, settings("alpaca", ignore=["history", "input"]))) == ["Translate.", "cat"]
+
+
+@pytest.mark.parametrize("nothing", ["", "[]", "{}", "null", [], None])
+def test_a_column_of_an_empty_list_as_json_holds_nothing(nothing):
+    assert to_prompt({"prompt": "Hello", "tools": nothing}, settings("plain"))["prompt"] == HELLO[:1]
+
+
+@pytest.mark.parametrize("history", [[["Hello"]], ["Hello", "Hi."], [["Hello", None]], "Hello", "7", '{"a": 1}'])
 def test_each_turn_of_alpacas_history_is_two_texts(history):
     with pytest.raises(ValueError, match=r"history has .*, expected turns such as \['Hello', 'Hi\.'\]"):
         to_conversation({"instruction": "Translate.", "output": "cat", "history": history}, settings("alpaca"))
@@ -121,7 +158,7 @@ def test_an_assistants_welcome_stays_where_it_is():
         ({"prompt": "a", "response": HELLO}, settings("plain"), "response begins with 'Hello', the prompt is 'a'; expected one prompt"),
         ({"prompt": "a", "answer": {"b": 1}}, settings("plain", keys={"response": "answer.c"}), "no 'c' in 'answer', which is an object"),
         ({"prompt": HELLO, "response": "b"}, settings("plain"), "message 3 is the assistant's again"),
-        ({"messages": "[1"}, settings(), "messages is '\\[1', expected a list of messages as JSON"),
+        ({"messages": "[1"}, settings(), "messages is '\\[1', expected a list as JSON"),
         ({"prompt": {}}, settings("tree"), "makes several of one record"),
     ],
 )

@@ -77,7 +77,7 @@ def test_text_parts_are_joined_by_newlines(content):
     ("part", "found"),
     [
         ({"type": "image_url", "image_url": {"url": "a.png"}}, "a part of type 'image_url'"),
-        ({"type": "text", "text": None}, "a part of type 'text'"),
+        ({"type": "text", "text": None}, r"\{'type': 'text', 'text': None\}"),
         (4, "4"),
     ],
 )
@@ -117,6 +117,8 @@ def test_a_call_without_a_name_is_refused():
     ("name", "changes", "harmless"),
     [
         ("weight", 0, 1),
+        ("weight", 0.5, 1.0),
+        ("weight", "0", None),
         ("train", False, True),
         ("reasoning_content", "Let me see.", ""),
         ("refusal", "I can't.", None),

@@ -10,6 +10,8 @@ import pytest
 from pipelines.ingest.parquet import parquet_rows
 from pipelines.stage import StageFailure
 
+from .conftest import rejects, write_damaged_parquet
+
 MIB = 2**20
 
 
@@ -73,16 +75,42 @@ def test_bytes_are_not_text(ingested, table):
         ingested({}, files=["a.parquet"], source="parquet")
 
 
-def test_damage_in_a_column_that_is_not_read_does_no_harm(ingested, table, data):
-    # the second column's pages are overwritten; the footer and the first column's pages are intact
-    table({"text": ["a", "b"], "noise": ["x" * 50, "y" * 60]}, compression="none", use_dictionary=False)
-    content = bytearray((data / "a.parquet").read_bytes())
-    chunk = pyarrow.parquet.ParquetFile(data / "a.parquet").metadata.row_group(0).column(1)
-    content[chunk.data_page_offset : chunk.data_page_offset + 20] = b"\xff" * 20
-    (data / "a.parquet").write_bytes(content)
+def test_damage_in_a_column_that_is_not_read_does_no_harm(ingested, data):
+    write_damaged_parquet(data / "a.parquet", {"text": ["a", "b"]}, "noise")
     assert ingested({}, files=["a.parquet"], source="parquet").texts() == ["a", "b"]
     with pytest.raises(StageFailure, match=r"a.parquet: column 'noise' can't be read as parquet after record 0"):
         ingested({}, files=["a.parquet"], source="parquet", fields=["noise"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "texts"),
+    [
+        ({"text": "meta.title?"}, ["T", "U"]),
+        ({"text": ["{meta.title}", "absent?"]}, ["T\n", "U\n"]),
+        ({"text": "meta.title", "hold_out": {"share": 0.001, "by": "meta.title"}}, ["T", "U"]),
+        ({"text": "sure?"}, ["yes", "no"]),
+    ],
+)
+def test_only_the_columns_that_an_expression_names_are_read(ingested, data, settings, texts):
+    write_damaged_parquet(data / "a.parquet", {"meta": [{"title": "T"}, {"title": "U"}], "sure?": ["yes", "no"]}, "noise")
+    if "hold_out" in settings:
+        with pytest.raises(StageFailure, match="no held_out documents are left"):  # all were read, and 0.001 of two is none
+            ingested({}, files=["a.parquet"], source="parquet", **settings)
+    else:
+        assert ingested({}, files=["a.parquet"], source="parquet", **settings).texts() == texts
+
+
+def test_a_column_that_is_not_read_is_listed_where_another_one_is_missing(ingested, data):
+    write_damaged_parquet(data / "a.parquet", {"title": ["T"], "n": [1]}, "noise")
+    with pytest.raises(StageFailure, match="record 1: no column 'text'; there are: title, n, noise"):
+        ingested({}, files=["a.parquet"], source="parquet")
+
+
+def test_a_rejected_row_begins_with_what_was_read_of_it(ingested, data, output):
+    write_damaged_parquet(data / "a.parquet", {"text": [7]}, "noise")
+    with pytest.raises(StageFailure, match="column 'text' holds 7"):
+        ingested({}, files=["a.parquet"], source="parquet")
+    assert rejects(output)[0]["begins"] == '{"text": 7}'
 
 
 def test_invalid_utf8_fails_only_its_row_and_only_if_its_column_is_read(ingested, table):
@@ -98,6 +126,14 @@ def test_a_missing_column_is_reported_with_all_columns(ingested, table):
     table({"title": ["t"], "body": ["b"]})
     with pytest.raises(StageFailure, match="no column 'text'; there are: title, body"):
         ingested({}, files=["a.parquet"], source="parquet", fields=["title"])
+
+
+def test_two_columns_of_one_name_are_refused_where_that_name_is_asked_for(ingested, data):
+    columns = [pyarrow.array(["a"]), pyarrow.array([1]), pyarrow.array([2])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "id", "id"]), data / "a.parquet")
+    assert ingested({}, files=["a.parquet"], source="parquet").texts() == ["a"]
+    with pytest.raises(StageFailure, match=r"a.parquet: two columns are called 'id'; rename one of them"):
+        ingested({}, files=["a.parquet"], source="parquet", fields=["id"])
 
 
 def test_a_file_that_is_not_parquet_is_named(ingested):

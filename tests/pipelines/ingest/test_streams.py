@@ -103,6 +103,10 @@ def test_an_archive_that_cannot_be_read_is_named(ingested, content, message):
         (gzip.compress(b"{}", mtime=0), r"is gzip data: rename it so that it ends with \.gz"),
         (zstd(b"{}"), r"is zstd data: rename it so that it ends with \.zst"),
         (lzma.compress(b"{}"), r"is xz data: rename it so that it ends with \.xz"),
+        (bz2.compress(b"{}"), r"is bzip2 data: rename it so that it ends with \.bz2"),
+        (b"\x04\x22\x4d\x18\x64\x40", "is lz4 data: decompress it first"),
+        (b"a.txt" + b"\0" * 252 + b"ustar\x0000", "is a tar archive: unpack it first"),
+        (b'<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>', "is an XML document, perhaps an error page"),
         (zipped(a=b"{}"), r"is a zip archive: rename it so that it ends with \.zip"),
         (b"PAR1\x15\x04", 'is a Parquet file: set source = "parquet"'),
         (b"%PDF-1.7", "is a PDF: extract its text first"),
@@ -167,6 +171,30 @@ def test_bytes_that_are_invalid_in_the_encoding_are_reported_or_replaced(ingeste
 )
 def test_the_likely_encoding_of_bytes_that_are_not_utf8_is_guessed(text, encoding):
     assert likely_encoding(text.encode(encoding)) == encoding
+
+
+@pytest.mark.parametrize("content", ["こんにちは世界".encode("shift-jis"), b"\x93NUMPY\x01\0\xff", bytes(range(256))])
+def test_no_encoding_is_guessed_for_what_is_neither_western_nor_chinese(ingested, content):
+    assert likely_encoding(content) == ""
+    with pytest.raises(StageFailure, match=r"invalid UTF-8: 0x..; if this is text, set encoding to what it is in\. Fix"):
+        ingested({"a.txt": content}, source="text")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "gbk"])
+def test_an_encoding_that_would_make_other_characters_of_utf8_is_refused(ingested, encoding):
+    with pytest.raises(StageFailure, match=f'a.txt: is UTF-8 already, and encoding = "{encoding}" would make other characters of it'):
+        ingested({"a.txt": "Größe und Maß, déjà vu, naïve façade, œuvre, señor, über".encode()}, source="text", encoding=encoding)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"), [("Größe und Maß, déjà vu, naïve façade, señor, über", "latin-1"), ("联通" * 20, "gbk"), ("唐" * 20, "utf-16")]
+)
+def test_a_text_in_the_encoding_that_is_set_is_no_utf8_by_chance(ingested, text, encoding):
+    assert ingested({"a.txt": text.encode(encoding)}, source="text", encoding=encoding).texts() == [text]
+
+
+def test_a_short_text_is_read_in_the_encoding_that_is_set(ingested):
+    assert ingested({"a.txt": "Ã©".encode("latin-1")}, source="text", encoding="latin-1").texts() == ["Ã©"]  # which UTF-8 has too
 
 
 @pytest.mark.parametrize(("text", "encoding"), [("中文测试", "gbk"), ("café", "latin-1"), ("café", "utf-16")])

@@ -29,6 +29,7 @@ def settings(**others: object) -> DialogueSettings:
         ("\r\n\r\nHuman: Name a tree.\r\n\r\nAssistant: Oak.\r\nAsh.", {}, ["Name a tree.", "Oak.\nAsh."]),
         ("\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant: D", {}, ["A", "B", "C", "D"]),
         ("\n\nHuman: Say\nHuman: x\n\nAssistant: No.", {}, ["Say\nHuman: x", "No."]),
+        ("Human: A\nAssistant: B\nHuman: C\nAssistant: D", {"\nHuman:": "user", "\nAssistant:": "assistant"}, ["A", "B", "C", "D"]),
         ("### Human: Name a tree.### Assistant: Oak.", HASHES, ["Name a tree.", "Oak."]),
         ("Be brief. ### Human: A ### Assistant: B", {"": "system", **HASHES}, ["Be brief.", "A", "B"]),
         (
@@ -68,7 +69,13 @@ def test_a_template_puts_two_columns_into_one_text():
         ("\n\nHuman: A\n\nHuman: B\n\nAssistant: C", {}, "message 2 is the user's again; join_turns"),
         ("\n\nHuman:\n\nAssistant: C", {}, r"message 1 \(the user's\) is empty"),
         ("\n\nHuman: A\n\nAssistant:", {}, "no assistant's message"),
-        ("Human: A\nAssistant: B", {}, r"no assistant's message, .*; expected turns that begin with '\\n\\nHuman:', .* that markers names"),
+        ("Hello", {"Human:": "user", "Assistant:": "assistant", "": "user"}, "no assistant's message, .*; expected turns that begin with"),
+        (
+            "Human: A\nAssistant: B",
+            {},
+            r"begins with 'Assistant:' inside the user's turn, .* markers = \{ .\\nHuman:. = .user., .\\nAssistant:. = .assistant. \}",
+        ),
+        ("Human: A\n\nAssistant: B\nHuman: C\nAssistant: D", {}, "begins with 'Human:' inside the assistant's turn, expected a blank line"),
         (" ", {}, "text is empty"),
         (None, {}, "text is None, expected a text with markers"),
     ],

@@ -75,6 +75,13 @@ def test_deleted_replies_are_left_out():
     assert words(found["messages"]) == "Tree? Ash."
 
 
+def test_a_tree_whose_first_message_is_deleted_is_left_out():
+    tree = node("Tree?", None, node("Oak.", 0), node("Ash.", 1), deleted=True)
+    assert to_conversations({"prompt": tree}, DialogueSettings(format="tree")) == []
+    assert to_prompts(tree, DialogueSettings(format="tree")) == []
+    assert to_pairs({"prompt": tree}, PairSettings(format="tree")) == []
+
+
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
