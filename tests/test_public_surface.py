@@ -59,7 +59,7 @@ def public_names(module: ModuleType) -> list[str]:
 def defined_in(module: ModuleType, name: str, value: Any) -> bool:
     if inspect.isclass(value) or inspect.isfunction(value):
         return bool(value.__module__ == module.__name__)
-    return name.isupper() and len(name) > 1 or get_origin(value) is not None  # a constant, or an alias such as Role
+    return (name.isupper() and len(name) > 1) or get_origin(value) is not None  # a constant, or an alias such as Role
 
 
 def lines_of(module: str, name: str) -> Iterator[str]:
