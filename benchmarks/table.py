@@ -19,6 +19,7 @@ BEGIN, END = "<!-- begin: python -m benchmarks.table -->\n", "<!-- end -->\n"
 ROWS = {
     "train_step": "training loop of a 0.8M GPT on a CPU",
     "rl_signal": "the quickstart's policy gradient: responses for as much signal as noise",
+    "plan_store": "`gptline plan` on a store of 10,000 actions",
     "gpu_ceiling": "bf16 matrix product on a GPU",
     "gpu_train_torch": "124M in bf16 on a GPU, plain engine",
     "gpu_train_deepspeed_zero1": "the same, DeepSpeed with ZeRO 1",
@@ -72,6 +73,8 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
         found = ", ".join(f"{name.replace('_', ' ')} {each:.2f}" for name, each in row["cosines"].items())
         each_of = f"{row['responses_in_each_half']:,} responses ({row['questions'] // 2} answers if supervised)"
         notes.append(f"cosine of two halves, each of {each_of}: {found}")
+    if row.get("actions"):
+        notes.append(f"{1 / row['ratio']:.2f} times the time on {row['actions']:,} actions, at most {1 / row['goal']:.1f} is the goal")
     if row.get("copy_bytes_per_s"):
         notes.append(f"copy {row['copy_bytes_per_s'] / 1e9:,.0f} GB/s")
     return notes

@@ -10,6 +10,9 @@ from pipelines.store.events import StageEnded
 from pipelines.store.journal import read_journal
 from pipelines.store.store import Store
 
+DIGITS = 64
+"""Of a whole digest."""
+
 
 def resolve(store: Store, reference: str) -> str:
     """Return the digest that a reference stands for; ValueError says what the store has instead."""
@@ -25,6 +28,8 @@ def resolve(store: Store, reference: str) -> str:
 
 
 def _by_prefix(store: Store, reference: str, prefix: str) -> str:
+    if len(prefix) == DIGITS and store.manifest(prefix) is not None:
+        return prefix  # without a look at the store's other artifacts
     found = store.digests(prefix)
     if not found:
         raise ValueError(f"{reference!r} is not in the store {store}; `gptline plan` and the run's page show digests")

@@ -56,3 +56,10 @@ def test_the_plain_loop_has_our_losses(tmp_path: Path) -> None:
     assert max(row["largest_loss_difference"].values()) < 1e-4
     assert len(row["peers"]) == 2
     assert row["ratio"] == min(peer["ratio"] for peer in row["peers"])
+
+
+def test_a_plan_is_timed_on_two_stores_on_which_it_decides_alike(tmp_path: Path) -> None:
+    row = run("plan_store", "--actions", "3", "5", "--rounds", "2", "--goal", "0", out=tmp_path)["plan_store"]
+
+    assert (row["actions"], row["rounds"], row["unit"]) == (5, 2, "ms")
+    assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"])

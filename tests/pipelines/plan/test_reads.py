@@ -38,10 +38,21 @@ inputs = { documents = ["documents"] }
 inputs = { model = "model:other@newest", documents = ["documents"] }
 """
 MODEL = "e" * 64
+OTHERS = """
+[stages.of_digest]
+uses = "evaluate"
+inputs = { model = "sha256:eeeeeeee", baseline = "sha256:WHOLE", documents = ["sha256:DOCUMENTS"] }
+
+[stages.of_folder]
+uses = "evaluate"
+inputs = { model = "hf:gpt2", documents = ["documents"] }
+""".replace("WHOLE", MODEL).replace("DOCUMENTS", "b" * 64)
+GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32, "vocab_size": 300}
+FOLDER = {"config.json": json.dumps(GPT2), "model.safetensors": "weights", "tokenizer.json": "{}"}
 
 
 class CountingBackend:
-    """An in-memory backend that counts its reads and the names that its listings return."""
+    """An in-memory backend that counts its reads, and the names that a folder would have to be searched for."""
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
@@ -60,7 +71,8 @@ class CountingBackend:
     def list(self, prefix: str) -> list[str]:
         found = sorted(name for name in self.objects if name.startswith(prefix))
         self.reads["list"] += 1
-        self.reads["names returned"] += len(found)
+        beside = prefix[: prefix.rfind("/") + 1]
+        self.reads["names searched"] += len({name[len(beside) :].partition("/")[0] for name in self.objects if name.startswith(beside)})
         return found
 
     def delete(self, name: str) -> None:
@@ -116,14 +128,66 @@ def test_a_plan_reads_no_more_of_10000_actions_than_of_100(graph: Graph, tmp_pat
         assert plan == {"documents": "reuse", "more": "run", "tokenizer": "run", "evaluate": "run"}
         reads[others] = dict(backend.reads)
     assert reads[100] == reads[10_000]
-    assert reads[100]["names returned"] < 20
+    assert reads[100]["names searched"] < 20
 
 
-@pytest.mark.parametrize("reference", ["model:other@newest"])
+def folder_of_gpt2(folder: Path) -> Path:
+    (folder / "gpt2").mkdir(exist_ok=True)
+    for name, content in FOLDER.items():
+        (folder / "gpt2" / name).write_text(content)
+    return folder / "gpt2"
+
+
+def test_inputs_given_as_digests_and_folders_cost_no_more_in_a_store_of_10000_actions(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    folder_of_gpt2(tmp_path)
+    (tmp_path / "read.toml").write_text((TOML + OTHERS).replace('"sha256:eeeeeeee"', f'"sha256:{MODEL}"'))
+    graph = build(load(tmp_path / "read.toml"))
+    reads = {}
+    for others in (100, 10_000):
+        store, backend = filled(tmp_path, graph, others)
+        plan = {each.stage: each.action for each in Planner(graph, store, ROOT).plan()}
+        assert (plan["of_digest"], plan["hf-gpt2"], plan["of_folder"]) == ("run", "run", "run")
+        reads[others] = dict(backend.reads)
+    assert reads[100] == reads[10_000]
+    assert reads[100]["names searched"] < 20
+
+
+def test_a_shortened_digest_is_looked_up_among_the_names_of_artifacts_and_opens_one_of_them(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    folder_of_gpt2(tmp_path)
+    (tmp_path / "read.toml").write_text(TOML + OTHERS)
+    graph = build(load(tmp_path / "read.toml"))
+    reads = {}
+    for others in (100, 10_000):
+        store, backend = filled(tmp_path, graph, others)
+        Planner(graph, store, ROOT).plan()
+        reads[others] = backend.reads
+    assert reads[10_000]["names searched"] - reads[100]["names searched"] == 9_900  # one listing of the folder of artifacts
+    assert (reads[100]["get"], reads[100]["list"]) == (reads[10_000]["get"], reads[10_000]["list"])
+
+
+def import_gpt2(store: Store, backend: CountingBackend, folder: Path) -> Path:
+    """The folder of a GPT-2 that was imported into the store, whose index of actions is complete."""
+    path = folder_of_gpt2(folder)
+    content = store.content_sha256([path / name for name in FOLDER])
+    leaves = {f"source.gpt2/{name}": sha256 for name, sha256 in zip(FOLDER, content, strict=True)}
+    key = "a" * 64
+    add_action(backend, key, "hf-gpt2", MODEL, "model", role="policy", tokenizer="1" * 64)
+    record = json.loads(backend.objects[f"actions/{key}/000001.json"]) | {"kind": "import_hf", "leaves": leaves}
+    backend.put(f"actions/{key}/000001.json", json.dumps(record).encode())
+    backend.put("index/complete.json", b'{"schema": 1}')
+    store.index.add(store.action(key, 1))
+    return path
+
+
+@pytest.mark.parametrize("reference", ["model:other@newest", f"sha256:{MODEL}", MODEL, "hf:"])
 def test_resolving_a_reference_reads_no_more_of_10000_actions_than_of_100(graph: Graph, tmp_path: Path, reference: str):
     reads = {}
     for others in (100, 10_000):
         store, backend = filled(tmp_path, graph, others)
-        assert resolve(store, reference) == MODEL
+        named = f"hf:{import_gpt2(store, backend, tmp_path)}" if reference == "hf:" else reference
+        backend.reads.clear()
+        assert resolve(store, named) == MODEL
         reads[others] = dict(backend.reads)
     assert reads[100] == reads[10_000]
