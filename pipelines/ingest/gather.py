@@ -28,13 +28,14 @@ def gather(
     to_content: ToContent,
     unit: str,
     min_chars: int = 1,
-    columns: Callable[[Any], Iterable[str] | None] = lambda part: None,
+    columns: Callable[[Any], Iterable[str] | None] | None = None,
 ) -> dict[str, Any]:
     """Write `train.jsonl`, `held_out.jsonl` and `rejects.jsonl` into `stage.output`; return the artifact's metadata.
 
     `config` is an IngestSettings. `to_content(columns, part)` returns the content of a row's record, a list of several, or None to leave
     the row out; it raises ValueError with the reason where the row can't be used. `unit` is what the metadata calls a record.
-    `columns(part)` names the columns or paths that `to_content` reads, so that no others are read of a Parquet file; None: all of them.
+    `columns(part)` names the columns or paths that `to_content` reads, so that no others are read of a Parquet file. Without it, or where
+    it returns None, all are read.
     """
     reader = Reader(stage, config)
     sieve = Sieve(min_chars=min_chars, deduplicate=config.deduplicate)
@@ -44,7 +45,7 @@ def gather(
     left_out = 0
     with rejects, splits:
         for index, part in enumerate(config.parts()):
-            asked = columns(part)
+            asked = columns(part) if columns else None
             if asked is not None:
                 asked = [*asked, *part.fields, *([by] if by not in ("record", "source") else [])]
             with splits.source(part):
