@@ -155,6 +155,10 @@ def _header(name: str, record: _Record, settings: SourceSettings, asked: Iterabl
     except UnicodeDecodeError as error:
         invalid = invalid_bytes(name, 0, record.span, settings.encoding, error)
         raise StageFailure(f"{invalid.place}: the header can't be read: {invalid.reason}") from error
+    if header[0].lower().startswith("sep="):
+        raise StageFailure(
+            f"{name}: the first line, {settings.delimiter.join(header)!r}, tells a spreadsheet the delimiter and is no header; remove it"
+        )
     if len(set(header)) < len(header):
         raise StageFailure(
             f"{name}: two columns have one name in {listed(dict.fromkeys(header))}; rename one, or set columns if there is no header"
@@ -198,4 +202,6 @@ def _wrong_width(record: _Record, header: list[str], settings: SourceSettings) -
         return f'{found}; a quoted field goes on to line {last}: if a quote is no more than a character, set quotes = "none"'
     if settings.dialect() == "none" and any(field.startswith('"') for field in record.fields):
         return f'{found}; if quotes enclose fields in this file, set quotes = "standard"'
+    if settings.dialect() == "standard" and any(re.match(r'\s+"', field) for field in record.fields):
+        return f"{found}; a quote opens a field only directly behind the delimiter, so remove the space before it"
     return found

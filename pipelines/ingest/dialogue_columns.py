@@ -95,6 +95,9 @@ class Columns:
         return f'a template puts it into a message, such as keys = {{ {key} = "{template}" }}'
 
     def _advice(self, name: str) -> str:
+        if self.settings.format == "tree":
+            flat = "; rows that name a parent must be nested first" if "parent_id" in self.columns else ""
+            return f', expected a message that holds its replies, {{"text": ..., "role": ..., "replies": [...]}}{flat}'
         if self.settings.format != "transcript" and any(map(_like_a_transcript, self.columns.values())):
             return '; format = "transcript" reads dialogues that are written as one text'
         for other in SYNONYMS.get(name, ()):

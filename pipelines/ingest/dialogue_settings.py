@@ -213,6 +213,7 @@ class DialogueConfig(IngestSettings, StageConfig, DialogueSource):
 
     kind: ClassVar[DialogueKind | None] = None
     """What is read. None: a function of the user's own decides."""
+    drawn_by: ClassVar[tuple[str, ...]] = ("prompt",)
     mixture: tuple[WeightedDialogueSource, ...] = ()
     """Several sources instead of the inline one."""
 

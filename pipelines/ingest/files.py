@@ -87,6 +87,12 @@ def _nothing_found(data: Path, pattern: str) -> str:
     if not data.is_dir() and not os.path.isabs(pattern):
         return f"files: the data folder {data} doesn't exist; set `data` to the folder that has {pattern!r}"
     folder = data / pattern
+    if os.path.islink(folder) and not folder.exists():
+        return f"files: {pattern!r} is a link to {os.readlink(folder)}, which doesn't exist"
+    if folder.is_file():
+        return f"files: {pattern!r} is a pattern, because of its brackets or stars; {glob.escape(pattern)!r} is the file of that very name"
+    if folder.exists() and not folder.is_dir():
+        return f"files: {pattern!r} is no regular file; copy what it gives into one"
     if folder.is_dir():
         return f"files: {pattern!r} is a folder, expected files, for instance {pattern.rstrip('/') + '/*'!r}"
     while not folder.is_dir() and folder != folder.parent:

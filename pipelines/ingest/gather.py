@@ -64,13 +64,14 @@ def gather(
     summary = splits.summary()
     for split in SPLITS if config.hold_out else ("train",):
         if not summary[split][unit]:
-            raise StageFailure(_nothing_left(split, unit, counts, reader.empty_files, rejects.reasons()))
+            raise StageFailure(_nothing_left(split, unit, counts, reader.empty_files, rejects.reasons(), splits.drawn_from()))
     return {**summary, "records": counts, "empty_files": reader.empty_files, "replaced_characters": reader.replaced_characters}
 
 
-def _nothing_left(split: str, unit: str, counts: dict[str, int], empty_files: int, reasons: str) -> str:
+def _nothing_left(split: str, unit: str, counts: dict[str, int], empty_files: int, reasons: str, drawn_from: str) -> str:
     settings = "files, their columns and min_chars" if unit == "documents" else "files and their columns"
     advice = f"look at {settings}" if split == "train" else "give hold_out a larger share, or another field or seed"
     found = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
     bad = f"; bad ones by reason: {reasons}" if reasons else ""
-    return f"no {split} {unit} are left (records: {found}; {empty_files:,} empty files{bad}); {advice}"
+    drawn = f"; drawn from {drawn_from}" if drawn_from else ""
+    return f"no {split} {unit} are left (records: {found}; {empty_files:,} empty files{drawn}{bad}); {advice}"

@@ -176,35 +176,48 @@ def _elements(pieces: Iterator[bytes], cursor: Cursor, limit: int) -> Generator[
 
 
 def elements_at(path: str, pieces: Iterable[bytes], begin: int, limit: int) -> Iterator[Span]:
-    """The elements of the array at `path` ("data.examples", by keys or indices) in each document of a file, wherever it stands in there."""
+    """The elements of the array at `path` ("data.examples", by keys or indices) in each document of a file, wherever it stands in there.
+
+    A document without such an array is a span with a fault.
+    """
     pieces = iter(pieces)
     way = _Way(path)
     cursor: Cursor = (1, 1, begin)
-    buffer = b""
+    document: Cursor | None = None
+    blank = True
+    buffer, at = b"", 0
     while True:
-        used, found = way.follow(buffer)
-        if found:
-            cursor = _moved(cursor, buffer[:used])
-            closed = yield from _elements(itertools.chain([buffer[used:]], pieces), cursor, limit)
-            if closed is None:
-                return
-            buffer, cursor = closed
-            continue
-        cursor = _moved(cursor, buffer[:used])
-        buffer = buffer[used:]
-        if len(buffer) > limit:
-            yield Span(*cursor, buffer[:limit], len(buffer), f"before the records, a string longer than max_record_bytes = {limit:,}")
-            return
-        piece = next(pieces, None)
-        if piece is None:
-            break
-        buffer += piece
-    if way.fault():
-        yield Span(1, 1, begin, b"", 0, way.fault())
+        used, event = way.follow(buffer, at)
+        cursor, at = _moved(cursor, buffer[at:used]), used
+        match event:
+            case "document":
+                document = cursor
+            case "records":
+                closed = yield from _elements(itertools.chain([buffer[at:]], pieces), cursor, limit)
+                if closed is None:
+                    return
+                (buffer, cursor), at = closed, 0
+            case "missing":
+                yield Span(*(document or cursor), b"", 0, way.fault())
+            case "":
+                blank = blank and not buffer.strip()
+                buffer, at = buffer[at:], 0
+                if len(buffer) > limit:
+                    reason = f"before the records, a string longer than max_record_bytes = {limit:,}"
+                    yield Span(*cursor, buffer[:limit], len(buffer), reason)
+                    return
+                piece = next(pieces, None)
+                if piece is None:
+                    break
+                buffer += piece
+    if way.is_open():
+        yield Span(*(document or cursor), b"", 0, "the file ends before the document is closed")
+    elif document is None and not blank:
+        yield Span(1, 1, begin, b"", 0, "malformed JSON: no document begins here, expected an object or a list")
 
 
 class _Way:
-    """Follows the brackets of a document to the array at one path."""
+    """Follows the brackets of each document to the array at one path."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -212,32 +225,46 @@ class _Way:
         self._here: list[tuple[bytes, str]] = []
         """The open brackets, each with the key or index that is being read in it."""
         self._expects_key = False
-        self._found = False
-        self._empty = True
+        self._begun = self._found = False
+        """Of the document that is being read: whether it was reported, and whether it has the array."""
+        self._is_list = False
         self._nearest: dict[int, list[str]] = {}
         """By depth of agreement with the path, the keys that stand there."""
 
-    def follow(self, data: bytes) -> tuple[int, bool]:
-        """How many bytes were read, and whether the wanted array begins behind them (with its bracket)."""
-        for match in TOKEN.finditer(data):
+    def follow(self, data: bytes, begin: int) -> tuple[int, str]:
+        """How far the bytes were read from `begin`, and what is there.
+
+        "document": one begins; "records": its wanted array begins; "missing": it ended without one; "": more bytes are needed.
+        """
+        for match in TOKEN.finditer(data, begin):
             token = match.group()
-            self._empty = False
             if token == b'"':
-                return match.start(), False
+                return match.start(), ""
+            if not self._here and token in (b",", b"]", b"}"):
+                continue
+            if not self._begun:
+                self._begun, self._found, self._is_list, self._nearest = True, False, token == b"[", {}
+                return match.start(), "document"
             if token[:1] == b'"':
                 self._string(token)
             elif token == b"[" and [key for _, key in self._here] == self._keys:
                 self._found = True
-                return match.start(), True
+                return match.start(), "records"
             else:
                 self._bracket(token)
-        return len(data), False
+            if not self._here:
+                self._begun = False
+                if not self._found:
+                    return match.end(), "missing"
+        return len(data), ""
+
+    def is_open(self) -> bool:
+        return bool(self._here)
 
     def fault(self) -> str:
-        if self._here:
-            return "the file ends before the document is closed"
-        if self._found or self._empty:
-            return ""
+        """Why a document has no records."""
+        if self._is_list and not self._keys[0].isdecimal():
+            return f'records = "{self._path}" leads to no list: the document is a list itself; remove records'
         depth = max(self._nearest, default=0)
         where = ".".join(self._keys[:depth])
         keys = ", ".join(self._nearest.get(depth, [])) or "none"

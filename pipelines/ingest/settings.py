@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -179,6 +180,8 @@ class Weighted(Settings):
 class IngestSettings(ReadSettings):
     """Settings that all ingest stages share. A stage's config adds those of one source, inline, and `mixture`, several sources."""
 
+    drawn_by: ClassVar[tuple[str, ...]] = ()
+    """What a record can be held out by that is no column."""
     mixture: tuple[Any, ...] = ()
     hold_out: HoldOut | None = None
     """Which records are kept from training. None: all records are for training."""
@@ -213,6 +216,14 @@ class IngestSettings(ReadSettings):
             )
         if self.encoding_errors != "strict" and all(part.source == "parquet" for part in self.parts()):
             raise ValueError(f'encoding_errors = "{self.encoding_errors}" has no effect with source = "parquet"; remove it')
+        return self
+
+    @model_validator(mode="after")
+    def _text_files_have_no_columns(self) -> IngestSettings:
+        by = self.hold_out.by if self.hold_out else "record"
+        drawn = ("record", "source", *self.drawn_by)
+        if by not in drawn and any(part.source == "text" for part in self.parts()):
+            raise ValueError(f'hold_out.by = {by!r}: source = "text" has no columns; expected {" or ".join(map(json.dumps, drawn))}')
         return self
 
     def parts(self) -> tuple[Any, ...]:

@@ -98,6 +98,11 @@ class Splits:
             else:
                 self._train(record)
 
+    def drawn_from(self) -> str:
+        """What the sides were drawn from, where that isn't single records: "3 values of book"."""
+        by = self._hold_out.by if self._hold_out else "record"
+        return f"{len(self._groups):,} values of {by}" if by != "record" else ""
+
     def _unexpected_share(self) -> dict[str, Any]:
         """What was asked for and what came out, where the two are far apart: few groups are drawn unevenly, one may be most records."""
         records = self._drawn.total()

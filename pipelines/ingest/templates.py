@@ -103,8 +103,8 @@ def column_of(columns: Mapping[str, Any], path: str) -> Any:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names as a list for people: quoted where a space at an end would be invisible, and at most thirty of them."""
-    shown = [name if name == name.strip() and name else repr(name) for name in map(str, names)]
+    """Return names as a list for people: at most thirty, quoted where spaces or marks would be invisible."""
+    shown = [name if name and name == name.strip() and name.isprintable() else repr(name) for name in map(str, names)]
     return ", ".join(shown[:30]) + (f" and {len(shown) - 30:,} more" if len(shown) > 30 else "") or "none"
 
 

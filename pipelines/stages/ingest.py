@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipelines.artifacts import Documents
 from pipelines.ingest.documents import WeightedSource, columns_of_text, to_text
@@ -21,13 +21,6 @@ class IngestConfig(IngestSettings, StageConfig, SourceSettings):
     """Several sources, instead of the inline one."""
     min_chars: int = Field(default=1, ge=1)
     """Drop shorter documents."""
-
-    @model_validator(mode="after")
-    def _text_files_have_no_columns(self) -> IngestConfig:
-        by = self.hold_out.by if self.hold_out else "record"
-        if by not in ("record", "source") and any(part.source == "text" for part in self.parts()):
-            raise ValueError(f'hold_out.by = {by!r}: source = "text" has no columns; expected "record" or "source"')
-        return self
 
 
 def ingest(config: IngestConfig, stage: StageContext) -> Documents:

@@ -171,6 +171,23 @@ def test_a_header_of_one_column_that_contains_another_delimiter_is_refused_with_
         ingested({"a.csv": header + b"\n1;one\n"}, source="csv")
 
 
+def test_a_line_that_tells_a_spreadsheet_the_delimiter_is_no_header():
+    with pytest.raises(
+        StageFailure, match=r"a.csv: the first line, 'sep=;', tells a spreadsheet the delimiter and is no header; remove it"
+    ):
+        read(b"sep=;\nid;text\n1;one\n", delimiter=";")
+
+
+def test_a_quote_behind_a_space_opens_no_field(ingested):
+    with pytest.raises(StageFailure, match=r"3 fields, expected 2 .*; a quote opens a field only directly behind the delimiter, so remove"):
+        ingested({"a.csv": b'text,n\none, "1, 2"\n'}, source="csv")
+
+
+def test_a_mark_that_nobody_sees_is_shown_where_the_column_is_missed(ingested):
+    with pytest.raises(StageFailure, match=r"no column 'text'; there are: '\\ufefftext'"):
+        ingested({"a.csv": b"\xef\xbb\xbf\xef\xbb\xbftext\na\n"}, source="csv")
+
+
 def test_two_columns_of_the_same_name_are_refused():
     with pytest.raises(StageFailure, match=r"a.csv: two columns have one name in id, text; rename one"):
         read(b"id,text,id\n1,2,3\n")

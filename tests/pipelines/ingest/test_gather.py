@@ -90,3 +90,17 @@ def test_a_users_own_loop_reads_rows_and_rejects_with_their_places(data, output)
     assert isinstance(row, Row)
     assert isinstance(reject, Reject)
     assert (row.columns, row.place.line, reject.place.line, reader.records) == ({"text": "a", "n": 1}, 1, 2, 2)
+
+
+def test_a_field_of_the_name_of_a_records_own_key_is_a_bad_record(gathered):
+    rows = [{"text": "a", "verse": 1}]
+    with pytest.raises(StageFailure, match="fields names 'verse', which is a key of every record already; remove it"):
+        gathered(rows, lambda columns, _: {"text": columns["text"], "verse": "one"}, fields=["verse"])
+
+
+def test_an_empty_side_says_what_it_was_drawn_from(gathered):
+    rows = [{"text": f"line {number}", "book": "a" if number < 9 else "b"} for number in range(20)]
+    with pytest.raises(
+        StageFailure, match=r"no held_out documents are left \(records: 20 read, .*; drawn from 2 values of book\); give hold_out"
+    ):
+        gathered(rows, lambda columns, _: {"text": columns["text"]}, hold_out={"share": 0.01, "by": "book"})

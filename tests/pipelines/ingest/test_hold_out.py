@@ -11,7 +11,7 @@ from pipelines.artifacts import Records
 from pipelines.ingest.dialogue_settings import DialogueConfig
 from pipelines.stages.conversations import conversations
 from pipelines.stages.ingest import IngestConfig, ingest
-from pipelines.stages.prompts import prompts
+from pipelines.stages.prompts import PromptsConfig, prompts
 
 from .conftest import FakeStage
 
@@ -95,6 +95,12 @@ def test_crlf_in_a_question_does_not_change_its_side(made):
 
 @pytest.mark.parametrize("by", ["prompt", "book"])
 def test_text_files_have_no_column_to_hold_out_by(by):
+    settings = {"source": "text", "files": ["a.txt"], "format": "plain", "hold_out": {"share": 0.1, "by": by}}
+    if by == "prompt":
+        assert PromptsConfig(**settings)
+    else:
+        with pytest.raises(ValidationError, match='source = "text" has no columns; expected "record" or "source" or "prompt"'):
+            PromptsConfig(**settings)
     with pytest.raises(ValidationError, match=f'hold_out.by = {by!r}: source = "text" has no columns; expected "record" or "source"'):
         IngestConfig(source="text", files=["a.txt"], hold_out={"share": 0.1, "by": by})
 

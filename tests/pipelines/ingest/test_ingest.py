@@ -226,12 +226,17 @@ def test_files_are_read_in_natural_order(data):
         ("book/*.jsonl", r"nothing matches 'book/\*.jsonl' .* has .*books"),
         ("books/b.jsonl", r"nothing matches 'books/b.jsonl' .*books has a.jsonl"),
         ("books", r"'books' is a folder, expected files, for instance 'books/\*'"),
+        ("dead", "'dead' is a link to nowhere.txt, which doesn't exist"),
+        ("a[1].txt", r"'a\[1\].txt' is a pattern, because of its brackets or stars; 'a\[\[\]1\].txt' is the file of that very name"),
+        ("pipe", "'pipe' is no regular file"),
         ("*.tar.gz", "c.tar.gz: an archive of files, which isn't read; unpack it first"),
     ],
 )
 def test_a_missing_or_unreadable_file_is_reported_with_the_nearest_names(data, pattern, message):
     (data / "books").mkdir()
-    for name in ("books/a.jsonl", "c.tar.gz"):
+    (data / "dead").symlink_to("nowhere.txt")
+    os.mkfifo(data / "pipe")
+    for name in ("books/a.jsonl", "a[1].txt", "c.tar.gz"):
         (data / name).write_text("")
     with pytest.raises(ValueError, match=message):
         IngestConfig(source="json", files=[pattern]).sources(data)

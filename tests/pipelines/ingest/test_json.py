@@ -152,12 +152,27 @@ def test_the_records_at_a_path_are_read_as_json_wrote_them_whatever_the_layout(v
         (b'{"data": {"examples": {"a": 1}}}', "leads to no list"),
         (b'{"data": {"examples": [{"text": "a"}', "the file ends before the array is closed"),
         (b'{"data": {"examples": [{"text": "a"}]', "the file ends before the document is closed"),
-        (b"[]", "leads to no list; the document has the keys: none"),
+        (b"[]", "leads to no list: the document is a list itself; remove records"),
+        (b"hello", "malformed JSON: no document begins here, expected an object or a list"),
+        (b'"hello"', "leads to no list; the document has the keys: none"),
     ],
 )
 def test_a_document_without_that_list_is_refused_with_the_keys_that_it_has(ingested, content, reason):
     with pytest.raises(StageFailure, match=reason):
         ingested({"a.json": content}, source="json", records="data.examples")
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"", b" "])
+def test_each_document_without_its_list_is_a_bad_record(ingested, newline):
+    content = newline.join(
+        [b'{"data": [{"text": "a"}]}', b'{"dta": [{"text": "b"}]}', b'{"data": null}', b'{"n": 1, "data": [{"text": "c"}]}']
+    )
+    result = ingested({"a.json": content + newline}, source="json", records="data", **SKIP)
+    assert result.texts() == ["a", "c"]
+    assert [(each["byte"], each["reason"]) for each in result.rejects()] == [
+        (25 + len(newline), 'records = "data" leads to no list; the document has the keys: dta'),
+        (49 + 2 * len(newline), 'records = "data" leads to no list; the document has the keys: data'),
+    ]
 
 
 def test_a_document_that_wraps_its_records_hints_at_the_setting(ingested):

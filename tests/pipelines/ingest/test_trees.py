@@ -69,6 +69,12 @@ def test_a_record_may_be_the_tree_itself_and_its_keys_may_have_other_names():
     assert words(found["messages"]) == "Tree? Oak."
 
 
+def test_a_row_of_a_table_of_messages_is_no_tree():
+    row = {"message_id": "1", "parent_id": None, "text": "Tree?", "role": "prompter"}
+    with pytest.raises(ValueError, match=r"no column 'prompt'; .* expected a message that holds its replies, .* must be nested first"):
+        to_conversations(row, DialogueSettings(format="tree"))
+
+
 def test_deleted_replies_are_left_out():
     tree = node("Tree?", None, node("Oak.", 0, deleted=True), node("Ash.", 1))
     (found,) = to_conversations({"prompt": tree}, DialogueSettings(format="tree"))
