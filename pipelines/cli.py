@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import os
 import shlex
 import signal
@@ -13,14 +12,29 @@ from typing import Annotated
 
 import typer
 
-from pipelines.options import Config, Fresh, Inline, Root, RunId, Set, Until, Uri, Use, port_number, utf8_text
+from pipelines.options import (
+    Config,
+    Fresh,
+    Inline,
+    Root,
+    RunId,
+    Set,
+    Until,
+    Uri,
+    Use,
+    port_number,
+    sampling_temperature,
+    token_count,
+    utf8_text,
+    whole_number,
+)
 from pipelines.plan.config import load
 from pipelines.plan.faults import did_you_mean
 from pipelines.plan.graph import Graph, build
 from pipelines.run.exit_codes import ENDING, UNREACHABLE, exit_of
 from pipelines.stage import StageFailure
 from pipelines.store.store import Store
-from pipelines.terminal import EXIT_CODES, fail, nobody_reads, print_lines, restore_cursor_and_quit, write
+from pipelines.terminal import EXIT_CODES, fail, nobody_reads, prepare_streams, print_lines, restore_cursor_and_quit, write
 
 
 def _show_version(asked: bool) -> None:
@@ -95,7 +109,7 @@ def plan(
 @app.command()
 def describe(
     kind: Annotated[
-        str | None, typer.Argument(metavar="[KIND]", help="A stage kind, ./file.py:function, or a table such as store.", show_default=False)
+        str | None, typer.Argument(metavar="KIND", help="A stage kind, ./file.py:function, or a table such as store.", show_default=False)
     ] = None,
 ) -> None:
     """Show what a stage kind takes and makes. Without KIND, list all kinds."""
@@ -199,7 +213,7 @@ def sync(store: Root = Path(".gptline"), tracking: Uri = None) -> None:
 def ui(
     store: Root = Path(".gptline"),
     tracking: Uri = None,
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", callback=port_number)] = 5000,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", metavar="PORT", parser=port_number)] = 5000,
 ) -> None:
     """Open the MLflow UI on this store."""
     from pipelines.observe.mlflow_ui import serve_ui
@@ -232,9 +246,9 @@ def lineage(
 def sample(
     ref: Annotated[str, typer.Argument(metavar="REF", help="model:<pipeline>@newest, run:<id>/<stage>, sha256:<digest> or hf:<folder>")],
     prompt: Annotated[str, typer.Option(help="The text to continue.", callback=utf8_text)] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="Write at most this many tokens.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    tokens: Annotated[int, typer.Option(metavar="N", parser=token_count, help="Write at most this many tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(metavar="T", parser=sampling_temperature, help="0 always takes the likeliest token.")] = 0.8,
+    seed: Annotated[int, typer.Option(metavar="N", parser=whole_number, help="The same seed gives the same text.")] = 0,
     store: Root = Path(".gptline"),
 ) -> None:
     """Continue a prompt with a trained model."""
@@ -251,12 +265,14 @@ def sample(
 def chat(
     ref: Annotated[
         str | None,
-        typer.Argument(metavar="[REF]", help="As for sample; without it, the newest model with a chat format.", show_default=False),
+        typer.Argument(metavar="REF", help="As for sample; without it, the newest model with a chat format.", show_default=False),
     ] = None,
     system: Annotated[str, typer.Option(metavar="TEXT", help="A system message, which begins the conversation.", callback=utf8_text)] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens per answer.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Above temperature 0, the same seed gives the same answers.")] = 0,
+    tokens: Annotated[int, typer.Option(metavar="N", parser=token_count, help="At most this many tokens per answer.")] = 200,
+    temperature: Annotated[float, typer.Option(metavar="T", parser=sampling_temperature, help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", parser=whole_number, help="Above temperature 0, the same seed gives the same answers.")
+    ] = 0,
     store: Root = Path(".gptline"),
 ) -> None:
     """Talk to a model. Piped input is one question per line; only the answers go to stdout."""
@@ -287,9 +303,7 @@ def doctor(store: Root = Path(".gptline")) -> None:
 
 def main() -> None:
     """Run the program; `gptline --help` lists its exit codes."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 shows what it can
+    prepare_streams()
     signal.signal(signal.SIGQUIT, restore_cursor_and_quit)
     try:
         app(prog_name="gptline")
@@ -306,8 +320,8 @@ def _print_resolved(graph: Graph) -> None:
 
     folder = home(graph)
     write(write_toml(saved_in(folder, graph)))
-    if folder != graph.user_folder():
-        sys.stderr.write(f"save it in {folder}, since the paths of its functions are relative to that folder\n")
+    if folder != Path.cwd():
+        sys.stderr.write(f"save it in {folder}: its `data` and its functions are relative to that folder\n")
 
 
 def _run(config: Path, set_: list[str] | None, use: list[str] | None, *, until: str | None, fresh: list[str], inline: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -22,10 +23,35 @@ def _mlflow_address(uri: str | None) -> str | None:
     return checked.uri if checked else uri
 
 
-def port_number(port: int) -> int:
+def whole_number(text: str | int) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected a whole number, found {text!r}") from None
+
+
+def port_number(text: str | int) -> int:
+    port = whole_number(text)
     if not 0 < port < 2**16:
         raise typer.BadParameter(f"expected a port from 1 to 65535, found {port}")
     return port
+
+
+def token_count(text: str | int) -> int:
+    count = whole_number(text)
+    if count < 1:
+        raise typer.BadParameter(f"expected at least 1, found {count}")
+    return count
+
+
+def sampling_temperature(text: str | float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise typer.BadParameter(f"expected a number that is at least 0, found {text}")
+    return value
 
 
 def utf8_text(text: str) -> str:

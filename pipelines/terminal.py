@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import sys
@@ -22,6 +24,22 @@ NOT_READ = 141
 _BRANCHES = "│├└─"
 """What trees are drawn with; a terminal without these characters gets others."""
 SHOW_CURSOR = "\x1b[?25h"
+
+
+def prepare_streams() -> None:
+    """Let standard output and standard error be written to, whatever they are.
+
+    One that was closed from the start leads nowhere: otherwise the next file that is opened would get its number. One without UTF-8 shows
+    what it can.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers: the lowest free one is taken
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_lines(*lines: str) -> None:
@@ -49,7 +67,9 @@ def nobody_reads() -> NoReturn:
 def fail(error: Exception, code: int, text: str) -> NoReturn:
     if os.environ.get("GPTLINE_DEBUG"):
         raise error
-    sys.stderr.write(f"{text}\n")
+    with contextlib.suppress(OSError):  # the exit code is what is left to say
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
     sys.exit(code)
 
 

@@ -43,7 +43,7 @@ class StoreConfig(Settings):
     @field_validator("root")
     @classmethod
     def _root_is_a_folder(cls, value: str) -> str:
-        if "://" in value or value.startswith("file:"):
+        if not value or "://" in value or value.startswith("file:"):
             raise ValueError(f"expected a folder, on this machine or on storage that all nodes share, found {value!r}")
         return value
 
@@ -194,6 +194,8 @@ class Loaded:
     """The first file of the chain of `extends`; `path` for a file that extends nothing."""
     origins: dict[str, Origin]
     """Dotted name to where it was written."""
+    dropped: dict[str, Origin]
+    """Stage of a file that is extended to where it is dropped."""
 
     def data(self) -> Path:
         """The folder of relative source files."""
@@ -229,13 +231,16 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Loaded:
         file, found = validate(PipelineFile, {"pipeline": "unnamed", **{name: raw[name] for name in raw.keys() - wrong}}, "")
     if file is None:
         raise ConfigError(path, _located(faults, origins))
-    if HALF_CHARACTER.search(root := os.path.realpath(os.path.expanduser(file.store.root))):
+    root = os.path.realpath(os.path.expanduser(file.store.root))
+    if os.path.exists(root) and not os.path.isdir(root):
+        faults.append(Fault("store.root", f"expected a folder, or a name for a new one, found the file {file.store.root!r}"))
+    if HALF_CHARACTER.search(root):
         faults.append(Fault("store.root", f"its path {root!r} is not UTF-8 and can't be recorded; rename it"))
     for name, table in file.stages.items():
         if not NAME.fullmatch(name):
             faults.append(Fault(f"stages.{name}", f"expected a stage's name of letters, digits, '_' and '-', found {name!r}"))
         faults += _two_folders(table, f"stages.{name}", origins)
-    return Loaded(path.resolve(), file, faults, merged.base.resolve(), origins)
+    return Loaded(path.resolve(), file, faults, merged.base.resolve(), origins, merged.dropped)
 
 
 def _located(faults: Iterable[Fault], origins: dict[str, Origin]) -> list[Fault]:
@@ -243,10 +248,11 @@ def _located(faults: Iterable[Fault], origins: dict[str, Origin]) -> list[Fault]
 
 
 def _origin(where: str, origins: dict[str, Origin]) -> Origin | None:
-    """Where a setting was written, or else the table that it is missing from or that is inside of it."""
+    """Where a setting was written, or else what is inside of it, or the table that it is missing from."""
     while where:
-        if where in origins:
-            return origins[where]
+        inside = (origin for name, origin in origins.items() if name.startswith(f"{where}."))
+        if (origin := origins.get(where) or next(inside, None)) is not None:
+            return origin
         where = where.rpartition(".")[0]
     return None
 
@@ -296,9 +302,12 @@ def _apply(merged: Merged, path: Path, override: str) -> list[Fault]:
     origin = Origin(path.resolve(), path.name, override=override)
     if parts[0] == "extends":
         return [Fault(f"--set {override}", "a file's base can't be set here; write `extends` into the file")]
-    if parts[0] == "stages" and len(parts) == 2 and value is False and parts[1] in table:
+    if parts[0] == "stages" and len(parts) == 2 and value is False:
+        if parts[1] not in table:
+            hint = did_you_mean(parts[1], table) or f"; there are: {', '.join(table)}"
+            return [Fault(f"--set {override}", f"there is no stage {parts[1]!r} to drop{hint}")]
         del table[parts[1]]
-        merged.replace(tuple(parts), {})
+        merged.drop(parts[1], origin)
         return []
     table[parts[-1]] = value
     merged.replace(tuple(parts), {tuple(parts): origin})

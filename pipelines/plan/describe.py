@@ -21,6 +21,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from gpt.settings import OPERATIONAL, Settings, UserFunction
 from pipelines.plan.config import ClusterConfig, Gate, PipelineFile, Resources, StoreConfig, TrackingConfig
+from pipelines.plan.faults import did_you_mean
 from pipelines.plan.kinds import Kind, known_kinds, load_kind
 from pipelines.plan.toml_writer import write_value
 
@@ -86,6 +87,8 @@ def describe(name: str, folder: Path) -> list[str]:
     if name in TABLES:
         place, model = TABLES[name]
         return [f"{name}: {place}", "", *_setting_lines(settings_of(model))]
+    if ":" not in name and name not in known_kinds() and (hint := did_you_mean(name.lower(), [*known_kinds(), *TABLES])):
+        raise ValueError(f"there is no stage kind and no table {name!r}{hint}")
     kind = load_kind(name, folder)
     settings = settings_of(kind.config)
     in_key = [each for each in settings if each.in_key]

@@ -11,11 +11,11 @@ import os
 import re
 import tomllib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.plan.faults import ConfigError, Fault, Origin, did_you_mean, shown
+from pipelines.plan.faults import TOO_DEEP, ConfigError, Fault, Origin, did_you_mean, shown
 from pipelines.plan.toml_lines import Path as KeyPath
 from pipelines.plan.toml_lines import lines_of
 
@@ -23,6 +23,16 @@ HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 """What Python makes of bytes in a command line or a file's name that are not UTF-8."""
 TOML_LINE = re.compile(r" \(at line (\d+), column (\d+)\)$")
 LFS_POINTER = "version https://git-lfs.github.com/spec/"
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+REMEDIES = {
+    "Cannot overwrite a value": "this key is set a second time, keep one of the two",
+    "Cannot declare": "this table is begun a second time, keep one of the two",
+    "Invalid value": 'expected "text" in quotes, a number, true, false, a list or a table',
+    "Expected newline": "expected one setting on a line, and text in quotes",
+    "Expected '='": "expected NAME = VALUE",
+    "Invalid statement": "expected NAME = VALUE, [a table's header] or # a comment",
+}
+"""What to do, by how a message of `tomllib` begins."""
 HTML = ("<!doctype html", "<html")
 
 
@@ -35,6 +45,14 @@ class Merged:
     values: dict[str, Any]
     faults: list[Fault] = field(default_factory=list)
     _origins: dict[KeyPath, Origin] = field(default_factory=dict)
+    dropped: dict[str, Origin] = field(default_factory=dict)
+    """Stage to where it is dropped."""
+
+    def drop(self, stage: str, origin: Origin | None) -> None:
+        """Forget a stage's lines, which are no longer in `values`."""
+        self.replace(("stages", stage), {})
+        if origin is not None:
+            self.dropped[stage] = origin
 
     def replace(self, path: KeyPath, origins: dict[KeyPath, Origin]) -> None:
         """Forget where `path` and what is below it were written; take these origins instead."""
@@ -95,11 +113,14 @@ def _read(file: Path, path: Path, extending: Origin | None) -> tuple[dict[str, A
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        near = did_you_mean(file.name, [each.name for each in file.parent.glob("*.toml")] if file.parent.is_dir() else [])
+        beside = [each.name for each in file.parent.glob("*.toml") if each.is_file()] if file.parent.is_dir() else []
         missing = f"there is no file {file}" if extending else "there is no such file"
+        near = f"; it is a link to {os.readlink(file)}, which does not exist" if file.is_symlink() else did_you_mean(file.name, beside)
         raise ConfigError(path, [Fault(where, f"{missing}{near}", extending)]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(path, [Fault(where, f"{subject}can't be read: {error}", extending)]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(path, [_not_utf8(error, Origin(file.resolve(), os.path.relpath(file, path.parent)))]) from None
+    except OSError as error:
+        raise ConfigError(path, [Fault(where, f"{subject}can't be read: {error.strerror}; make it readable", extending)]) from None
     if text.startswith(LFS_POINTER):
         raise ConfigError(path, [Fault(where, f"{subject}is a Git LFS pointer, not the file itself; run `git lfs pull`", extending)])
     if text.lstrip()[:20].lower().startswith(HTML):
@@ -107,11 +128,26 @@ def _read(file: Path, path: Path, extending: Origin | None) -> tuple[dict[str, A
     try:
         return tomllib.loads(text), lines_of(text)
     except (ValueError, RecursionError) as error:
-        message, line = str(error), None
-        if found := TOML_LINE.search(message):
-            message, line = f"{message[: found.start()]} (column {found[2]})", int(found[1])
-        name = os.path.relpath(file, path.parent)
-        raise ConfigError(path, [Fault("TOML", f"can't be parsed: {message}", Origin(file.resolve(), name, line))]) from None
+        raise ConfigError(path, [_not_toml(error, text, Origin(file.resolve(), os.path.relpath(file, path.parent)))]) from None
+
+
+def _not_utf8(error: UnicodeDecodeError, origin: Origin) -> Fault:
+    line = error.object[: error.start].count(b"\n") + 1
+    found = "UTF-16" if error.object.startswith(UTF16) else f"the byte 0x{error.object[error.start]:02x}"
+    return Fault("file", f"expected UTF-8, found {found}; save the file as UTF-8", replace(origin, line=line))
+
+
+def _not_toml(error: Exception, text: str, origin: Origin) -> Fault:
+    """What `tomllib` found, with what to do about it."""
+    if isinstance(error, RecursionError):
+        return Fault("file", TOO_DEEP, origin)
+    message, column = str(error), ""
+    if found := TOML_LINE.search(message):
+        message, column, origin = message[: found.start()], f" (column {found[2]})", replace(origin, line=int(found[1]))
+    remedy = next((f"; {each}" for words, each in REMEDIES.items() if message.startswith(words)), "")
+    if "\r" in text and "\n" not in text:
+        remedy = "; its lines end with CR only, save it with LF or CR LF"
+    return Fault("TOML", f"can't be parsed: {message}{column}{remedy}", origin)
 
 
 def _merge(merged: Merged, below: dict[str, Any], above: dict[str, Any], path: KeyPath, origins: dict[KeyPath, Origin], file: str) -> None:
@@ -122,9 +158,11 @@ def _merge(merged: Merged, below: dict[str, Any], above: dict[str, Any], path: K
         if path == ("stages",) and value is False:
             if name not in below:
                 hint = did_you_mean(name, below) or f"; there are {', '.join(below)}"
-                merged.faults.append(Fault(f"stages.{name}", f"drops a stage that {file} does not extend{hint}", origins.get(here)))
+                merged.faults.append(
+                    Fault(f"stages.{name}", f"there is no such stage to drop in what {file} extends{hint}", origins.get(here))
+                )
             below.pop(name, None)
-            merged.replace(here, {})
+            merged.drop(name, origins.get(here))
         elif isinstance(value, dict) and isinstance(below.get(name), dict):
             if here in origins:
                 merged.add({here: origins[here]})

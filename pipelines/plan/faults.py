@@ -41,6 +41,12 @@ class Origin:
     override: str = ""
     """The --set that wrote it, as typed; `file` is then the pipeline file."""
 
+    def place(self) -> str:
+        """ "variant.toml, line 3", or "--set stages.rl=false"."""
+        if self.override:
+            return "--set " + self.override.replace("\n", "\\n")
+        return f"{self.name}, line {self.line}" if self.line else self.name
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -59,8 +65,8 @@ class Fault:
             return str(self)
         if self.origin.override:
             setting = self.origin.override.partition("=")[0].strip()
-            return f"--set {self.origin.override}: {self.what if self.where == setting else self}"
-        return f"{self.origin.name}, line {self.origin.line}: {self}" if self.origin.line else f"{self.origin.name}: {self}"
+            return f"{self.origin.place()}: {self.what if self.where == setting else self}"
+        return f"{self.origin.place()}: {self}"
 
 
 class ConfigError(Exception):
@@ -77,13 +83,13 @@ class ConfigError(Exception):
         return "\n".join([f"{self.path}: {count}; no stage was started.", *(f"  {fault.located()}" for fault in self.faults)])
 
 
-def validate(model: type[M], values: Any, where: str) -> tuple[M | None, list[Fault]]:
-    """An instance of `model`, or every fault in `values` as a sentence."""
+def validate(model: type[M], values: Any, where: str, beside: Iterable[str] = ()) -> tuple[M | None, list[Fault]]:
+    """An instance of `model`, or every fault in `values` as a sentence. `beside`: keys that are read elsewhere, for suggestions."""
     try:
         # As strict JSON: `true` and "3" are not numbers, and yet a list can become a tuple and a string a Path.
         return model.model_validate_json(json.dumps(values, default=str), strict=True), []
     except ValidationError as error:
-        return None, [_fault(model, each, where) for each in error.errors(include_url=False)]
+        return None, [_fault(model, each, where, tuple(beside)) for each in error.errors(include_url=False)]
     except (Exception, SystemExit) as error:  # a validator may be anyone's code
         return None, [Fault(where, f"its settings can't be checked: {type(error).__name__}: {error}")]
 
@@ -104,11 +110,11 @@ def _place(fault: Fault) -> tuple[bool, str, int]:
     return (True, "", 0) if origin is None or origin.line is None else (False, origin.name, origin.line)
 
 
-def _fault(model: type[BaseModel], error: Any, where: str) -> Fault:
+def _fault(model: type[BaseModel], error: Any, where: str, beside: tuple[str, ...]) -> Fault:
     location = [str(part) for part in error["loc"] if not UNION_BRANCH.fullmatch(str(part))]
     if error["type"] == "extra_forbidden":
         *above, name = (str(part) for part in error["loc"])  # an unknown key may be called `str`
-        known = _fields_at(model, error["loc"][:-1])
+        known = [*_fields_at(model, error["loc"][:-1]), *(beside if len(error["loc"]) == 1 else ())]
         full = ".".join([*([where] if where else []), *(part for part in above if not UNION_BRANCH.fullmatch(part)), name])
         return Fault(full, f"unknown key{did_you_mean(name, known) or '; known here: ' + ', '.join(sorted(known))}")
     full = ".".join([*([where] if where else []), *location]) or "file"

@@ -22,12 +22,16 @@ from gpt.settings import OPERATIONAL, Settings, TrainSettings
 from pipelines.plan.code import Code
 from pipelines.plan.config import Fault, Gate, Loaded, Resources, validate
 from pipelines.plan.environment import ROOT
+from pipelines.plan.faults import shown
 from pipelines.plan.inputs import check_inputs, order_of
 from pipelines.plan.kinds import Kind, load_kind
 from pipelines.plan.model_flow import Traits, model_faults
 from pipelines.plan.references import IMPORTS, names_hf_folder, names_stage, stages_in
 from pipelines.plan.user_code import UserCode, read_user_code
 from pipelines.stage import Source, StageConfig
+
+TABLE_KEYS = ("uses", "inputs", "resources", "gate")
+"""What a stage's table may have beside its kind's settings."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,14 @@ def build(loaded: Loaded, use: Mapping[str, str] = MappingProxyType({})) -> Grap
     folders = {name: reference for name, reference in use.items() if names_hf_folder(reference) and name in drafts}
     replaced = frozenset(each for name in folders for each in drafts[name].upstream())
     faults += _add_imports(drafts, folders, loaded)
+    unreadable = {fault.where for fault in faults}
     for draft in drafts.values():
-        faults += check_inputs(draft, drafts, {**loaded.file.stages, **drafts})
+        found = check_inputs(draft, drafts, {**loaded.file.stages, **drafts}, loaded.dropped)
+        faults += [each for each in found if unreadable.isdisjoint((each.where, f"stages.{draft.name}.inputs"))]
     faults += _check_files(drafts)
     order, cycle = order_of(drafts)
     if cycle:
-        faults.append(Fault("stages", f"{' reads '.join(cycle)}: a cycle; one of these inputs must come from elsewhere"))
+        faults.append(Fault(f"stages.{cycle[0]}.inputs", f"{' reads '.join(cycle)}: a cycle; one of these inputs must come from elsewhere"))
     if faults:
         raise loaded.error(faults)
     stages = {name: drafts[name].stage() for name in order}
@@ -167,7 +173,7 @@ def _read_stage(name: str, table: dict[str, Any], loaded: Loaded) -> tuple[_Draf
         kind = load_kind(str(uses), loaded.folder(name))
     except ValueError as error:
         return None, [*faults, Fault(f"{where}.uses", str(error))]
-    config, found = validate(kind.config, table, where)
+    config, found = validate(kind.config, table, where, TABLE_KEYS)
     faults += found
     if config is not None:
         config, found = _as_recorded(config, where)
@@ -185,14 +191,14 @@ def _read_stage(name: str, table: dict[str, Any], loaded: Loaded) -> tuple[_Draf
 
 def _read_inputs(value: Any, where: str) -> tuple[dict[str, list[str]], list[Fault]]:
     if not isinstance(value, dict):
-        return {}, [Fault(where, f"is {value!r}, expected a table: inputs = {{ tokens = ['tokenize'] }}")]
+        return {}, [Fault(where, f"expected a table, such as inputs = {{ tokens = ['tokenize'] }}, found {shown(value)}")]
     references, faults = {}, []
     for parameter, each in value.items():
         items = each if isinstance(each, list) else [each]
         if all(isinstance(item, str) for item in items):
             references[parameter] = items
         else:
-            faults.append(Fault(f"{where}.{parameter}", f"is {each!r}, expected a reference or a list of references"))
+            faults.append(Fault(f"{where}.{parameter}", f"expected a reference or a list of references, found {shown(each)}"))
     return references, faults
 
 
@@ -243,7 +249,8 @@ def _read_sources(config: StageConfig, data: Path, where: str) -> tuple[list[Sou
     try:
         sources = list(config.sources(data))
     except ValueError as error:
-        return [], [Fault(where, str(error))]
+        setting, colon, what = str(error).partition(": ")
+        return [], [Fault(f"{where}.{setting}", what) if colon and setting in type(config).model_fields else Fault(where, str(error))]
     except (Exception, SystemExit) as error:
         return [], [Fault(where, f"its sources() failed: {type(error).__name__}: {error}")]
     wrong = [each for each in sources if not (isinstance(each, Source) and isinstance(each.path, Path))]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from pipelines.plan.config import Fault
+from pipelines.plan.faults import Origin
 from pipelines.plan.kinds import Input, Kind
 from pipelines.plan.references import HfFolder, StageName, parse, stages_in
 
@@ -22,8 +23,10 @@ class Reader(Protocol):
     def inputs(self) -> dict[str, list[str]]: ...
 
 
-def check_inputs(stage: Reader, stages: Mapping[str, Reader], tables: Collection[str]) -> list[Fault]:
-    """Check a stage's inputs against its kind. `stages` can be read as far as their kinds; `tables` are all stages of the file."""
+def check_inputs(stage: Reader, stages: Mapping[str, Reader], tables: Collection[str], dropped: Mapping[str, Origin]) -> list[Fault]:
+    """Check a stage's inputs against its kind. `stages` can be read as far as their kinds; `tables` are all stages of the file, and
+    `dropped` those that it leaves out of what it extends.
+    """
     faults = []
     where = f"stages.{stage.name}.inputs"
     for parameter, references in stage.inputs.items():
@@ -41,7 +44,7 @@ def check_inputs(stage: Reader, stages: Mapping[str, Reader], tables: Collection
                 Fault(f"{where}.{parameter}", f"has {len(references)} references; {stage.kind.uses} takes one {expected.artifact.kind}")
             )
         for reference in references:
-            fault = _reference_fault(reference, expected, stages, tables)
+            fault = _reference_fault(reference, expected, stages, tables, dropped)
             if fault:
                 faults.append(Fault(f"{where}.{parameter}", fault))
     for parameter, expected in stage.kind.inputs.items():
@@ -52,7 +55,9 @@ def check_inputs(stage: Reader, stages: Mapping[str, Reader], tables: Collection
     return faults
 
 
-def _reference_fault(reference: str, expected: Input, stages: Mapping[str, Reader], tables: Collection[str]) -> str | None:
+def _reference_fault(
+    reference: str, expected: Input, stages: Mapping[str, Reader], tables: Collection[str], dropped: Mapping[str, Origin]
+) -> str | None:
     try:
         parsed = parse(reference)
     except ValueError as error:
@@ -61,6 +66,8 @@ def _reference_fault(reference: str, expected: Input, stages: Mapping[str, Reade
         return f"{reference!r} is a model or a tokenizer, expected {expected.artifact.kind}"
     if not isinstance(parsed, StageName):
         return None  # which artifact it stands for, only the store knows
+    if reference in dropped and reference not in tables:
+        return f"there is no stage {reference!r} any more, {dropped[reference].place()} drops it; name another or drop this stage too"
     if reference not in tables:
         near = difflib.get_close_matches(reference, tables)
         return f"there is no stage {reference!r}; " + (f"did you mean {near[0]!r}?" if near else f"the stages are {', '.join(tables)}")

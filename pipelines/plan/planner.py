@@ -14,6 +14,7 @@ from gpt.settings import TrainSettings
 from pipelines.plan.code import Code
 from pipelines.plan.config import Fault
 from pipelines.plan.environment import versions
+from pipelines.plan.faults import did_you_mean
 from pipelines.plan.forecast import expected_s
 from pipelines.plan.gates import closed_gate
 from pipelines.plan.graph import Graph, Stage
@@ -75,8 +76,9 @@ class Planner:
         self.store = store
         self.fresh = fresh
         self.inline = inline
+        known = ", ".join(graph.stages)
         faults = [
-            Fault(f"{option} {name}", f"there is no such stage; the stages are {', '.join(graph.stages)}")
+            Fault(f"{option} {name}", "there is no such stage" + (did_you_mean(name, graph.stages) or f"; the stages are {known}"))
             for option, names in (("--fresh", fresh), ("--until", [until] if until else []), ("--use", given))
             for name in names
             if name not in graph.stages

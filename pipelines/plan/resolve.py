@@ -44,7 +44,8 @@ def _by_run(store: Store, reference: str, run: str, stage: str) -> str:
         if event.stage == stage:
             return event.output
     if run not in store.runs():
-        raise ValueError(f"{reference!r}: there is no run {run!r}; the newest are {', '.join(store.runs()[-3:]) or 'none'}")
+        newest = ", ".join(store.runs()[-3:])
+        raise ValueError(f"{reference!r}: there is no run {run!r}; the store {store} has " + (f"{newest}" if newest else "no runs yet"))
     made = ", ".join(each.stage for each in ended) or "none"
     raise ValueError(f"{reference!r}: that run has no output of a stage {stage!r}; its stages with an output: {made}")
 

@@ -18,7 +18,7 @@ def resolved(graph: Graph) -> dict[str, Any]:
             "inputs": stage.inputs,
             **stage.config.model_dump(mode="json"),
             "resources": stage.resources.model_dump(mode="json"),
-            **({"gate": [gate.model_dump(mode="json", exclude_none=True) for gate in stage.gates]} if stage.gates else {}),
+            **({"gate": [gate.model_dump(mode="json") for gate in stage.gates]} if stage.gates else {}),
         }
         for name, stage in graph.stages.items()
     }

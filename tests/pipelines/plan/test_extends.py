@@ -117,7 +117,7 @@ def test_a_stage_is_dropped_with_false(project: Path):
 def test_an_unknown_stage_cannot_be_dropped(project: Path):
     path = variant(project, 'extends = "../base/base.toml"\n[stages]\npretrian = false\n')
     assert fault_lines(path) == [
-        "variant.toml, line 3: stages.pretrian: drops a stage that variant.toml does not extend; did you mean 'pretrain'?"
+        "variant.toml, line 3: stages.pretrian: there is no such stage to drop in what variant.toml extends; did you mean 'pretrain'?"
     ]
 
 
