@@ -50,7 +50,7 @@ def test_all_faults_are_reported_at_once_with_their_lines_and_nothing_is_written
     assert f"bad.toml: {len(faults)} faults; " in first
     for fault in (
         r"  bad\.toml, line 3: sed: unknown key; did you mean 'seed'\?",
-        r"  bad\.toml, line 5: stages\.documents: .*missing\.txt",
+        r"  bad\.toml, line 8: stages\.documents\.files: .*missing\.txt",
         r"  bad\.toml, line 24: stages\.pretrain\.learning_rate: unknown key",
         r"  bad\.toml, line 11: stages\.tokenizer\.inputs\.documents: 'tokenize' makes tokens, expected documents",
     ):
@@ -66,7 +66,7 @@ def test_batch_arithmetic_a_cycle_and_a_wrong_artifact_type_are_reported_at_once
     output = bad.run("run", "bad.toml", code=2)
     for fault in (
         "stages.pretrain: global_batch_size = 8 is not a multiple of micro_batch_size * ranks = 3 * 2 = 6; the nearest that fit are 6",
-        "stages: tokenizer reads tokenize reads tokenizer: a cycle",
+        "line 11: stages.tokenizer.inputs: tokenizer reads tokenize reads tokenizer: a cycle",
         "stages.pretrain.inputs.tokens: 'tokenizer' makes tokenizer, expected tokens",
     ):
         assert fault in output

@@ -97,7 +97,7 @@ def test_an_unfinished_rerun_is_not_forgotten(small: Small, end: str, status: st
 
 def test_until_builds_only_a_stage_and_what_it_needs(small: Small):
     assert small.run(until="cut") == (0, {"words": "done", "cut": "done"})
-    with pytest.raises(ConfigError, match="--until cutt: there is no such stage; the stages are words, cut, report"):
+    with pytest.raises(ConfigError, match="--until cutt: there is no such stage; did you mean 'cut'"):
         small.run(until="cutt")
 
 
@@ -119,5 +119,5 @@ def test_an_artifact_of_another_run_can_be_an_input(small: Small):
     with pytest.raises(ConfigError, match="is report, expected documents"):
         small.run()
     small.write("small.toml", TOML.replace('inputs = { documents = "words" }', 'inputs = { documents = "run:20200101-gone/words" }'))
-    with pytest.raises(ConfigError, match="there is no run '20200101-gone'; the newest are"):
+    with pytest.raises(ConfigError, match="there is no run '20200101-gone'; the store .* has 2"):
         small.run()
