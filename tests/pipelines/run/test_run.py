@@ -119,5 +119,5 @@ def test_an_artifact_of_another_run_can_be_an_input(small: Small):
     with pytest.raises(ConfigError, match="is report, expected documents"):
         small.run()
     small.write("small.toml", TOML.replace('inputs = { documents = "words" }', 'inputs = { documents = "run:20200101-gone/words" }'))
-    with pytest.raises(ConfigError, match="there is no run '20200101-gone'; the store .* has 2"):
+    with pytest.raises(ConfigError, match=r"there is no run '20200101-gone'; the store .* has 2"):
         small.run()
